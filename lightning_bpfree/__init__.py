@@ -1,0 +1,15 @@
+"""Training rules for any LightningModule: with, around and without backprop.
+
+>>> import lightning_bpfree as bpf
+>>> bpf.ForwardGradient(num_directions=4).num_directions
+4
+"""
+
+from lightning_bpfree.callbacks.gradient_alignment import GradientAlignment as GradientAlignment
+from lightning_bpfree.rules.backprop import Backprop as Backprop
+from lightning_bpfree.rules.forward_gradient import ForwardGradient as ForwardGradient
+from lightning_bpfree.rules.training_rule import TrainingRule as TrainingRule
+from lightning_bpfree.rules.zeroth_order import ZerothOrder as ZerothOrder
+from lightning_bpfree.strategies.scalar_sync import ScalarSyncStrategy as ScalarSyncStrategy
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Floor 0: what a training rule is made of. Needs torch only."""

@@ -1,0 +1,204 @@
+"""Random directions in parameter space that are remade from a seed instead of being stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_bpfree.core.params import Params, widen
+
+Distribution = Literal["gaussian", "rademacher"]
+
+_MASK = (1 << 64) - 1
+
+
+def mix(*values: int) -> int:
+    """Return a 63-bit seed from integers; neighbouring inputs give unrelated seeds.
+
+    The finaliser is that of SplitMix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014).
+
+    Examples:
+        >>> mix(0, 1) != mix(1, 0)
+        True
+    """
+    state = 0
+    for value in values:
+        state = (state + (value & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+class Directions:
+    """``num`` random directions ``v_k`` shaped like ``like``, a function of ``seed`` and ``k`` alone.
+
+    Every direction has independent coordinates of mean 0 and variance 1, hence ``E[v v^T] = I``. The draws are frozen:
+    one generator per ``k`` on the tensor's device, tensors in the order of ``like``, in float32 (float64 for float64
+    parameters). Equal seeds give equal directions on equal kinds of device; CPU and CUDA generators differ.
+
+    Args:
+        like: named tensors whose shapes, dtypes and devices the directions take.
+        num: number of directions ``K``, at least 1.
+        seed: any integer.
+        distribution: ``"gaussian"`` for N(0, 1), ``"rademacher"`` for fair signs.
+
+    Raises:
+        ValueError: for ``num < 1`` or an unknown distribution.
+
+    Examples:
+        >>> directions = Directions({"w": torch.zeros(3)}, num=2, seed=0)
+        >>> torch.equal(directions[1]["w"], directions[1]["w"])
+        True
+    """
+
+    def __init__(
+        self, like: Mapping[str, Tensor], num: int, seed: int, distribution: Distribution = "gaussian"
+    ) -> None:
+        check_directions(num, distribution)
+        self.like, self.num, self.seed, self.distribution = like, num, seed, distribution
+        # A single direction is kept between measuring and combining: the peak of memory is not higher for it, and half
+        # of the drawing is saved.
+        self._kept: Params | None = None
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, k: int) -> Params:
+        if self.num > 1:
+            return self._drawn([k], lambda draws: draws[0])
+        if self._kept is None or k != 0:
+            self._kept = self._drawn([k], lambda draws: draws[0])
+        return self._kept
+
+    def __iter__(self) -> Iterator[Params]:
+        return (self[k] for k in range(self.num))
+
+    def stack(self, ks: Sequence[int]) -> Params:
+        """Return the directions ``ks`` in one tensor per name, of shape ``(len(ks), *shape)``."""
+        return self._drawn(ks, torch.stack)
+
+    def gram(self) -> Tensor:
+        """Return the matrix of inner products ``<v_i, v_j>``, ``(K, K)`` in float64 on the CPU.
+
+        Directions are drawn tensor by tensor, so that ``K`` copies of the largest tensor are held, not of the module.
+        """
+        total = torch.zeros(self.num, self.num, dtype=torch.float64)
+        for rows in self._drawn_by_tensor(range(self.num)):
+            flat = torch.stack([widen(row).flatten() for row in rows])
+            total += (flat @ flat.T).to("cpu", torch.float64)
+        return total
+
+    def squared_norms(self) -> Tensor:
+        """Return ``|v_k|^2``, shape ``(K,)`` in float64 on the CPU."""
+        norms = [sum(float(widen(v).square().sum()) for v in direction.values()) for direction in self]
+        return torch.tensor(norms, dtype=torch.float64)
+
+    def combine(self, coefficients: Sequence[float] | Tensor, scale: Tensor | None = None) -> Params:
+        """Return ``scale * sum_k c_k v_k``, in the dtypes of ``like``, holding one direction's tensor at a time.
+
+        Args:
+            coefficients: ``c_k``, shape ``(K,)``.
+            scale: a scalar that multiplies the sum, such as the loss scale of mixed precision.
+        """
+        weights = coefficients.tolist() if isinstance(coefficients, Tensor) else list(coefficients)
+        generators = [self._generators(k) for k in range(self.num)] if self._kept is None else []
+        combined: Params = {}
+        for name, like in self.like.items():
+            if self._kept is not None:
+                total = widen(self._kept[name]) * weights[0]
+            else:
+                total = torch.zeros(like.shape, dtype=_draw_dtype(like), device=like.device)
+                for weight, generator in zip(weights, generators, strict=True):
+                    total.add_(self._draw(like, generator), alpha=weight)
+            combined[name] = (total if scale is None else total.mul_(scale)).to(like.dtype)
+        return combined
+
+    def _drawn(self, ks: Sequence[int], finish: Callable[[list[Tensor]], Tensor]) -> Params:
+        rows = self._drawn_by_tensor(ks)
+        return {name: finish(draws) for name, draws in zip(self.like, rows, strict=True)}
+
+    def _drawn_by_tensor(self, ks: Sequence[int]) -> Iterator[list[Tensor]]:
+        generators = [self._generators(k) for k in ks]
+        for like in self.like.values():
+            yield [self._draw(like, generator) for generator in generators]
+
+    def _generators(self, k: int) -> dict[torch.device, torch.Generator]:
+        if not 0 <= k < self.num:
+            raise IndexError(f"direction {k} of {self.num}")
+        generators = {}
+        for device in {like.device for like in self.like.values()}:
+            generators[device] = torch.Generator(device)
+            generators[device].manual_seed(mix(self.seed, k))
+        return generators
+
+    def _draw(self, like: Tensor, generators: dict[torch.device, torch.Generator]) -> Tensor:
+        generator, dtype = generators[like.device], _draw_dtype(like)
+        if self.distribution == "gaussian":
+            draw = torch.empty(like.shape, dtype=dtype, device=like.device).normal_(generator=generator)
+        else:
+            draw = _signs(like.numel(), like.device, generator).to(dtype).mul_(2).sub_(1).view(like.shape)
+        return draw.to(like.dtype)
+
+
+def _draw_dtype(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def _signs(num: int, device: torch.device, generator: torch.Generator) -> Tensor:
+    # One random 64-bit word gives 64 signs: several times faster than one draw a sign.
+    words = torch.empty(-(-num // 64), dtype=torch.int64, device=device)
+    words.random_(-(1 << 63), None, generator=generator)
+    bits = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=device)
+    return (words.view(torch.uint8).unsqueeze(-1) & bits).ne(0).flatten()[:num]
+
+
+def check_directions(num_directions: int, distribution: str) -> None:
+    """Raise ValueError if the number of directions or their distribution cannot be used."""
+    if isinstance(num_directions, bool) or not isinstance(num_directions, int) or num_directions < 1:
+        raise ValueError(f"num_directions={num_directions!r}: give a whole number of at least 1.")
+    if distribution not in ("gaussian", "rademacher"):
+        raise ValueError(f"directions={distribution!r}: choose 'gaussian' or 'rademacher'.")
+
+
+def weights_from_slopes(
+    slopes: Tensor, directions: Directions, orthogonal: bool = False, normalize: bool = False
+) -> Tensor:
+    """Return coefficients ``a_k`` such that ``sum_k a_k v_k`` estimates the gradient without bias.
+
+    With ``s_k = <g, v_k>``, ``V`` the matrix of directions, ``G = V^T V`` and ``d`` the number of coordinates:
+
+    - plain: ``a = s / K``; variance about ``(d + 1) / K`` times ``|g|^2`` for Gaussian directions;
+    - ``normalize``: every direction is put on the sphere of radius sqrt(d): ``a_k = d s_k / (K |v_k|^2)``;
+    - ``orthogonal``: the gradient is projected on the span of the directions, as orthonormalised directions would do:
+      ``a = (d / K) G^-1 s``; with ``K = d`` directions it is the gradient itself.
+
+    Args:
+        slopes: ``s_k``, shape ``(K,)``.
+        directions: the ``K`` directions.
+        orthogonal: see above.
+        normalize: see above; has no effect beside ``orthogonal``, nor on Rademacher directions.
+
+    Raises:
+        ValueError: if ``orthogonal`` is asked of more directions than there are coordinates.
+    """
+    num = len(directions)
+    if not (orthogonal or normalize):
+        return slopes / num
+    dimension = sum(like.numel() for like in directions.like.values())
+    wide = slopes.to("cpu", torch.float64)
+    if orthogonal:
+        if num > dimension:
+            raise ValueError(
+                f"orthogonal=True with num_directions={num}, but only {dimension} parameters are trained: use at most "
+                f"{dimension} directions."
+            )
+        weights = torch.linalg.solve(directions.gram(), wide) * (dimension / num)
+    elif directions.distribution == "rademacher":
+        return slopes / num  # |v|^2 = d already
+    else:
+        weights = wide * dimension / (num * directions.squared_norms())
+    return weights.to(slopes.device, slopes.dtype)

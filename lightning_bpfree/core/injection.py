@@ -1,0 +1,45 @@
+"""Gradient injection: a loss whose backward pass hands over a gradient that was had by other means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GradientSource = Callable[[Tensor], Sequence[Tensor]]
+
+
+class _Inject(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: GradientSource, *parameters: Tensor) -> Tensor:  # noqa: ARG004  # autograd needs the parameters as inputs
+        ctx.gradients = gradients
+        return loss.detach().clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *ctx.gradients(scale))
+
+
+def inject(loss: Tensor, parameters: Sequence[Tensor], gradients: GradientSource) -> Tensor:
+    """Return a scalar with the value of ``loss`` whose backward pass puts ``gradients`` into ``parameters``.
+
+    The parameters are inputs of the autograd node, so whatever listens to their gradients (accumulation, gradient
+    scalers, DistributedDataParallel's reducer, hooks) works as for an ordinary loss.
+
+    Args:
+        loss: a scalar; its own graph, if any, is cut.
+        parameters: leaf tensors that require a gradient.
+        gradients: called once per backward pass with the incoming gradient of the loss (a scalar: 1, or the loss scale
+            divided by the number of accumulated batches); returns one gradient per parameter, already multiplied
+            by it. It is called late, so that no second copy of the parameters lives between the two passes.
+
+    Examples:
+        >>> w = torch.zeros(2, requires_grad=True)
+        >>> inject(torch.tensor(3.0), [w], lambda scale: [scale * torch.ones(2)]).backward()
+        >>> w.grad
+        tensor([1., 1.])
+    """
+    return _Inject.apply(loss, gradients, *parameters)  # type: ignore[no-any-return]  # Function.apply is untyped

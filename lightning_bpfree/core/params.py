@@ -1,0 +1,151 @@
+"""Named parameters of a module: selection by pattern, arithmetic, and temporary replacement."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Params = dict[str, Tensor]
+
+
+def add(params: Mapping[str, Tensor], direction: Mapping[str, Tensor], scale: float | Tensor = 1.0) -> Params:
+    """Return ``params + scale * direction``, tensor by tensor; the inputs stay as they are.
+
+    Low-precision parameters are moved in float32 and rounded once, so that the rounding of ``scale * direction`` does
+    not come on top.
+
+    Examples:
+        >>> add({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 2.0])}, 0.5)
+        {'w': tensor([1.5000, 2.0000])}
+    """
+    moved = {}
+    for name, param in params.items():
+        step = direction[name]
+        if param.dtype in (torch.float16, torch.bfloat16):
+            moved[name] = (param.float() + scale * step.float()).to(param.dtype)
+        elif isinstance(scale, Tensor):
+            moved[name] = torch.addcmul(param, step, scale.to(param.dtype))
+        else:
+            moved[name] = torch.add(param, step, alpha=scale)
+    return moved
+
+
+def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """Return the inner product over all tensors of ``a``, a scalar accumulated in at least float32.
+
+    Examples:
+        >>> dot({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 4.0])})
+        tensor(11.)
+    """
+    total: Tensor | None = None
+    for name, left in a.items():
+        part = torch.dot(widen(left).flatten(), widen(b[name]).flatten())
+        total = part if total is None else total + part.to(total.device)
+    return torch.zeros(()) if total is None else total
+
+
+def norm(a: Mapping[str, Tensor]) -> Tensor:
+    """Return the Euclidean norm over all tensors of ``a``, a scalar of at least float32."""
+    norms = [torch.linalg.vector_norm(widen(tensor)) for tensor in a.values()]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])) if norms else torch.zeros(())
+
+
+def count(a: Mapping[str, Tensor]) -> int:
+    """Return the number of coordinates over all tensors of ``a``."""
+    return sum(tensor.numel() for tensor in a.values())
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Return half-precision tensors as float32, others as they are: sums of many terms need the digits."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+class Slot(NamedTuple):
+    """One parameter and every place of the module that refers to it (more than one where weights are tied)."""
+
+    name: str
+    parameter: nn.Parameter
+    places: list[tuple[nn.Module, str]]
+
+
+class ParameterSlots:
+    """The parameters of ``module`` whose names match ``patterns``, each tensor once, with all places that hold it.
+
+    Args:
+        module: the module whose parameters are meant.
+        patterns: shell-style patterns on parameter names (``"net.0.*"``, ``"*.lora_*"``); ``None`` selects all.
+
+    Raises:
+        ValueError: if a pattern matches no parameter; the message lists the nearest names.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        >>> [slot.name for slot in ParameterSlots(net, ["0.*"])]
+        ['0.weight', '0.bias']
+    """
+
+    def __init__(self, module: nn.Module, patterns: str | Sequence[str] | None = None) -> None:
+        places: dict[int, Slot] = {}
+        aliases: dict[int, list[str]] = {}
+        for prefix, owner in module.named_modules():
+            for key, parameter in owner._parameters.items():
+                if parameter is None:
+                    continue
+                name = f"{prefix}.{key}" if prefix else key
+                slot = places.setdefault(id(parameter), Slot(name, parameter, []))
+                slot.places.append((owner, key))
+                aliases.setdefault(id(parameter), []).append(name)
+        chosen = _match(patterns, [name for names in aliases.values() for name in names])
+        self.slots = [slot for key, slot in places.items() if not chosen.isdisjoint(aliases[key])]
+        self.rest = [slot for key, slot in places.items() if chosen.isdisjoint(aliases[key])]
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self.slots)
+
+    def trainable(self) -> list[Slot]:
+        """Return the selected slots whose parameter requires a gradient now (freezing may change during a fit)."""
+        return [slot for slot in self.slots if slot.parameter.requires_grad]
+
+    @contextlib.contextmanager
+    def replaced(self, params: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let the module compute with ``params`` instead of its own tensors; its parameters come back untouched."""
+        slots = [slot for slot in self.slots if slot.name in params]
+        try:
+            for slot in slots:
+                _place(slot, params[slot.name])
+            yield
+        finally:
+            for slot in slots:
+                _place(slot, slot.parameter)
+
+
+def _place(slot: Slot, tensor: Tensor) -> None:
+    # The parameter registry is written directly, as torch.func.functional_call does: assigning a plain tensor to a
+    # parameter's name is refused by nn.Module.
+    for owner, key in slot.places:
+        owner._parameters[key] = tensor  # type: ignore[assignment]  # a plain tensor stands in for the Parameter
+        if isinstance(owner, nn.RNNBase) and key in owner._flat_weights_names:
+            # Recurrent layers keep a second list of their weights, and compute with that one.
+            owner._flat_weights[owner._flat_weights_names.index(key)] = tensor
+
+
+def _match(patterns: str | Sequence[str] | None, names: Sequence[str]) -> set[str]:
+    if patterns is None:
+        return set(names)
+    chosen: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = {name for name in names if fnmatchcase(name, pattern)}
+        if not found:
+            near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.0)
+            raise ValueError(
+                f"params={pattern!r} matches none of the module's {len(names)} parameters. Nearest names: "
+                f"{', '.join(near) or 'none, the module has no parameters yet'}. Patterns are shell-style, e.g. 'net.0.*'."
+            )
+        chosen |= found
+    return chosen

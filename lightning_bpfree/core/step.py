@@ -1,0 +1,214 @@
+"""One mini-batch as a training rule sees it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bpfree.core.exchange import ScalarExchange
+from lightning_bpfree.core.params import Params, ParameterSlots, Slot
+from lightning_bpfree.core.replay import Replay
+
+Gradients = Params | Callable[[Tensor | None], Params]
+
+
+class Estimate(NamedTuple):
+    """What a rule says of one mini-batch.
+
+    Args:
+        loss: the scalar that is reported; it carries a graph when ``gradients`` is None.
+        gradients: named gradients, or a function that makes them late, called with a scalar to multiply them by (or
+            None). None leaves the work to autograd, which differentiates ``loss``.
+    """
+
+    loss: Tensor
+    gradients: Gradients | None = None
+
+    def resolved(self, scale: Tensor | None = None) -> Params:
+        """Return the named gradients times ``scale``; only for an estimate that brings gradients."""
+        if self.gradients is None:
+            raise ValueError("this estimate leaves its gradients to autograd")
+        if not isinstance(self.gradients, dict):
+            return self.gradients(scale)
+        return self.gradients if scale is None else {name: grad * scale for name, grad in self.gradients.items()}
+
+
+class SkipBatchError(Exception):
+    """The user's training step returned None: the batch is to be skipped."""
+
+
+class NonFiniteLossError(Exception):
+    """One of the numbers that a rule measures is NaN or infinite.
+
+    Args:
+        index: which of the numbers, the ``k`` of its direction; None for the unperturbed loss.
+        value: the number.
+    """
+
+    def __init__(self, index: int | None, value: float) -> None:
+        self.index, self.value = index, value
+        which = "the unperturbed loss" if index is None else f"the evaluation of direction k={index}"
+        super().__init__(f"{which} gave {value}")
+
+
+class Step:
+    """One mini-batch: the user's training step as a function of the parameters, and the means to agree over ranks.
+
+    Args:
+        module: the module in training.
+        evaluate: runs the user's training step on this batch and returns what it returned.
+        slots: the parameters that the rule may train.
+        seed: equal on all ranks, new for every batch, and the same again after a resume.
+        replay: puts random streams, buffers and metrics back between evaluations; None if the rule evaluates once.
+        quiet: a context in which the module logs nothing.
+        exchange: how ranks agree on measured numbers; None if they do not (one device, or gradients cross instead).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        evaluate: Callable[[], Any],
+        slots: ParameterSlots,
+        seed: int,
+        *,
+        args: tuple[Any, ...] = (),
+        replay: Replay | None = None,
+        quiet: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        exchange: ScalarExchange | None = None,
+    ) -> None:
+        self.module, self.args, self.seed = module, args, seed
+        self.slots, self.exchange = slots, exchange
+        self._evaluate, self._replay, self._quiet = evaluate, replay, quiet
+        self._trained: list[Slot] | None = None
+        self._recorded = False
+        self.output: Any = None
+        self.recorded_loss: Tensor | None = None
+        self.forward_evals = 0.0
+
+    @property
+    def trained(self) -> list[Slot]:
+        """The slots the rule trains in this step: selected, and requiring a gradient now."""
+        if self._trained is None:
+            self._trained = self.slots.trainable()
+        return self._trained
+
+    @property
+    def params(self) -> Params:
+        """The parameters the rule trains, detached, by name; tied weights once."""
+        return {slot.name: slot.parameter.detach() for slot in self.trained}
+
+    def loss(
+        self, params: Mapping[str, Tensor] | None = None, *, recorded: bool | None = None, cost: float = 1.0
+    ) -> Tensor:
+        """Return the user's loss at ``params`` (at the present ones for None), a scalar.
+
+        All evaluations of one step see the same random numbers and start from the same buffers. Exactly one, the
+        recorded one, is seen by the world: it logs, updates metrics and moves buffers and random streams.
+
+        Args:
+            params: named tensors to compute with; the module's own stay untouched.
+            recorded: whether this is the recorded evaluation. By default the first one at the present parameters is.
+            cost: what the evaluation costs, in forward passes (a dual forward is 3).
+
+        Raises:
+            SkipBatchError: the training step returned None.
+            ValueError: the training step did not return one number.
+        """
+        if recorded is None:
+            recorded = params is None
+        recorded = recorded and not self._recorded
+        self.forward_evals += cost
+        self.rewind()
+        replaced = contextlib.nullcontext() if params is None else self.slots.replaced(params)
+        with replaced, contextlib.nullcontext() if recorded else self._traceless():
+            output = self._evaluate()
+        loss = loss_of(output)
+        if recorded:
+            self._recorded, self.output, self.recorded_loss = True, output, loss
+            if self._replay is not None:
+                self._replay.keep()
+        return loss
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the recorded evaluation has taken place."""
+        return self._recorded
+
+    def rewind(self) -> None:
+        """Go back to the state from which every evaluation of this step starts."""
+        if self._replay is not None:
+            self._replay.rewind()
+
+    def loss_under_transform(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss inside a torch.func transform, which may not write to tensors outside it.
+
+        Buffers are copies for the time of the evaluation. Call :meth:`rewind` before the transform, not in it.
+        """
+        with self.slots.replaced(params), self._traceless():
+            return loss_of(self._evaluate())
+
+    @contextlib.contextmanager
+    def _traceless(self) -> Iterator[None]:
+        copies = contextlib.nullcontext() if self._replay is None else self._replay.buffers.copies()
+        with copies, self._quiet():
+            yield
+
+    def measure(self, num: int, evaluate: Callable[[Sequence[int]], Tensor]) -> Tensor:
+        """Return ``num`` numbers, shape ``(num,)``, on which all ranks agree.
+
+        Args:
+            num: how many numbers there are.
+            evaluate: measures those of the given indices on this rank, in their order.
+
+        Raises:
+            NonFiniteLossError: if one of them is NaN or infinite, with its index.
+        """
+        if self.exchange is None:
+            values = evaluate(range(num))
+        else:
+            values = self.exchange.agree(evaluate(self.exchange.share(num)), num)
+        finite = torch.isfinite(values)
+        if not bool(finite.all()):
+            if self.recorded_loss is not None and not bool(torch.isfinite(self.recorded_loss)):
+                raise NonFiniteLossError(None, float(self.recorded_loss))
+            index = int((~finite).nonzero()[0])
+            raise NonFiniteLossError(index, float(values[index]))
+        return values
+
+    def finish(self) -> None:
+        """Leave random streams, buffers and metrics as the recorded evaluation left them."""
+        if self._replay is not None:
+            self._replay.finish()
+
+
+def loss_of(output: Any) -> Tensor:
+    """Return the scalar loss in what a training step returned.
+
+    Args:
+        output: a one-element tensor, a number, or a mapping with the key ``"loss"``.
+
+    Raises:
+        SkipBatchError: for None.
+        ValueError: for anything else.
+    """
+    loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
+    if loss is None:
+        raise SkipBatchError
+    if not isinstance(loss, Tensor):
+        try:
+            return torch.tensor(float(loss), dtype=torch.float64)  # a difference needs the digits
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"training_step returned {type(loss).__name__}: return one number (a scalar tensor, a float, or a dict "
+                "with the key 'loss'), or None to skip the batch."
+            ) from None
+    if loss.numel() != 1:
+        raise ValueError(
+            f"training_step returned a loss of shape {tuple(loss.shape)}: a training rule needs one number per batch; "
+            "return loss.mean()."
+        )
+    return loss.reshape(()) if loss.dim() else loss

@@ -1,0 +1,359 @@
+"""Small classification data sets as LightningDataModules, held in memory and batched by one index operation.
+
+All of them split deterministically without touching a global random number generator, and standardise with one scalar
+mean and one scalar standard deviation of the training split (per pixel would divide by zero: digits have pixels that
+are always black).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_bpfree.demos.idx import FASHION_MNIST, MNIST, fetch, load_splits
+
+__all__ = [
+    "BatchDataset",
+    "DigitsDataModule",
+    "FashionMNISTDataModule",
+    "InMemoryDataModule",
+    "MNIST1DDataModule",
+    "MNISTDataModule",
+    "pass_through",
+    "stratified_split",
+]
+
+_T = TypeVar("_T")
+_Arrays = tuple[Tensor, Tensor, Tensor, Tensor]  # training inputs, training labels, test inputs, test labels
+_TEST_SEED = 0  # the test split of a data set that has none of its own; not the user's `seed`, so that it never moves
+
+
+class BatchDataset(TensorDataset):
+    """A TensorDataset that a DataLoader indexes once a batch instead of once a sample.
+
+    torch's loader calls ``__getitems__`` with a batch's indices where a data set has it. The sampler stays an ordinary
+    one, so that Lightning can put its DistributedSampler in. Use with ``collate_fn=pass_through``.
+
+    Example:
+        >>> data = BatchDataset(torch.arange(6.0), torch.arange(6))
+        >>> [y.tolist() for _, y in DataLoader(data, batch_size=4, collate_fn=pass_through)]
+        [[0, 1, 2, 3], [4, 5]]
+    """
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        index = torch.as_tensor(indices)
+        return tuple(tensor[index] for tensor in self.tensors)
+
+
+def pass_through(batch: _T) -> _T:
+    """The batch as it is: :class:`BatchDataset` has stacked it already. At module level, so that it can be pickled."""
+    return batch
+
+
+def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split indices so that each class gives the same fraction (to the nearest sample) to the second part.
+
+    Args:
+        labels: Class of each sample, shape (N,), integer.
+        fraction: Share of the second part, in (0, 1).
+        seed: Decides the split and the order, and nothing else does.
+
+    Returns:
+        Indices of the first and of the second part, both shuffled, disjoint, together all N.
+
+    Example:
+        >>> rest, part = stratified_split(torch.tensor([0, 1] * 10), 0.2, seed=0)
+        >>> len(rest), len(part)
+        (16, 4)
+    """
+    # RandomState's stream is frozen across numpy versions, which no torch.Generator promises.
+    state = np.random.RandomState(seed)
+    order = torch.from_numpy(state.permutation(len(labels)))
+    in_part = torch.zeros(len(labels), dtype=torch.bool)
+    for label in sorted(set(labels.tolist())):
+        members = order[labels[order] == label]
+        in_part[members[: round(fraction * len(members))]] = True
+    return order[~in_part[order]], order[in_part[order]]
+
+
+class InMemoryDataModule(LightningDataModule):
+    """What the data modules here share; a subclass says in :meth:`load` where the arrays come from.
+
+    Batches are pairs: inputs float32, (B, C, H, W), or (B, C * H * W) with `flatten`; labels int64, (B,).
+
+    Args:
+        batch_size: Samples a batch, at least 1.
+        val_fraction: Share of the training data set apart for validation, in (0, 1), the same in each class.
+        seed: Seed of the split into training and validation. The test split is the same for every seed.
+        flatten: Whether inputs are vectors instead of images.
+        drop_last: Whether a last training batch smaller than `batch_size` is left out.
+        num_workers: Worker processes of each loader; 0, in the main process, is fastest here.
+        train_size: Use only the first so many samples of the shuffled training split; None: all.
+
+    Attributes:
+        num_classes: Number of classes.
+        in_shape: Shape (C, H, W) of one image, also where `flatten` is set.
+        num_features: C * H * W.
+        mean: Mean of the training samples in use, before standardisation; NaN until :meth:`setup`.
+        std: Their standard deviation; NaN until :meth:`setup`.
+
+    Raises:
+        ValueError: An argument is out of range; from :meth:`setup` where it is out of range for this data set.
+    """
+
+    num_classes: int = 10
+    in_shape: tuple[int, int, int]
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        flatten: bool = False,
+        drop_last: bool = False,
+        num_workers: int = 0,
+        train_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; give 1 or more samples a batch.")
+        if not 0 < val_fraction < 1:
+            raise ValueError(
+                f"val_fraction is {val_fraction}; give a share between 0 and 1, both excluded, such as 0.1."
+            )
+        if train_size is not None and train_size < 1:
+            raise ValueError(f"train_size is {train_size}; give 1 or more samples, or None for all.")
+        if num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}; give 0 (load in the main process) or more.")
+        self.batch_size, self.val_fraction, self.seed, self.flatten = batch_size, val_fraction, seed, flatten
+        self.drop_last, self.num_workers, self.train_size = drop_last, num_workers, train_size
+        self.num_features = math.prod(self.in_shape)
+        self.mean = self.std = math.nan
+        self._splits: dict[str, BatchDataset] = {}
+
+    def load(self) -> _Arrays:
+        """Training inputs, training labels, test inputs and test labels; inputs of any shape with N first."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002 - all splits come from the same files
+        """Load, split and standardise; does nothing the second time."""
+        if self._splits:
+            return
+        x, y, test_x, test_y = self.load()
+        train, val = stratified_split(y, self.val_fraction, self.seed)
+        self._check_sizes(len(train), len(val))
+        train = train[: self.train_size]
+        std, mean = torch.std_mean(x[train].float(), correction=0)
+        # 1.0 for constant data: nothing to scale, and no division by zero.
+        self.mean, self.std = float(mean), float(std) or 1.0
+        shape = (self.num_features,) if self.flatten else self.in_shape
+        for name, inputs, labels in (("train", x[train], y[train]), ("val", x[val], y[val]), ("test", test_x, test_y)):
+            scaled = (inputs.float() - self.mean) / self.std
+            self._splits[name] = BatchDataset(scaled.reshape(-1, *shape), labels.long())
+
+    def _check_sizes(self, n_train: int, n_val: int) -> None:
+        if n_train == 0 or n_val == 0:
+            raise ValueError(
+                f"val_fraction is {self.val_fraction}, which leaves {n_train} training and {n_val} validation samples; "
+                "choose it so that both have some."
+            )
+        if self.train_size is not None and self.train_size > n_train:
+            raise ValueError(
+                f"train_size is {self.train_size}, but the training split has {n_train} samples; "
+                f"give at most {n_train}, or None for all."
+            )
+        used = self.train_size or n_train
+        if self.drop_last and self.batch_size > used:
+            raise ValueError(
+                f"batch_size is {self.batch_size} with drop_last=True, but there are {used} training samples, "
+                f"hence no batch at all; give at most {used}, or drop_last=False."
+            )
+
+    def dataset(self, split: Literal["train", "val", "test"]) -> BatchDataset:
+        """The samples of one split; its ``tensors`` are the standardised inputs and the labels.
+
+        Raises:
+            RuntimeError: :meth:`setup` has not run.
+        """
+        if not self._splits:
+            raise RuntimeError(f"{type(self).__name__} holds no data yet; call prepare_data() and setup() first.")
+        return self._splits[split]
+
+    def _loader(self, split: Literal["train", "val", "test"]) -> DataLoader[Any]:
+        train = split == "train"
+        return DataLoader(
+            self.dataset(split),
+            batch_size=self.batch_size,
+            shuffle=train,
+            drop_last=train and self.drop_last,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=pass_through,
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training batches, shuffled by torch's global generator (``seed_everything`` decides the order)."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Validation batches in a fixed order."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Test batches in a fixed order."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The test batches, labels included."""
+        return self._loader("test")
+
+
+def _missing(package: str) -> ModuleNotFoundError:
+    return ModuleNotFoundError(f'This data set needs {package}: pip install "lightning-bpfree[recipes]"')
+
+
+class DigitsDataModule(InMemoryDataModule):
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; comes with scikit-learn, nothing is downloaded.
+
+    A stratified fifth, the same always, is the test split. Arguments are those of :class:`InMemoryDataModule`.
+    Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI repository, 1998.
+
+    Raises:
+        ModuleNotFoundError: From :meth:`setup`, where scikit-learn is not installed.
+
+    Example:
+        >>> data = DigitsDataModule(batch_size=32)
+        >>> data.setup()
+        >>> x, y = next(iter(data.train_dataloader()))
+        >>> tuple(x.shape), tuple(y.shape)
+        ((32, 1, 8, 8), (32,))
+    """
+
+    in_shape = (1, 8, 8)
+
+    def load(self) -> _Arrays:
+        """The digits, with values 0 to 16, and their fixed test split."""
+        try:
+            from sklearn.datasets import load_digits
+        except ModuleNotFoundError as error:
+            raise _missing("scikit-learn") from error
+        bunch = load_digits()
+        x, y = torch.from_numpy(bunch.images), torch.from_numpy(bunch.target)
+        train, test = stratified_split(y, 0.2, _TEST_SEED)
+        return x[train], y[train], x[test], y[test]
+
+
+class FashionMNISTDataModule(InMemoryDataModule):
+    """Fashion-MNIST: 60,000 training and 10,000 test images of 28 x 28 pixels of ten kinds of clothes.
+
+    Source: H. Xiao, K. Rasul, R. Vollgraf, "Fashion-MNIST", 2017, arXiv 1708.07747.
+
+    Args:
+        data_dir: Folder to look for the IDX files in, and to download to; Debian's package is found without it.
+        download: Whether they may be downloaded (31 MB) where they are not found.
+        **kwargs: Arguments of :class:`InMemoryDataModule`.
+
+    Raises:
+        FileNotFoundError: From :meth:`prepare_data`: not found and not downloaded; the message lists the ways out.
+        ValueError: From :meth:`setup`: a file is corrupt.
+    """
+
+    in_shape = (1, 28, 28)
+
+    def __init__(self, data_dir: str = "data", download: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.data_dir, self.download = data_dir, download
+
+    def prepare_data(self) -> None:
+        """Download what is missing; Lightning calls it in one process of each machine only."""
+        fetch(FASHION_MNIST, self.data_dir, download=self.download)
+
+    def load(self) -> _Arrays:
+        """The four IDX files, with values 0 to 255; never downloads."""
+        return load_splits(FASHION_MNIST, fetch(FASHION_MNIST, self.data_dir, download=False))
+
+
+class MNISTDataModule(InMemoryDataModule):
+    """MNIST: 60,000 training and 10,000 test images of 28 x 28 pixels of handwritten digits.
+
+    Source: Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, "Gradient-Based Learning Applied to Document Recognition", 1998.
+
+    Args:
+        data_dir: Folder to look for the IDX files in, and to download to.
+        download: Whether they may be downloaded (12 MB) where they are not found.
+        **kwargs: Arguments of :class:`InMemoryDataModule`.
+
+    Raises:
+        FileNotFoundError: From :meth:`prepare_data`: not found and not downloaded; the message lists the ways out.
+        ValueError: From :meth:`setup`: a file is corrupt.
+    """
+
+    in_shape = (1, 28, 28)
+
+    def __init__(self, data_dir: str = "data", download: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.data_dir, self.download = data_dir, download
+
+    def prepare_data(self) -> None:
+        """Download what is missing; Lightning calls it in one process of each machine only."""
+        fetch(MNIST, self.data_dir, download=self.download)
+
+    def load(self) -> _Arrays:
+        """The four IDX files, with values 0 to 255; never downloads."""
+        return load_splits(MNIST, fetch(MNIST, self.data_dir, download=False))
+
+
+@functools.lru_cache(maxsize=2)  # it takes about a second, and a sweep asks for the same again and again
+def _make_mnist1d(num_samples: int, data_seed: int) -> _Arrays:
+    try:
+        from mnist1d.data import get_dataset_args, make_dataset
+    except ModuleNotFoundError as error:
+        raise _missing("mnist1d") from error
+    args = get_dataset_args()
+    args.num_samples, args.seed = num_samples, data_seed
+    # The generator seeds and draws from the two global generators: put them back as they were.
+    states = random.getstate(), np.random.get_state()
+    try:
+        data = make_dataset(args)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+    x, y, test_x, test_y = (torch.from_numpy(data[key]) for key in ("x", "y", "x_test", "y_test"))
+    return x, y, test_x, test_y
+
+
+class MNIST1DDataModule(InMemoryDataModule):
+    """MNIST-1D: noisy, shifted and sheared signals of 40 points in ten classes, generated here, nothing is downloaded.
+
+    An image is one row, (1, 1, 40). A fifth of the signals, in the generator's order, is the test split.
+    Source: S. Greydanus, D. Kobak, "Scaling Down Deep Learning with MNIST-1D", 2020, arXiv 2011.14439.
+
+    Args:
+        num_samples: Signals to generate, test split included; a multiple of 10, at least 100. The paper has 5,000.
+        data_seed: Seed of the generator; 42 is the paper's.
+        **kwargs: Arguments of :class:`InMemoryDataModule`.
+
+    Raises:
+        ModuleNotFoundError: From :meth:`setup`, where mnist1d is not installed.
+        ValueError: An argument is out of range.
+    """
+
+    in_shape = (1, 1, 40)
+
+    def __init__(self, num_samples: int = 5000, data_seed: int = 42, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if num_samples < 100 or num_samples % 10:
+            raise ValueError(f"num_samples is {num_samples}; give a multiple of 10 (the classes), at least 100.")
+        self.num_samples, self.data_seed = num_samples, data_seed
+
+    def load(self) -> _Arrays:
+        """The generated signals."""
+        return _make_mnist1d(self.num_samples, self.data_seed)

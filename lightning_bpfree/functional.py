@@ -1,0 +1,17 @@
+"""The pure functions behind the rules, for Fabric, plain loops and manual optimization.
+
+>>> import torch
+>>> from lightning_bpfree import functional
+>>> loss, grads = functional.zeroth_order_gradient(lambda p: p["w"].sum(), {"w": torch.zeros(1)}, num_directions=4)
+>>> grads["w"].shape
+torch.Size([1])
+"""
+
+from lightning_bpfree.callbacks.gradient_alignment import cosine as cosine
+from lightning_bpfree.core.directions import Directions as Directions
+from lightning_bpfree.core.forward_ad import directional_derivative as directional_derivative
+from lightning_bpfree.core.forward_ad import directional_derivatives as directional_derivatives
+from lightning_bpfree.core.injection import inject as inject
+from lightning_bpfree.rules.forward_gradient import forward_gradient as forward_gradient
+from lightning_bpfree.rules.zeroth_order import difference_quotients as difference_quotients
+from lightning_bpfree.rules.zeroth_order import zeroth_order_gradient as zeroth_order_gradient

@@ -1,0 +1,1 @@
+"""Floor 2: training rules, one file each, over one base."""

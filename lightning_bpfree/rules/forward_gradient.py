@@ -1,0 +1,264 @@
+"""Forward gradients: directional derivatives along random directions, by forward-mode automatic differentiation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_bpfree.core.directions import Directions, Distribution, check_directions, weights_from_slopes
+from lightning_bpfree.core.forward_ad import (
+    LossFunction,
+    NoForwardDerivativeError,
+    compiled_parts,
+    directional_derivative,
+    directional_derivatives,
+    failing_layer,
+    supported_kernels,
+    unsupported_layers,
+)
+from lightning_bpfree.core.params import Params, widen
+from lightning_bpfree.core.step import Estimate, Step
+from lightning_bpfree.rules.training_rule import TrainingRule
+
+DUAL_COST = 3.0  # forward passes: W x, dW x and W dx
+LARGEST_AUTO_CHUNK = 8  # 2.125 instead of 3 forwards a direction; more chunk saves little and costs memory
+
+T = TypeVar("T")
+
+
+def forward_gradient(
+    loss_fn: LossFunction,
+    params: Mapping[str, Tensor],
+    *,
+    num_directions: int = 1,
+    directions: Distribution = "gaussian",
+    orthogonal: bool = False,
+    normalize: bool = False,
+    chunk_size: int = 1,
+    seed: int = 0,
+) -> tuple[Tensor, Params]:
+    """Return the loss and an unbiased estimate of its gradient, without a backward pass.
+
+    The pure form of :class:`ForwardGradient`, for plain loops and Fabric; the arguments are the same.
+
+    Examples:
+        >>> loss, grads = forward_gradient(
+        ...     lambda p: (p["w"] ** 2).sum(), {"w": torch.ones(2)}, num_directions=2, orthogonal=True
+        ... )
+        >>> [round(float(g), 4) for g in grads["w"]]
+        [2.0, 2.0]
+    """
+    drawn = Directions(params, num_directions, seed, directions)
+    losses, parts = [], []
+    for ks in _chunks(range(num_directions), chunk_size):
+        if len(ks) == 1:
+            loss, slope = directional_derivative(loss_fn, params, drawn[ks[0]])
+            slopes = slope.reshape(1)
+        else:
+            loss, slopes = directional_derivatives(loss_fn, params, drawn.stack(ks))
+        losses.append(loss)
+        parts.append(widen(slopes))
+    weights = weights_from_slopes(torch.cat(parts), drawn, orthogonal, normalize)
+    return losses[0], drawn.combine(weights)
+
+
+def _chunks(ks: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [ks[start : start + size] for start in range(0, len(ks), size)]
+
+
+class ForwardGradient(TrainingRule):
+    """Trains by forward gradients: one forward pass of dual numbers per direction, no backward pass, no stored graph.
+
+    The estimate ``mean_k (g . v_k) v_k`` over random directions ``v_k`` is unbiased for the gradient ``g``. Its error
+    grows with the number of trained parameters ``d``: the cosine to the gradient is about ``sqrt(K / (K + d + 1))``.
+
+    Cost: about 3 forward passes a direction one by one (what a backprop step costs in all), or 2 a direction in a
+    vectorised chunk, which holds ``chunk_size`` copies of parameters and activations.
+
+    Attention falls back to its math kernel, and LSTMs on the CPU leave oneDNN, for the others have no forward
+    derivative. A ``no_grad`` inside the training step does not stop tangents; stop gradients by ``detach``.
+
+    Args:
+        num_directions: ``K``, at least 1.
+        directions: ``"gaussian"`` or ``"rademacher"`` (random signs; variance d - 1 instead of d + 1).
+        orthogonal: orthonormalise the ``K`` directions; cosine ``sqrt(K / d)``, and exact for ``K = d``.
+        normalize: put the directions on the sphere of radius sqrt(d): variance d - 1.
+        chunk_size: directions per vectorised pass; 1 is a loop. ``"auto"`` times both at the first batch, keeps the
+            faster one (also across a resume), and takes the loop under ``Trainer(deterministic=True)``.
+        params: shell-style patterns of the parameters to train; None for all.
+        **settings: see :class:`TrainingRule`.
+
+    Raises:
+        ValueError: for arguments out of range.
+
+    Examples:
+        >>> ForwardGradient(num_directions=4, chunk_size=1).describe()["a step"]
+        '4 dual forwards (12 forwards)'
+
+    References:
+        A. G. Baydin, B. A. Pearlmutter, D. Syme, F. Wood, P. Torr, "Gradients without Backpropagation", 2022, arXiv
+        2202.08587. L. Fournier et al., "Can Forward Gradient Match Backpropagation?", 2023, arXiv 2306.06968.
+    """
+
+    citation: ClassVar[str] = (
+        "@article{baydin2022gradients, title={Gradients without Backpropagation}, author={Baydin, Atilim Gunes and "
+        "Pearlmutter, Barak A. and Syme, Don and Wood, Frank and Torr, Philip}, journal={arXiv preprint "
+        "arXiv:2202.08587}, year={2022}}"
+    )
+    exchanges_scalars: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        num_directions: int = 1,
+        directions: Distribution = "gaussian",
+        orthogonal: bool = False,
+        normalize: bool = False,
+        chunk_size: int | Literal["auto"] = "auto",
+        *,
+        params: str | Sequence[str] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(params=params, **settings)
+        check_directions(num_directions, directions)
+        if chunk_size != "auto" and (not isinstance(chunk_size, int) or chunk_size < 1):
+            raise ValueError(f"chunk_size={chunk_size!r}: give a whole number of at least 1, or 'auto'.")
+        self.num_directions, self.directions = num_directions, directions
+        self.orthogonal, self.normalize, self.chunk_size = orthogonal, normalize, chunk_size
+        self._chunk_used: int | None = None
+        if num_directions == 1:
+            self._chunk_used = 1
+        elif isinstance(chunk_size, int):
+            self._chunk_used = min(chunk_size, num_directions)
+
+    def check(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Refuse what would fail, or go wrong without a word, under forward-mode AD."""
+        compiled = compiled_parts(module)
+        if compiled or getattr(module, "_compiler_ctx", None) is not None:
+            raise MisconfigurationException(
+                f"ForwardGradient cannot go through torch.compile, which may drop tangents without a word: "
+                f"{', '.join(compiled) or type(module).__name__} is compiled. Train the module as it was before "
+                "torch.compile (module._orig_mod of a compiled part), or use ZerothOrder()."
+            )
+        for layer, cure in unsupported_layers(module):
+            raise MisconfigurationException(
+                f"ForwardGradient: {layer} has no forward-mode derivative in torch. Cure: {cure}, leave it out by "
+                "params=..., or use ZerothOrder()."
+            )
+
+    def estimate(self, step: Step) -> Estimate:
+        """Return the loss and the combination of directions by their slopes."""
+        params = step.params
+        directions = Directions(params, self.num_directions, step.seed, self.directions)
+        with supported_kernels(step.module):
+            if self._chunk_used is None:
+                self._chunk_used = self._faster_chunk(step, params, directions)
+            slopes = step.measure(self.num_directions, partial(self._slopes, step, params, directions))
+            if not step.recorded:  # vectorised passes record nothing, nor does a rank without a share
+                with torch.no_grad():
+                    step.loss()
+        weights = weights_from_slopes(slopes, directions, self.orthogonal, self.normalize)
+        assert step.recorded_loss is not None
+        return Estimate(step.recorded_loss, partial(directions.combine, weights))
+
+    def _slopes(self, step: Step, params: Params, directions: Directions, ks: Sequence[int]) -> Tensor:
+        parts = []
+        for chunk in _chunks(ks, self._chunk_used or 1):
+            try:
+                if self._chunk_used == 1:
+                    parts.append(_one(step, params, directions, chunk[0]).reshape(1))
+                else:
+                    parts.append(_many(step, params, directions, chunk)[1])
+            except (NotImplementedError, RuntimeError, NoForwardDerivativeError) as error:
+                raise self._explained(error, step, params, directions) from error
+        return widen(torch.cat(parts)) if parts else torch.zeros(0)
+
+    def _faster_chunk(self, step: Step, params: Params, directions: Directions) -> int:
+        """Time both ways at the first batch; the loop where vectorising fails or draws another dropout mask."""
+        if torch.are_deterministic_algorithms_enabled():
+            return 1
+        ks = range(min(self.num_directions, LARGEST_AUTO_CHUNK))
+        counted = step.forward_evals
+        with torch.no_grad():
+            loss = step.loss()
+        try:
+            vectorised, (again, _) = _timed(lambda: _many(step, params, directions, ks), loss.device)
+        except Exception as error:  # whatever it is, the loop is there
+            rank_zero_info(
+                f"ForwardGradient: directions one by one, since vectorising fails: {str(error).splitlines()[0]}"
+            )
+            return 1
+        loop, _ = _timed(lambda: _one(step, params, directions, 0), loss.device)
+        step.forward_evals = counted + 1
+        same_noise = torch.allclose(again.float(), loss.float(), rtol=1e-3)
+        chosen = len(ks) if same_noise and vectorised < loop * len(ks) else 1
+        rank_zero_info(
+            f"ForwardGradient: {len(ks)} directions take {vectorised:.3g} s in one pass, {loop * len(ks):.3g} s one by one"
+            f"{'' if same_noise else ' (with one dropout mask)'}: chunk_size={chosen} from here on."
+        )
+        return chosen
+
+    def _explained(self, error: Exception, step: Step, params: Params, directions: Directions) -> Exception:
+        if isinstance(error, NoForwardDerivativeError):
+            return MisconfigurationException(f"ForwardGradient: {error}")
+        layer = failing_layer(step.module, lambda: _one(step, params, directions, 0))
+        if layer is None and self._chunk_used != 1:
+            return MisconfigurationException(
+                f"ForwardGradient(chunk_size={self._chunk_used}): the training step cannot be vectorised ({error}). Use "
+                "chunk_size=1 or 'auto'."
+            )
+        if not isinstance(error, NotImplementedError):
+            return error  # the user's own error: not ours to rename
+        return MisconfigurationException(
+            f"ForwardGradient: {layer or 'the loss'} has no forward-mode derivative in torch ({error}). Replace it, or use "
+            "ZerothOrder(), which needs none."
+        )
+
+    def rule_state(self) -> dict[str, Any]:
+        """Return the chosen chunk, so that a resumed run rounds as the first one did."""
+        return {"chunk_used": self._chunk_used}
+
+    def load_rule_state(self, state: dict[str, Any]) -> None:
+        """Take the chosen chunk back, unless the user has asked for another."""
+        if self.chunk_size == "auto" and state["chunk_used"] is not None:
+            self._chunk_used = min(int(state["chunk_used"]), self.num_directions)
+
+    def describe(self) -> dict[str, str]:
+        """Return rows for the banner."""
+        num, chunk = self.num_directions, self._chunk_used
+        if chunk is None:
+            cost = f"{num} directions ({1 + 1 + 2 * num} to {3 * num} forwards; timed at the first batch)"
+        elif chunk == 1:
+            cost = f"{num} dual forward{'s' * (num > 1)} ({DUAL_COST * num:g} forwards)"
+        else:
+            cost = f"{num} directions, {chunk} at a time ({1 + -(-num // chunk) + 2 * num} forwards)"
+        return {"a step": cost, "route": f"forward-mode automatic differentiation, {self.directions} directions"}
+
+
+def _one(step: Step, params: Params, directions: Directions, k: int) -> Tensor:
+    loss_fn = partial(step.loss, recorded=True, cost=DUAL_COST)
+    return directional_derivative(loss_fn, params, directions[k])[1]
+
+
+def _many(step: Step, params: Params, directions: Directions, ks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    step.rewind()
+    step.forward_evals += 1 + 2 * len(ks)
+    return directional_derivatives(step.loss_under_transform, params, directions.stack(ks))
+
+
+def _timed(evaluate: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    seconds = []
+    for _ in range(3):  # the first run warms up
+        start = time.perf_counter()
+        result = evaluate()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:]), result

@@ -1,0 +1,114 @@
+"""Multi-process training in which ranks exchange a few numbers a step, and no gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_bpfree.core.exchange import ScalarExchange
+from lightning_bpfree.rules.training_rule import TrainingRule
+
+
+class ScalarSyncStrategy(DDPStrategy, ScalarExchange):
+    """Keeps ranks bit-equal by exchanging the ``K`` coefficients of a rule, instead of gradients.
+
+    Every rank remakes the same random directions from the same seed, so that ``K`` numbers determine the estimate:
+    what a rank sends in a step does not depend on the size of the model. There is no DistributedDataParallel wrapper.
+
+    Args:
+        split: ``"data"``: each rank measures all directions on its own batch, and the numbers are averaged (two ranks
+            equal one with the union of their batches). ``"directions"``: all ranks see the same batch, and each measures
+            its own share of the ``K`` directions.
+        **kwargs: see ``lightning.pytorch.strategies.DDPStrategy``.
+
+    Raises:
+        ValueError: for an unknown split.
+
+    Examples:
+        >>> strategy = ScalarSyncStrategy(split="directions")
+        >>> strategy.split
+        'directions'
+
+    References:
+        H. Feng et al., "Does Federated Learning Really Need Backpropagation?", 2023, arXiv 2301.12195.
+    """
+
+    strategy_name = "bpfree_scalar_sync"
+
+    def __init__(self, split: Literal["data", "directions"] = "data", **kwargs: Any) -> None:
+        if split not in ("data", "directions"):
+            raise ValueError(f"split={split!r}: choose 'data' or 'directions'.")
+        super().__init__(**kwargs)
+        self.split = split
+        self._bytes_sent = 0
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Refuse a fit whose gradients would never meet."""
+        rules = [cb for cb in trainer.callbacks if isinstance(cb, TrainingRule)]  # type: ignore[attr-defined]
+        if trainer.state.fn == "fit" and not rules:
+            raise MisconfigurationException(
+                "ScalarSyncStrategy sends no gradients between ranks, and no training rule is among the callbacks: the "
+                "ranks would drift apart. Add a rule such as ZerothOrder(), or use strategy='ddp'."
+            )
+        super().setup(trainer)
+
+    def configure_ddp(self) -> None:
+        """Start from rank 0's parameters and buffers, as DDP does; there is no wrapper."""
+        assert self.model is not None
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+            dist.broadcast(tensor.detach(), src=0)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """What Lightning gives to the samplers that it sets up: one batch for all ranks if directions are split."""
+        return {"num_replicas": 1, "rank": 0} if self.split == "directions" else super().distributed_sampler_kwargs
+
+    def share(self, num: int) -> Sequence[int]:
+        """Return the directions that this rank measures."""
+        return range(self.global_rank, num, self.world_size) if self.split == "directions" else range(num)
+
+    def agree(self, values: Tensor, num: int) -> Tensor:
+        """Return the mean over ranks, or the numbers of all shares; gathered, so that all ranks add in one order."""
+        largest = -(-num // self.world_size) if self.split == "directions" else num
+        sent = torch.zeros(largest, dtype=torch.float32, device=self.root_device)
+        sent[: len(values)] = values
+        received = [torch.empty_like(sent) for _ in range(self.world_size)]
+        dist.all_gather(received, sent)
+        self._bytes_sent += sent.element_size() * largest
+        if self.split == "data":
+            return torch.stack(received).mean(0)
+        return torch.stack(received, dim=1).flatten()[:num]  # rank r measured r, r + world_size, ...
+
+    def verify(self, module: nn.Module) -> None:
+        """Raise RuntimeError if a parameter differs between ranks; give all ranks the buffers of rank 0."""
+        sums = [parameter.detach().double().sum() for parameter in module.parameters()]
+        own = torch.stack(sums).to(self.root_device) if sums else torch.zeros(1, dtype=torch.float64)
+        first = own.clone()
+        dist.broadcast(first, src=0)
+        if not torch.equal(own, first):
+            raise RuntimeError(
+                f"Rank {self.global_rank}'s parameters differ from rank 0's: something outside the rule has moved them on "
+                "one rank only, or the ranks run different hardware or versions. Use strategy='ddp'."
+            )
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload of the coefficients that this rank has sent since the start, in bytes."""
+        return self._bytes_sent
+
+
+if ScalarSyncStrategy.strategy_name not in StrategyRegistry:
+    StrategyRegistry.register(
+        ScalarSyncStrategy.strategy_name,
+        ScalarSyncStrategy,
+        description="Ranks exchange the coefficients of a training rule, and no gradients.",
+    )
