@@ -7,8 +7,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -59,8 +59,8 @@ class GradientAlignment(Callback):
         self._every = self.every_n_steps or logged or 1
         if logged and self._every % logged:
             rank_zero_warn(
-                f"GradientAlignment(every_n_steps={self._every}) is no multiple of the Trainer's log_every_n_steps={logged}: "
-                "loggers will miss some of its values (bpfree/mean_cosine counts them all)."
+                f"GradientAlignment(every_n_steps={self._every}) is no multiple of the Trainer's log_every_n_steps="
+                f"{logged}: loggers will miss some of its values (bpfree/mean_cosine counts them all)."
             )
         self._last_step = -1
         rules[0].probes.append(self)
@@ -75,10 +75,8 @@ class GradientAlignment(Callback):
         self._last_step = trainer.global_step + 1
         names = [slot.name for slot in step.trained]
         parameters = [slot.parameter for slot in step.trained]
-        if estimate.gradients is None:
-            guess = _differentiated(estimate.loss, parameters, names)
-        else:
-            guess = estimate.resolved()
+        own = estimate.gradients is None
+        guess = _differentiated(estimate.loss, parameters, names) if own else estimate.resolved()
         evals = step.forward_evals
         with torch.enable_grad():
             loss = step.loss(recorded=False)

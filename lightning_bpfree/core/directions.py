@@ -153,7 +153,8 @@ def _signs(num: int, device: torch.device, generator: torch.Generator) -> Tensor
     words = torch.empty(-(-num // 64), dtype=torch.int64, device=device)
     words.random_(-(1 << 63), None, generator=generator)
     bits = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=device)
-    return (words.view(torch.uint8).unsqueeze(-1) & bits).ne(0).flatten()[:num]
+    signs: Tensor = (words.view(torch.uint8).unsqueeze(-1) & bits).ne(0).flatten()[:num]
+    return signs
 
 
 def check_directions(num_directions: int, distribution: str) -> None:
@@ -186,8 +187,8 @@ def weights_from_slopes(
         ValueError: if ``orthogonal`` is asked of more directions than there are coordinates.
     """
     num = len(directions)
-    if not (orthogonal or normalize):
-        return slopes / num
+    if not orthogonal and (not normalize or directions.distribution == "rademacher"):
+        return slopes / num  # random signs lie on the sphere already: |v|^2 = d
     dimension = sum(like.numel() for like in directions.like.values())
     wide = slopes.to("cpu", torch.float64)
     if orthogonal:
@@ -196,9 +197,7 @@ def weights_from_slopes(
                 f"orthogonal=True with num_directions={num}, but only {dimension} parameters are trained: use at most "
                 f"{dimension} directions."
             )
-        weights = torch.linalg.solve(directions.gram(), wide) * (dimension / num)
-    elif directions.distribution == "rademacher":
-        return slopes / num  # |v|^2 = d already
+        weights: Tensor = torch.linalg.solve(directions.gram(), wide) * (dimension / num)
     else:
         weights = wide * dimension / (num * directions.squared_norms())
     return weights.to(slopes.device, slopes.dtype)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -67,9 +69,12 @@ def directional_derivatives(
     """
 
     def along(direction: Params) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(loss_fn, (dict(params),), (direction,))
+        loss, slope = torch.func.jvp(loss_fn, (dict(params),), (direction,))  # type: ignore[misc]  # has_aux=False
+        return loss, slope
 
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # Where vmap has no batching rule it loops inside, and says so at every call.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
         # randomness="same": one dropout mask for all directions
         losses, slopes = torch.func.vmap(along, randomness="same")(dict(directions))
     return losses[0], slopes
@@ -79,13 +84,15 @@ def directional_derivatives(
 def supported_kernels(module: nn.Module) -> Iterator[None]:
     """Choose kernels that have a forward derivative: the math kernel of attention, no oneDNN for LSTMs on the CPU.
 
-    Reentrant checkpoints would drop the tangent without a word, so they raise in this context.
+    Transformer layers leave their fused evaluation path. Reentrant checkpoints would drop the tangent without a word, so they raise in this context.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(part, nn.LSTM) for part in module.modules()):
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         stack.enter_context(_no_reentrant_checkpoint())
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
         yield
 
 
@@ -97,7 +104,7 @@ def _no_reentrant_checkpoint() -> Iterator[None]:
             "use_reentrant=False, or switch checkpointing off (a forward gradient stores no activations anyway)."
         )
 
-    checkpoint = torch.utils.checkpoint.CheckpointFunction
+    checkpoint: Any = torch.utils.checkpoint.CheckpointFunction
     had_own = "apply" in checkpoint.__dict__
     original = checkpoint.__dict__.get("apply")
     checkpoint.apply = refuse
@@ -136,8 +143,8 @@ def compiled_parts(module: nn.Module) -> list[str]:
     ]
 
 
-def failing_layer(module: nn.Module, evaluate: Callable[[], object]) -> str | None:
-    """Return "name (Type)" of the innermost layer in which ``evaluate`` raises, or None if it raises in none."""
+def failing_layer(module: nn.Module, evaluate: Callable[[], object]) -> tuple[Exception | None, str | None]:
+    """Return what ``evaluate`` raises, and "name (Type)" of the innermost layer in which it does; None for neither."""
     stack: list[str] = []
     handles = []
     for name, part in module.named_modules():
@@ -146,9 +153,9 @@ def failing_layer(module: nn.Module, evaluate: Callable[[], object]) -> str | No
         handles.append(part.register_forward_hook(lambda *_: stack.pop() and None))
     try:
         evaluate()
-    except Exception:
-        return stack[-1] if stack else None
+    except Exception as error:
+        return error, stack[-1] if stack else None
     finally:
         for handle in handles:
             handle.remove()
-    return None
+    return None, None

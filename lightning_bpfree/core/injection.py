@@ -18,7 +18,7 @@ class _Inject(torch.autograd.Function):
         return loss.detach().clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         return (None, None, *ctx.gradients(scale))
 

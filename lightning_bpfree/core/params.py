@@ -145,7 +145,7 @@ def _match(patterns: str | Sequence[str] | None, names: Sequence[str]) -> set[st
             near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.0)
             raise ValueError(
                 f"params={pattern!r} matches none of the module's {len(names)} parameters. Nearest names: "
-                f"{', '.join(near) or 'none, the module has no parameters yet'}. Patterns are shell-style, e.g. 'net.0.*'."
+                f"{', '.join(near) or 'none, the module has no parameters'}. Patterns are shell-style: 'net.0.*'."
             )
         chosen |= found
     return chosen

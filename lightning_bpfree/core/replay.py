@@ -52,6 +52,26 @@ class RandomStreams:
         if numpy_random and state["numpy"] is not None and not _same_numpy(numpy_random.get_state(), state["numpy"]):
             numpy_random.set_state(state["numpy"])
 
+    def to_plain(self) -> dict[str, Any]:
+        """Return the present state in tensors, lists and numbers, as checkpoints may hold."""
+        state = self.save()
+        version, words, gauss = state["python"]
+        kept = None
+        if state["numpy"] is not None:
+            kind, key, *rest = state["numpy"]
+            kept = [str(kind), key.tolist(), *rest]
+        return {**state, "python": [version, list(words), gauss], "numpy": kept}
+
+    def from_plain(self, state: dict[str, Any]) -> None:
+        """Set every stream to what :meth:`to_plain` returned; devices that are not there now are left out."""
+        version, words, gauss = state["python"]
+        numpy_state = state["numpy"]
+        cuda = state["cuda"] if len(state["cuda"]) == len(self.devices) else self.save()["cuda"]
+        self.load({**state, "cuda": cuda, "python": (version, tuple(words), gauss), "numpy": None})
+        numpy_random = _numpy_random()
+        if numpy_random and numpy_state is not None:
+            numpy_random.set_state(tuple(numpy_state))
+
 
 def _numpy_random() -> Any:
     # If the training step holds a NumPy stream, NumPy is imported already; it is never imported for this.

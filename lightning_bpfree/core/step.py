@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bpfree.core.exchange import ScalarExchange
-from lightning_bpfree.core.params import Params, ParameterSlots, Slot
+from lightning_bpfree.core.params import ParameterSlots, Params, Slot
 from lightning_bpfree.core.replay import Replay
 
 Gradients = Params | Callable[[Tensor | None], Params]

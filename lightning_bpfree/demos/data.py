@@ -143,7 +143,7 @@ class InMemoryDataModule(LightningDataModule):
         """Training inputs, training labels, test inputs and test labels; inputs of any shape with N first."""
         raise NotImplementedError
 
-    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002 - all splits come from the same files
+    def setup(self, stage: str | None = None) -> None:
         """Load, split and standardise; does nothing the second time."""
         if self._splits:
             return
@@ -155,9 +155,15 @@ class InMemoryDataModule(LightningDataModule):
         # 1.0 for constant data: nothing to scale, and no division by zero.
         self.mean, self.std = float(mean), float(std) or 1.0
         shape = (self.num_features,) if self.flatten else self.in_shape
-        for name, inputs, labels in (("train", x[train], y[train]), ("val", x[val], y[val]), ("test", test_x, test_y)):
-            scaled = (inputs.float() - self.mean) / self.std
-            self._splits[name] = BatchDataset(scaled.reshape(-1, *shape), labels.long())
+
+        def standardised(inputs: Tensor, labels: Tensor) -> BatchDataset:
+            return BatchDataset(((inputs.float() - self.mean) / self.std).reshape(-1, *shape), labels.long())
+
+        self._splits = {
+            "train": standardised(x[train], y[train]),
+            "val": standardised(x[val], y[val]),
+            "test": standardised(test_x, test_y),
+        }
 
     def _check_sizes(self, n_train: int, n_val: int) -> None:
         if n_train == 0 or n_val == 0:

@@ -116,19 +116,19 @@ class Classifier(LightningModule):
         logits: Tensor = self.net(x)
         return logits
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Mean cross-entropy of the batch, label smoothing included."""
         return self._step(batch, "train", self.hparams["label_smoothing"])
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Log ``val_loss`` and ``val_acc``."""
         self._step(batch, "val")
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Log ``test_loss`` and ``test_acc``."""
         self._step(batch, "test")
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ARG002
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities, shape (B, num_classes), for a batch of inputs or of (inputs, labels)."""
         x = batch[0] if isinstance(batch, (tuple, list)) else batch
         return torch.softmax(self(x), -1)

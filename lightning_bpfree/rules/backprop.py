@@ -26,8 +26,9 @@ class Backprop(TrainingRule):
     """
 
     citation: ClassVar[str] = (
-        "@article{rumelhart1986learning, title={Learning representations by back-propagating errors}, author={Rumelhart, "
-        "David E. and Hinton, Geoffrey E. and Williams, Ronald J.}, journal={Nature}, volume={323}, year={1986}}"
+        "@article{rumelhart1986learning, title={Learning representations by back-propagating errors}, "
+        "author={Rumelhart, David E. and Hinton, Geoffrey E. and Williams, Ronald J.}, "
+        "journal={Nature}, volume={323}, year={1986}}"
     )
     reevaluates: ClassVar[bool] = False
 

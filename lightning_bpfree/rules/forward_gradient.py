@@ -200,25 +200,26 @@ class ForwardGradient(TrainingRule):
         same_noise = torch.allclose(again.float(), loss.float(), rtol=1e-3)
         chosen = len(ks) if same_noise and vectorised < loop * len(ks) else 1
         rank_zero_info(
-            f"ForwardGradient: {len(ks)} directions take {vectorised:.3g} s in one pass, {loop * len(ks):.3g} s one by one"
-            f"{'' if same_noise else ' (with one dropout mask)'}: chunk_size={chosen} from here on."
+            f"ForwardGradient: {len(ks)} directions take {vectorised:.3g} s in one pass"
+            f"{'' if same_noise else ' (which draws another dropout mask)'}, {loop * len(ks):.3g} s one by one: "
+            f"chunk_size={chosen} from here on."
         )
         return chosen
 
     def _explained(self, error: Exception, step: Step, params: Params, directions: Directions) -> Exception:
-        if isinstance(error, NoForwardDerivativeError):
-            return MisconfigurationException(f"ForwardGradient: {error}")
-        layer = failing_layer(step.module, lambda: _one(step, params, directions, 0))
-        if layer is None and self._chunk_used != 1:
+        alone, layer = failing_layer(step.module, lambda: _one(step, params, directions, 0))
+        if alone is None:  # one direction goes through
             return MisconfigurationException(
-                f"ForwardGradient(chunk_size={self._chunk_used}): the training step cannot be vectorised ({error}). Use "
-                "chunk_size=1 or 'auto'."
+                f"ForwardGradient(chunk_size={self._chunk_used}): the training step cannot be vectorised ({error}). "
+                "Use chunk_size=1 or 'auto'."
             )
-        if not isinstance(error, NotImplementedError):
-            return error  # the user's own error: not ours to rename
+        if isinstance(alone, NoForwardDerivativeError):
+            return MisconfigurationException(f"ForwardGradient: {alone}")
+        if not isinstance(alone, NotImplementedError):
+            return alone  # the user's own error: not ours to rename
         return MisconfigurationException(
-            f"ForwardGradient: {layer or 'the loss'} has no forward-mode derivative in torch ({error}). Replace it, or use "
-            "ZerothOrder(), which needs none."
+            f"ForwardGradient: {layer or 'the loss'} has no forward-mode derivative in torch ({alone}). Replace it, or "
+            "use ZerothOrder(), which needs none."
         )
 
     def rule_state(self) -> dict[str, Any]:

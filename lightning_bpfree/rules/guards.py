@@ -29,8 +29,8 @@ def check_fit(rule: TrainingRule, rules: list[str], trainer: pl.Trainer, module:
     name = type(rule).__name__
     if len(rules) > 1:
         raise MisconfigurationException(
-            f"Two training rules in one Trainer ({', '.join(rules)}): keep one. To change the rule during a fit, give it "
-            "start_epoch or stop_epoch; to change it between fits, resume from a checkpoint with another rule."
+            f"Two training rules in one Trainer ({', '.join(rules)}): keep one. To change the rule during a fit, give "
+            "it start_epoch or stop_epoch; to change it between fits, resume from a checkpoint with another rule."
         )
     if not module.automatic_optimization:
         raise MisconfigurationException(
@@ -40,8 +40,8 @@ def check_fit(rule: TrainingRule, rules: list[str], trainer: pl.Trainer, module:
         )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise MisconfigurationException(
-            f"{name} evaluates a batch several times, but {type(module).__name__}.training_step takes dataloader_iter and "
-            "would use up a new batch at each evaluation. Take (batch, batch_idx) instead."
+            f"{name} evaluates a batch several times, but {type(module).__name__}.training_step takes dataloader_iter "
+            "and would use up a new batch at each evaluation. Take (batch, batch_idx) instead."
         )
     _check_strategy(rule, trainer)
 
@@ -51,19 +51,19 @@ def _check_strategy(rule: TrainingRule, trainer: pl.Trainer) -> None:
     if isinstance(trainer.strategy, ScalarExchange):
         if not rule.exchanges_scalars:
             raise MisconfigurationException(
-                f"{name}'s gradient is not a function of a few numbers, and {strategy} sends nothing else between ranks: "
-                "use strategy='ddp'."
+                f"{name}'s gradient is not a function of a few numbers, and {strategy} sends nothing else between "
+                "ranks: use strategy='ddp'."
             )
         if rule.start_epoch > 0 or rule.stop_epoch is not None:
             raise MisconfigurationException(
-                f"{name}(start_epoch={rule.start_epoch}, stop_epoch={rule.stop_epoch}) has epochs of plain backprop, and "
-                f"{strategy} sends no gradients between ranks: use strategy='ddp'."
+                f"{name}(start_epoch={rule.start_epoch}, stop_epoch={rule.stop_epoch}) has epochs of plain backprop, "
+                f"and {strategy} sends no gradients between ranks: use strategy='ddp'."
             )
         return
     if rule.allow_untested:
         return
     if not TESTED_STRATEGIES & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
         raise MisconfigurationException(
-            f"{name} has not been tested under {strategy}. Use one device, strategy='ddp' or 'bpfree_scalar_sync', or pass "
-            "allow_untested=True and compare a few steps with one device."
+            f"{name} has not been tested under {strategy}. Use one device, strategy='ddp' or 'bpfree_scalar_sync', or "
+            "pass allow_untested=True and compare a few steps with one device."
         )

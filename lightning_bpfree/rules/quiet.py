@@ -10,6 +10,8 @@ import lightning.pytorch as pl
 import torchmetrics
 from torch import nn
 
+_LOUD: tuple[str, ...] = ("log", "log_dict")
+
 
 def _say_nothing(*_args: Any, **_kwargs: Any) -> None:
     return None
@@ -31,14 +33,14 @@ class Quiet:
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         """Return the context in which nothing is logged."""
-        saved = [{key: part.__dict__[key] for key in ("log", "log_dict") if key in part.__dict__} for part in self.loud]
+        saved = [{key: part.__dict__[key] for key in _LOUD if key in part.__dict__} for part in self.loud]
         for part in self.loud:
             part.__dict__.update(log=_say_nothing, log_dict=_say_nothing)
         try:
             yield
         finally:
             for part, own in zip(self.loud, saved, strict=True):
-                for key in ("log", "log_dict"):
+                for key in _LOUD:
                     del part.__dict__[key]
                 part.__dict__.update(own)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -17,13 +16,13 @@ from torch import Tensor
 
 from lightning_bpfree.core.directions import mix
 from lightning_bpfree.core.exchange import ScalarExchange
-from lightning_bpfree.core.injection import inject
 from lightning_bpfree.core.params import ParameterSlots, norm
 from lightning_bpfree.core.replay import Buffers, RandomStreams, Replay
 from lightning_bpfree.core.step import Estimate, NonFiniteLossError, SkipBatchError, Step
 from lightning_bpfree.rules.guards import check_fit
 from lightning_bpfree.rules.quiet import Metrics, Quiet
 from lightning_bpfree.rules.record import Record, banner
+from lightning_bpfree.rules.swap import Swap, handed_over
 
 BACKPROP_COST = 3.0  # forward passes: one forward, and two matrix products per layer on the way back
 
@@ -89,20 +88,18 @@ class TrainingRule(Callback, ABC):
         if start_epoch < 0:
             raise ValueError(f"start_epoch={start_epoch}: epochs count from 0.")
         if stop_epoch is not None and stop_epoch <= start_epoch:
-            raise ValueError(
-                f"stop_epoch={stop_epoch} must come after start_epoch={start_epoch}: the rule has no epoch."
-            )
+            raise ValueError(f"stop_epoch={stop_epoch} must be above start_epoch={start_epoch}: the rule has no epoch.")
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite={on_nonfinite!r}: choose 'raise' or 'skip'.")
         self.params, self.start_epoch, self.stop_epoch, self.seed = params, start_epoch, stop_epoch, seed
         self.on_nonfinite, self.allow_untested, self.strict_rule = on_nonfinite, allow_untested, strict_rule
         self.probes: list[Probe] = []
         self.record = Record(type(self).__name__)
-        self.original_step: Callable[..., Any] | None = None
-        self._undo: Callable[[], None] | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._swap: Swap | None = None
         self._view: _View | None = None
 
-    # --- what a rule says of itself -------------------------------------------------------------------------------
+    # --- what a rule says of itself ---
 
     @abstractmethod
     def estimate(self, step: Step) -> Estimate:
@@ -117,48 +114,35 @@ class TrainingRule(Callback, ABC):
 
     def settings(self) -> dict[str, Any]:
         """Return the rule's arguments, as plain values that loggers and checkpoints take."""
-        names = {
-            name
-            for kind in type(self).__mro__
-            if issubclass(kind, TrainingRule)
-            for name in inspect.signature(kind.__init__).parameters
-        }
+        kinds = [kind for kind in type(self).__mro__ if issubclass(kind, TrainingRule)]
+        names = {name for kind in kinds for name in inspect.signature(kind.__init__).parameters}
         values = {name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}
-        return {
-            name: value if isinstance(value, int | float | str | None) else str(value) for name, value in values.items()
-        }
+        return {name: v if isinstance(v, int | float | str | None) else str(v) for name, v in values.items()}
 
     def active(self, epoch: int) -> bool:
         """Whether the epoch (counted from 0) is the rule's; the others are plain backprop's."""
         return epoch >= self.start_epoch and (self.stop_epoch is None or epoch < self.stop_epoch)
 
-    # --- swap and undo --------------------------------------------------------------------------------------------
+    @property
+    def original_step(self) -> Callable[..., Any] | None:
+        """The module's own training step while it is swapped; None outside of fit."""
+        return None if self._swap is None else self._swap.original
+
+    # --- swap and undo ---
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Replace the module's training step, once everything that could stand in the way has been checked."""
         if stage != "fit":
             return
-        others = [cb for cb in trainer.callbacks if isinstance(cb, TrainingRule)]  # type: ignore[attr-defined]
-        check_fit(self, [type(rule).__name__ for rule in others], trainer, pl_module)
+        rules = [cb for cb in trainer.callbacks if isinstance(cb, TrainingRule)]  # type: ignore[attr-defined]
+        check_fit(self, [type(rule).__name__ for rule in rules], trainer, pl_module)
         self.check(trainer, pl_module)
-        original = pl_module.training_step
-        had_own = "training_step" in pl_module.__dict__
-        training_step = _like(original, partial(self._run, trainer, pl_module, original), pl_module)
-
-        def undo() -> None:
-            if pl_module.__dict__.get("training_step") is training_step:  # else someone has wrapped it further
-                if had_own:
-                    pl_module.training_step = original  # type: ignore[method-assign]
-                else:
-                    del pl_module.__dict__["training_step"]
-
-        pl_module.training_step = training_step  # type: ignore[method-assign]
-        self.original_step, self._undo = original, undo
+        self._swap = Swap(pl_module, partial(self._run, trainer, pl_module))
 
     def _restore(self) -> None:
-        if self._undo is not None:
-            self._undo()
-        self._undo, self.original_step, self._view, self.probes = None, None, None, []
+        if self._swap is not None:
+            self._swap.undo()
+        self._swap, self._view, self.probes = None, None, []
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the module's own training step back."""
@@ -169,14 +153,15 @@ class TrainingRule(Callback, ABC):
         """Put the module's own training step back: Lightning calls no teardown hooks after an exception."""
         self._restore()
 
-    # --- one fit --------------------------------------------------------------------------------------------------
+    # --- one fit ---
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say which rule trains what."""
+        """Say which rule trains what; called before the data loaders draw their order."""
         self._view = _View(pl_module, self.params)
         if self.record.seed is None:
             seed = torch.initial_seed() if self.seed is None else self.seed
             self.record.seed = int(trainer.strategy.broadcast(seed)) & ((1 << 63) - 1)
+        self._continue_streams()
         rank_zero_info(banner(self, self._view.slots, trainer))
         for logger in trainer.loggers:
             logger.log_hyperparams({"bpfree": {"rule": type(self).__name__, **self.settings()}})
@@ -191,6 +176,14 @@ class TrainingRule(Callback, ABC):
     ) -> None:
         """Count batches: directions are new for every batch, not for every evaluation of one."""
         self.record.batches += 1
+        if batch_idx > 0:  # resumed inside an epoch, behind the loader's draw
+            self._continue_streams()
+        self._resumed = None
+
+    def _continue_streams(self) -> None:
+        """After a resume, continue the random streams where the checkpoint left them: Lightning does not."""
+        if self._resumed is not None and self._view is not None:
+            self._view.streams.from_plain(self._resumed)
 
     def _run(self, trainer: pl.Trainer, module: pl.LightningModule, original: Any, *args: Any, **kwargs: Any) -> Any:
         evaluate = partial(original, *args, **kwargs)
@@ -215,10 +208,8 @@ class TrainingRule(Callback, ABC):
             return None
         if not step.recorded:
             raise RuntimeError(f"{type(self).__name__}.estimate made no recorded evaluation: call step.loss() once.")
-        self._log(
-            trainer, module, {"bpfree/loss": estimate.loss.detach(), "bpfree/forward_evals": self.record.forward_evals}
-        )
-        return self._handed_over(trainer, step, estimate)
+        self._log(trainer, module, {"bpfree/loss": estimate.loss.detach()})
+        return handed_over(step, estimate, self._zeros_for(trainer, step))
 
     def _step(self, trainer: pl.Trainer, module: Any, evaluate: Callable[[], Any], args: Any, replayable: bool) -> Step:
         assert self._view is not None, "the training step ran outside of fit"
@@ -234,54 +225,31 @@ class TrainingRule(Callback, ABC):
             exchange=trainer.strategy if isinstance(trainer.strategy, ScalarExchange) else None,
         )
 
+    def _zeros_for(self, trainer: pl.Trainer, step: Step) -> list[Tensor]:
+        """Return parameters for which DDP's reducer waits although the rule does not train them."""
+        if not _gradients_cross_ranks(trainer):
+            return []
+        return [slot.parameter for slot in step.slots.rest if slot.parameter.requires_grad]
+
     def _failed(self, trainer: pl.Trainer, failure: NonFiniteLossError | None) -> bool:
+        batch = self.record.batches - 1
         if self.on_nonfinite == "raise":
             if failure is None:
                 return False
             raise RuntimeError(
-                f"{type(self).__name__}: {failure} in batch {self.record.batches - 1}. No parameter has moved. Lower the "
-                "learning rate or sigma, or leave out such batches with on_nonfinite='skip'."
+                f"{type(self).__name__}: {failure} in batch {batch}. No parameter has moved. Lower the learning rate "
+                "or sigma, or leave out such batches with on_nonfinite='skip'."
             ) from failure
         failed = failure is not None
-        if trainer.world_size > 1 and not isinstance(trainer.strategy, ScalarExchange):
+        if _gradients_cross_ranks(trainer):
             # Ranks must skip together, or the others wait in DDP's reducer for ever.
-            failed = bool(
-                trainer.strategy.reduce(
-                    torch.tensor(float(failed), device=trainer.strategy.root_device), reduce_op="sum"
-                )
-            )
+            flag = torch.tensor(float(failed), device=trainer.strategy.root_device)
+            failed = bool(trainer.strategy.reduce(flag, reduce_op="sum"))
         if failed:
             self.record.skipped += 1
-            rank_zero_warn(
-                f"{type(self).__name__}: {failure or 'another rank failed'}; batch {self.record.batches - 1} is skipped."
-            )
+            reason = failure or "another rank failed"
+            rank_zero_warn(f"{type(self).__name__}: {reason}; batch {batch} is skipped.")
         return failed
-
-    def _handed_over(self, trainer: pl.Trainer, step: Step, estimate: Estimate) -> Any:
-        if estimate.gradients is None and estimate.loss is step.recorded_loss:
-            return step.output
-        if estimate.gradients is None:
-            loss = estimate.loss
-        else:
-            loss = self._injected(trainer, step, estimate)
-        if isinstance(step.output, Mapping):
-            return {**step.output, "loss": loss}
-        return loss
-
-    def _injected(self, trainer: pl.Trainer, step: Step, estimate: Estimate) -> Tensor:
-        names = [slot.name for slot in step.trained]
-        parameters = [slot.parameter for slot in step.trained]
-        rest: list[Tensor] = []
-        if trainer.world_size > 1 and not isinstance(trainer.strategy, ScalarExchange):
-            # DDP's reducer waits for every parameter; these zeros are taken away again before the optimizer's step.
-            rest = [slot.parameter for slot in step.slots.rest if slot.parameter.requires_grad]
-
-        def gradients(scale: Tensor) -> list[Tensor]:
-            made = estimate.resolved(scale)
-            return [*(made[name] for name in names), *(torch.zeros_like(parameter) for parameter in rest)]
-
-        loss = estimate.loss.to(parameters[0].device) if parameters else estimate.loss
-        return inject(loss, [*parameters, *rest], gradients)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Keep parameters that the rule does not train untouched, and log the norm of the estimate."""
@@ -301,19 +269,19 @@ class TrainingRule(Callback, ABC):
         if isinstance(trainer.strategy, ScalarExchange):
             trainer.strategy.verify(pl_module)
 
-    # --- logs and checkpoints -------------------------------------------------------------------------------------
-
     def _log_due(self, trainer: pl.Trainer) -> bool:
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return bool(every) and (trainer.global_step + 1) % every == 0
+        return bool(every) and (trainer.global_step + 1) % every == 0 and not trainer.barebones
 
     def _log(self, trainer: pl.Trainer, module: pl.LightningModule, values: dict[str, Any]) -> None:
-        if not self._log_due(trainer) or trainer.barebones:
+        if not self._log_due(trainer):
             return
+        values |= {"bpfree/forward_evals": self.record.forward_evals, "bpfree/active": 1.0}
         if isinstance(trainer.strategy, ScalarExchange):
             values["bpfree/bytes_sent"] = float(trainer.strategy.bytes_sent)
-        values["bpfree/active"] = 1.0
         module.log_dict(values, on_step=True, on_epoch=False)
+
+    # --- checkpoints ---
 
     def rule_state(self) -> dict[str, Any]:
         """Return state of the rule's own, in plain numbers, strings, lists, dicts and tensors."""
@@ -324,12 +292,14 @@ class TrainingRule(Callback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an exact resume needs: seed, counters, history, and the rule's own state."""
-        return {"record": self.record.state_dict(), "rule": self.rule_state()}
+        streams = None if self._view is None else self._view.streams.to_plain()
+        return {"record": self.record.state_dict(), "rule": self.rule_state(), "streams": streams}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back the state of a checkpoint."""
         self.record.load_state_dict(state_dict["record"])
         self.load_rule_state(state_dict["rule"])
+        self._resumed = state_dict["streams"]
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -338,7 +308,7 @@ class TrainingRule(Callback, ABC):
         checkpoint["bpfree"] = {
             "rule": type(self).__name__,
             "settings": self.settings(),
-            "history": self.record.history,
+            "history": self.record.state_dict()["history"],
         }
 
     def on_load_checkpoint(
@@ -348,19 +318,5 @@ class TrainingRule(Callback, ABC):
         self.record.check_origin(checkpoint.get("bpfree"), self.strict_rule)
 
 
-def _like(original: Callable[..., Any], run: Callable[..., Any], module: pl.LightningModule) -> Callable[..., Any]:
-    """Return ``run`` in the shape of ``original``: Lightning inspects the training step to know its arguments."""
-    shape = getattr(original, "__wrapped__", original)  # Lightning looks through one decorator, such as torch.compile's
-    if not inspect.ismethod(shape):
-
-        def function(*args: Any, **kwargs: Any) -> Any:
-            return run(*args, **kwargs)
-
-        function.__signature__ = inspect.signature(shape)  # type: ignore[attr-defined]
-        return function
-
-    def method(self: pl.LightningModule, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG001  # `self` is bound in `run`
-        return run(*args, **kwargs)
-
-    method.__signature__ = inspect.signature(shape.__func__)  # type: ignore[attr-defined]
-    return types.MethodType(method, module)
+def _gradients_cross_ranks(trainer: pl.Trainer) -> bool:
+    return trainer.world_size > 1 and not isinstance(trainer.strategy, ScalarExchange)

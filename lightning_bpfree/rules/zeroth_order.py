@@ -31,7 +31,7 @@ def smallest_sigma(dtype: torch.dtype) -> float:
         >>> round(smallest_sigma(torch.bfloat16), 4)
         0.0088
     """
-    return _SAFETY * float(torch.finfo(dtype).eps) ** 0.5
+    return float(_SAFETY * torch.finfo(dtype).eps ** 0.5)
 
 
 def default_sigma(dtype: torch.dtype) -> float:
@@ -55,8 +55,8 @@ def difference_quotients(
         params: where; detached tensors, which stay untouched.
         directions: along what.
         sigma: length of the step in units of one standard deviation of the directions, > 0.
-        base_loss: the loss at ``params``: takes the forward scheme ``(L(p + sigma v) - L(p)) / sigma``, one evaluation a
-            direction. None takes the central scheme ``(L(p + sigma v) - L(p - sigma v)) / (2 sigma)``, two.
+        base_loss: the loss at ``params``: takes the forward scheme ``(L(p + sigma v) - L(p)) / sigma``, one evaluation
+            a direction. None takes the central scheme ``(L(p + sigma v) - L(p - sigma v)) / (2 sigma)``, two.
         ks: indices of the directions; None for all.
     """
     slopes = []
@@ -105,10 +105,10 @@ def zeroth_order_gradient(
 class ZerothOrder(TrainingRule):
     """Trains by random finite differences of the loss (Stein's identity, SPSA, MeZO, BAFFLE's estimator).
 
-    The estimate ``mean_k c_k v_k``, with ``c_k`` the difference quotient of the loss along the random direction ``v_k``,
-    is unbiased for the gradient of the loss smoothed over N(0, sigma^2). No derivative is taken: a training step that
-    returns an accuracy, calls NumPy or a simulator trains too. No activation is stored: the peak of memory is that of
-    inference plus two copies of the trained parameters (direction and moved parameters), whatever the depth.
+    The estimate ``mean_k c_k v_k``, with ``c_k`` the difference quotient of the loss along the random direction
+    ``v_k``, is unbiased for the gradient of the loss smoothed over N(0, sigma^2). No derivative is taken: a training
+    step that returns an accuracy, calls NumPy or a simulator trains too. No activation is stored: the peak of memory is
+    that of inference plus two copies of the trained parameters (direction and moved parameters), whatever the depth.
 
     Cost: ``1 + 2 K`` forward passes a batch (central) or ``1 + K`` (forward). The error of the estimate grows with the
     number of trained parameters ``d``: the cosine to the gradient is about ``sqrt(K / (K + d + 1))``.
@@ -138,8 +138,8 @@ class ZerothOrder(TrainingRule):
     """
 
     citation: ClassVar[str] = (
-        "@article{malladi2023mezo, title={Fine-Tuning Language Models with Just Forward Passes}, author={Malladi, Sadhika "
-        "and others}, journal={arXiv preprint arXiv:2305.17333}, year={2023}}"
+        "@article{malladi2023mezo, title={Fine-Tuning Language Models with Just Forward Passes}, author={Malladi, "
+        "Sadhika and others}, journal={arXiv preprint arXiv:2305.17333}, year={2023}}"
     )
     exchanges_scalars: ClassVar[bool] = True
 

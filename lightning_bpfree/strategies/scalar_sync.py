@@ -8,8 +8,8 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor, nn
 
 from lightning_bpfree.core.exchange import ScalarExchange
@@ -24,8 +24,8 @@ class ScalarSyncStrategy(DDPStrategy, ScalarExchange):
 
     Args:
         split: ``"data"``: each rank measures all directions on its own batch, and the numbers are averaged (two ranks
-            equal one with the union of their batches). ``"directions"``: all ranks see the same batch, and each measures
-            its own share of the ``K`` directions.
+            equal one with the union of their batches). ``"directions"``: all ranks see the same batch, and each
+            measures its own share of the ``K`` directions.
         **kwargs: see ``lightning.pytorch.strategies.DDPStrategy``.
 
     Raises:
@@ -94,8 +94,8 @@ class ScalarSyncStrategy(DDPStrategy, ScalarExchange):
         dist.broadcast(first, src=0)
         if not torch.equal(own, first):
             raise RuntimeError(
-                f"Rank {self.global_rank}'s parameters differ from rank 0's: something outside the rule has moved them on "
-                "one rank only, or the ranks run different hardware or versions. Use strategy='ddp'."
+                f"Rank {self.global_rank}'s parameters differ from rank 0's: something outside the rule has moved them "
+                "on one rank only, or the ranks run different hardware or versions. Use strategy='ddp'."
             )
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)

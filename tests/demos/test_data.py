@@ -120,7 +120,7 @@ def test_global_generators_neither_matter_nor_move(kind: Callable[[], InMemoryDa
         before = (torch.get_rng_state(), np.random.get_state(legacy=False), random.getstate())
         data = ready(kind)
         assert torch.equal(torch.get_rng_state(), before[0])
-        assert str(np.random.get_state(legacy=False)) == str(before[1])
+        np.testing.assert_equal(np.random.get_state(legacy=False), before[1])
         assert random.getstate() == before[2]
         tensors.append([t for split in ("train", "val", "test") for t in data.dataset(split).tensors])
     assert all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
@@ -347,9 +347,19 @@ def test_files_in_data_dir_are_used(kind: Any, folder: str, tmp_path: Path, monk
     assert data.dataset("train").tensors[0].shape[1:] == (1, 28, 28)
 
 
+def test_a_system_folder_comes_after_data_dir(tmp_path: Path) -> None:
+    source = idx.IdxSource("Made", (), {}, str(tmp_path / "system"), "")
+    for folder in ("system", "mine"):
+        (tmp_path / folder).mkdir()
+        for name, content in four_files().items():
+            (tmp_path / folder / name).write_bytes(content)
+    assert idx.fetch(source, tmp_path / "mine") == tmp_path / "mine"
+    (tmp_path / "mine" / FILES[3]).unlink()  # an incomplete folder does not count
+    assert idx.fetch(source, tmp_path / "mine") == tmp_path / "system"
+
+
 @pytest.mark.skipif(
-    idx.find_folder(idx.FASHION_MNIST, "no-such-folder") is None,
-    reason="Debian's dataset-fashion-mnist is not installed",
+    not Path(idx.FASHION_MNIST.system_folder).is_dir(), reason="Debian's dataset-fashion-mnist is not installed"
 )
 def test_debians_package_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(urllib.request, "urlopen", None)

@@ -1,0 +1,222 @@
+"""``bpfree check``: which rules can train a module, what stands in the way, and what a step costs; without training."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+
+import lightning_bpfree
+from lightning_bpfree.callbacks.gradient_alignment import GradientAlignment
+from lightning_bpfree.cli import recipes
+from lightning_bpfree.cli.configured import Blueprint, Built, RulesChoice
+from lightning_bpfree.cli.preconditions import CommandError, require
+from lightning_bpfree.cli.tables import console, number
+from lightning_bpfree.core.step import loss_of
+from lightning_bpfree.rules.quiet import Quiet
+from lightning_bpfree.rules.training_rule import TrainingRule
+
+
+class Cost(NamedTuple):
+    """What a step of a rule costs.
+
+    Args:
+        forward_evals: evaluations of the training step, in forward passes.
+        time_ratio: seconds of a step and its backward pass, in units of one forward pass without a graph.
+    """
+
+    forward_evals: float
+    time_ratio: float
+
+
+class Verdict(NamedTuple):
+    """What ``check`` says of one rule: what a step costs, or what stands in the way."""
+
+    rule: str
+    cost: Cost | None
+    obstacle: str = ""
+
+
+class CostProbe(Callback):
+    """Measures a rule's step on the first batch, and ends the fit before that batch is trained on.
+
+    Args:
+        rule: the rule in the Trainer.
+        repeats: measurements, of which the shortest counts.
+    """
+
+    def __init__(self, rule: TrainingRule, repeats: int) -> None:
+        self.rule, self.repeats = rule, repeats
+        self.cost: Cost | None = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure; then let the module skip the rest of the epoch, which Lightning allows to modules only."""
+        pl_module.on_train_batch_start(batch, batch_idx)
+        trainer.should_stop = True
+        self.rule.start_epoch, self.rule.stop_epoch = 0, None  # the rule's own epochs may lie further on
+        takes_index = "batch_idx" in inspect.signature(pl_module.training_step).parameters
+        with Quiet(pl_module)():
+            self.cost = self._measured(trainer, (batch, batch_idx) if takes_index else (batch,))
+        pl_module.on_train_batch_start = lambda *_: -1  # type: ignore[method-assign]
+
+    def _measured(self, trainer: pl.Trainer, args: tuple[Any, ...]) -> Cost:
+        original, device = self.rule.original_step, trainer.strategy.root_device
+        assert original is not None
+
+        def plain() -> None:
+            with torch.no_grad(), trainer.precision_plugin.train_step_context():
+                original(*args)
+
+        def ruled() -> None:
+            with torch.enable_grad():
+                loss_of(trainer.strategy.training_step(*args)).backward()
+
+        ruled()  # some rules choose their way at the first batch
+        before = self.rule.record.forward_evals
+        ruled()
+        evals = self.rule.record.forward_evals - before
+        return Cost(evals, _shortest(ruled, self.repeats, device) / _shortest(plain, 1 + self.repeats, device))
+
+
+def _shortest(run: Callable[[], None], repeats: int, device: torch.device) -> float:
+    """Return the shortest of several times in seconds: what is longer is another process's doing."""
+    times = []
+    for _ in range(repeats):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def shipped_rules() -> list[type[TrainingRule]]:
+    """Return the rules of the package that can be made with their default settings."""
+    public = [value for value in vars(lightning_bpfree).values() if inspect.isclass(value)]
+    return [kind for kind in public if issubclass(kind, TrainingRule) and not inspect.isabstract(kind)]
+
+
+def check(blueprint: Blueprint, repeats: int = 3) -> list[Verdict]:
+    """Return a verdict on every rule of the package, and on those of the configuration with their settings.
+
+    Raises:
+        CommandError: the configuration cannot be built, or its data not be loaded.
+    """
+    with _silence():
+        try:
+            configured = blueprint.build().rules
+        except Exception as error:
+            raise CommandError(f"the configuration cannot be built: {_said(error)}") from error
+        choices: list[tuple[str, RulesChoice]] = [
+            (f"{kind.__name__}()", lambda _, kind=kind: [kind()]) for kind in shipped_rules()
+        ]
+        choices += [
+            (f"{type(rule).__name__} as configured", lambda found, index=index: [found[index]])
+            for index, rule in enumerate(configured)
+        ]
+        verdicts = [_verdict(blueprint, name, choice, repeats) for name, choice in choices]
+    obstacles = {verdict.obstacle for verdict in verdicts}
+    # Obstacles that rules name are theirs; one that all meet alike is the module's or the data's.
+    if len(obstacles) == 1 and all(verdict.cost is None for verdict in verdicts):
+        raise CommandError(f"no rule came as far as its first step: {obstacles.pop()}")
+    return verdicts
+
+
+def _verdict(blueprint: Blueprint, name: str, choice: RulesChoice, repeats: int) -> Verdict:
+    chosen: list[TrainingRule] = []
+
+    def noted(configured: list[TrainingRule]) -> list[TrainingRule]:
+        chosen[:] = choice(configured)
+        return chosen
+
+    probes: list[Callback] = []
+    built = blueprint.build(
+        noted,
+        callbacks=probes,
+        dropped=(GradientAlignment,),
+        fast_dev_run=True,  # one batch; checkpoints, early stopping, tuners and loggers do nothing
+    )
+    probe = CostProbe(chosen[0], repeats)
+    built.trainer.callbacks.append(probe)  # type: ignore[attr-defined]
+    try:
+        _fit(built)
+    except Exception as error:
+        if probe.cost is None:  # else the module's own hooks minded the empty epoch, which is no obstacle
+            return Verdict(name, None, _said(error))
+    return Verdict(name, probe.cost, "" if probe.cost else "the Trainer came to no batch")
+
+
+def _fit(built: Built) -> None:
+    built.trainer.fit(built.module, datamodule=built.data)
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, MisconfigurationException) else f"{type(error).__name__}: {error}"
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep Lightning's advice on training out of a table that trains nothing."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def show(verdicts: Sequence[Verdict]) -> None:
+    """Print the verdicts as a table."""
+    from rich.table import Table
+
+    table = Table(title="bpfree check", caption="One batch, nothing trained. Time: a step, in plain forward passes.")
+    table.add_column("rule", no_wrap=True)
+    table.add_column("trains")
+    table.add_column("forwards a step", justify="right")
+    table.add_column("time a step", justify="right")
+    table.add_column("what stands in the way, and the cure", ratio=1)
+    for rule, cost, obstacle in verdicts:
+        numbers = ("-", "-") if cost is None else (number(cost.forward_evals), f"{cost.time_ratio:.1f}x")
+        table.add_row(rule, "no" if cost is None else "yes", *numbers, obstacle)
+    console().print(table)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run ``bpfree check``; the code is 0 also where no rule can train the module, for it is a report."""
+    parser = argparse.ArgumentParser(
+        "bpfree check",
+        allow_abbrev=False,
+        description="For every rule: can it train this module, what stands in the way, and what does a step cost? "
+        "Measured on one batch, without training. Further options, such as --trainer.precision=bf16-mixed, are those "
+        "of bpfree fit.",
+    )
+    parser.add_argument("-c", "--config", action="append", required=True, metavar="FILE", help="YAML file or recipe")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements; the shortest counts (default: 3)")
+    options, overrides = parser.parse_known_args(arguments)
+    if options.repeats < 1:
+        raise CommandError(f"--repeats {options.repeats}: give 1 or more.")
+    require("rich")
+    show(check(Blueprint([*recipes.config_arguments(options.config), *overrides]), options.repeats))
+    return 0

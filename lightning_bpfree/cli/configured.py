@@ -1,0 +1,153 @@
+"""Configuration files as LightningCLI reads them: parsed once, built as often as a command needs."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.seed import seed_everything
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from lightning_bpfree.cli.preconditions import CommandError, require
+from lightning_bpfree.rules.training_rule import TrainingRule
+
+RulesChoice = Callable[[list[TrainingRule]], list[TrainingRule]]
+
+
+class ConfigCLI(LightningCLI):
+    """LightningCLI for any module and data module, whose parsing errors are one message and no page of usage.
+
+    Args:
+        args: the command-line arguments.
+        **kwargs: see ``lightning.pytorch.cli.LightningCLI``.
+    """
+
+    def __init__(self, args: Sequence[str], **kwargs: Any) -> None:
+        require("jsonargparse", "docstring_parser")
+        plain: dict[str, Any] = {"exit_on_error": False}
+        for_commands = {command: dict(plain) for command in self.subcommands()} if kwargs.get("run", True) else {}
+        # Without a class for model and data any subclass goes, and a module that brings its own loaders needs no data.
+        super().__init__(args=list(args), parser_kwargs={"prog": "bpfree", **plain, **for_commands}, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``report`` to what a configuration file may hold."""
+        parser.add_argument(
+            "--report",
+            type=bool,
+            default=False,
+            help="After fit: test, print a table of the rule's result and cost, write metrics.csv and training.png.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse ``args``, and turn a mistake in them into CommandError."""
+        try:
+            self.config = parser.parse_args(args)
+        except argparse.ArgumentError as error:
+            raise CommandError(str(error)) from error
+
+
+class Built(NamedTuple):
+    """A module, its data and a Trainer, made from one configuration.
+
+    Args:
+        module: the module.
+        data: the data module; None if the module brings its own loaders.
+        trainer: the Trainer.
+        rules: the training rules that the configuration names, whether or not they are in the Trainer.
+    """
+
+    module: pl.LightningModule
+    data: pl.LightningDataModule | None
+    trainer: pl.Trainer
+    rules: list[TrainingRule]
+
+
+class Blueprint(ConfigCLI):
+    """A configuration that is built afresh for every run, silently, on one device and without writing files.
+
+    Args:
+        args: command-line arguments of ``fit``, such as ``["-c", "mine.yaml"]``.
+
+    Raises:
+        CommandError: the configuration cannot be parsed.
+    """
+
+    # What they show or write belongs to `bpfree fit`.
+    dropped: tuple[type[Callback], ...] = (Checkpoint, ProgressBar, ModelSummary)
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self._built_callbacks: list[Callback] = []
+        self._built_settings: dict[str, Any] = {}
+        super().__init__(args, run=False, save_config_callback=None, load_from_checkpoint_support=False)
+
+    def instantiate_classes(self) -> None:
+        """Do nothing yet: see :meth:`build`."""
+
+    def build(
+        self,
+        rules: RulesChoice = lambda configured: configured,
+        *,
+        seed: int | None = None,
+        callbacks: Sequence[Callback] = (),
+        dropped: tuple[type[Callback], ...] = (),
+        **trainer_settings: Any,
+    ) -> Built:
+        """Return a new module, data module and Trainer.
+
+        Args:
+            rules: the rules to put into the Trainer, given those of the configuration.
+            seed: for ``seed_everything``; None takes the configuration's.
+            callbacks: further callbacks, behind the rules.
+            dropped: kinds of callbacks to leave out of the configuration's.
+            **trainer_settings: arguments of the Trainer in place of the configuration's.
+        """
+        seed_everything(self.config.seed_everything if seed is None else seed, workers=True, verbose=False)
+        original = self.config
+        self.config = original.clone()
+        # False keeps loggers and profilers from being made at all, which for some needs a package or a network.
+        self.config.trainer.update({"logger": False, "profiler": None})
+        self._built_settings = {"devices": _one_device(original.trainer.devices), **trainer_settings}
+        configured: list[TrainingRule] = []
+
+        def chosen(found: list[Callback]) -> list[Callback]:
+            configured.extend(cb for cb in found if isinstance(cb, TrainingRule))
+            unwanted = (TrainingRule, *self.dropped, *dropped)
+            return [*rules(configured), *callbacks, *(cb for cb in found if not isinstance(cb, unwanted))]
+
+        self._choose = chosen
+        try:
+            super().instantiate_classes()
+        finally:
+            self.config = original
+        return Built(self.model, self.datamodule, self.trainer, configured)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Return a Trainer that shows and writes nothing."""
+        found = self._get(self.config_init, "trainer").get("callbacks") or []
+        settings: dict[str, Any] = {
+            "logger": DummyLogger(),  # unlike False, it satisfies callbacks that ask for a logger
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "barebones": False,
+            "num_nodes": 1,
+            "callbacks": self._choose(found if isinstance(found, list) else [found]),
+        }
+        return super().instantiate_trainer(**{**settings, **self._built_settings, **kwargs})
+
+    def dump(self) -> str:
+        """Return the whole configuration as YAML, which reads back as the same."""
+        # `skip_none` has got another name in jsonargparse 4.49.
+        known = inspect.signature(self.parser.dump).parameters
+        keep_none = {"skip_unset" if "skip_unset" in known else "skip_none": False}
+        text: str = self.parser.dump(self.config, **keep_none)
+        return text
+
+
+def _one_device(devices: Any) -> Any:
+    return devices[:1] if isinstance(devices, list) else 1

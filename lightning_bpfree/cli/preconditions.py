@@ -1,0 +1,53 @@
+"""What a command needs before it starts: optional packages, and a folder to write to."""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+
+class CommandError(Exception):
+    """An error that the user can mend; the message says how."""
+
+
+def require(*packages: str) -> None:
+    """Raise CommandError if one of the optional packages (by import name) is not installed."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise CommandError(f'{", ".join(missing)} not installed: pip install "lightning-bpfree[recipes]"')
+
+
+def require_writable(folder: str | Path, option: str) -> None:
+    """Raise CommandError if no file can be written to ``folder``, which is made where it does not exist.
+
+    Args:
+        folder: the folder; addresses such as ``s3://...`` are left alone.
+        option: what the user can change to write elsewhere.
+    """
+    if "://" in str(folder):
+        return
+    try:
+        # By trying, since permission bits tell little on network drives, and nothing to root.
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CommandError(
+            f"cannot write to the output folder {Path(folder).absolute()} ({reason}). Nothing has been trained. Choose "
+            f"another folder by {option}."
+        ) from error
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """Return ``": 'name'. Did you mean ...?"``, with the names most like the given one, best first.
+
+    Examples:
+        >>> nearest("ft", ["fit", "check"])
+        ": 'ft'. Did you mean fit?"
+    """
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    return f": {name!r}." + (f" Did you mean {', '.join(close)}?" if close else "")

@@ -1,0 +1,117 @@
+"""What ``bpfree fit --report true`` shows of a finished fit: a table, and a figure of the training."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_bpfree.callbacks.gradient_alignment import GradientAlignment
+from lightning_bpfree.cli.tables import console, number
+from lightning_bpfree.rules.training_rule import TrainingRule
+
+COSINE = "bpfree/cosine_to_backprop"
+Curve = tuple[list[float], list[float]]
+
+
+def tested(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule | None) -> dict[str, float]:
+    """Return the metrics of the test set, with the weights as they are; empty if there is no test."""
+    has_loader = any(is_overridden("test_dataloader", part) for part in (module, data) if part is not None)
+    if not has_loader or not is_overridden("test_step", module):
+        return {}
+    results = trainer.test(module, datamodule=data, verbose=False)
+    return {name: float(value) for result in results for name, value in result.items()}
+
+
+def csv_logger(trainer: pl.Trainer) -> CSVLogger | None:
+    """Return the logger that writes metrics.csv, if the Trainer has one."""
+    return next((logger for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
+
+
+def show(trainer: pl.Trainer, metrics: dict[str, float], seconds: float) -> None:
+    """Print the table, draw the figure, and print where the files are.
+
+    Args:
+        trainer: after fit and test.
+        metrics: of the test set.
+        seconds: that the fit took.
+    """
+    from rich.table import Table
+
+    table = Table("", "result", title="bpfree report", show_header=False)
+    for name, value in _rows(trainer, metrics, seconds).items():
+        table.add_row(name, value)
+    screen = console()
+    screen.print(table)
+    logger = csv_logger(trainer)
+    if logger is None:  # fast_dev_run takes the loggers away
+        return
+    logger.save()
+    folder = Path(logger.log_dir)
+    plot(read_metrics(folder / "metrics.csv"), folder / "training.png")
+    for name in ("metrics.csv", "training.png"):
+        screen.print(str(folder / name), soft_wrap=True, highlight=False)
+
+
+def _rows(trainer: pl.Trainer, metrics: dict[str, float], seconds: float) -> dict[str, str]:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    rule = next((cb for cb in callbacks if isinstance(cb, TrainingRule)), None)
+    rows = {"rule": "none (plain Lightning)" if rule is None else type(rule).__name__}
+    rows.update({name: number(value, 4) for name, value in metrics.items()})
+    alignment = next((cb for cb in callbacks if isinstance(cb, GradientAlignment)), None)
+    if alignment is not None and alignment.measured:
+        rows["mean cosine to backprop"] = number(alignment.mean_cosine)
+    if rule is not None:
+        rows["forward evaluations"] = f"{rule.record.forward_evals:,.0f}"
+    rows["seconds of fit"] = f"{seconds:.1f}"
+    return rows
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Return the rows of a CSVLogger's file, each without the columns that are empty in it."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def curves(rows: Iterable[dict[str, float]], quantity: str) -> dict[str, Curve]:
+    """Return the curves by epoch of a quantity: those of the columns ``train_acc``, ``val/acc_epoch`` and the like.
+
+    Args:
+        rows: of metrics.csv.
+        quantity: ``"acc"`` or ``"loss"``.
+    """
+    wanted = re.compile(rf"(train|val|valid|validation)[_/](?!.*_step$).*{quantity}")
+    found: dict[str, Curve] = {}
+    for row in rows:
+        for name, value in row.items():
+            if wanted.match(name) and "epoch" in row:
+                epochs, values = found.setdefault(name, ([], []))
+                epochs.append(row["epoch"])
+                values.append(value)
+    return found
+
+
+def plot(rows: list[dict[str, float]], path: Path) -> None:
+    """Draw accuracy (or loss, where there is none) by epoch, and the cosine to backprop by step if it was measured."""
+    from matplotlib.figure import Figure
+
+    cosine = [(row["step"], row[COSINE]) for row in rows if COSINE in row]
+    accuracy = curves(rows, "acc")
+    figure = Figure(figsize=(7, 6 if cosine else 3.5), layout="constrained", dpi=120)
+    top, *below = figure.subplots(2 if cosine else 1, 1, squeeze=False)[:, 0]
+    for name, (epochs, values) in (accuracy or curves(rows, "loss")).items():
+        top.plot(epochs, values, marker=".", label=name)
+    top.set(xlabel="epoch", ylabel="accuracy" if accuracy else "loss")
+    if top.has_data():
+        top.legend()
+    for axes in below:
+        axes.plot(*zip(*cosine, strict=True), color="tab:green", linewidth=1)
+        axes.axhline(0, color="gray", linewidth=0.8)
+        axes.set(xlabel="step", ylabel="cosine to backprop")
+    figure.savefig(path)

@@ -1,0 +1,362 @@
+"""What every training rule must hold to, whatever it estimates: ``check_rule(make_rule)`` runs all of it.
+
+Each property is a function of a rule factory; `test_conformance.py` runs them one by one, so that a failure has a name.
+Tolerances: `torch.equal` where the same algorithm runs on the same numbers; otherwise stated at the line.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel
+from problems import Problem, fitted, loader
+
+from lightning_bpfree import Backprop, TrainingRule
+
+MakeRule = Callable[..., TrainingRule]
+
+
+def state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"differ: {different}"
+
+
+def run(make_rule: MakeRule | None, *, lr: float = 0.1, seed: int = 0, module: Problem | None = None, data=None, **settings):
+    """Fit a fresh problem; returns module and Trainer. Equal seeds give equal initial weights and dropout."""
+    torch.manual_seed(seed)
+    module = Problem(lr=lr) if module is None else module
+    trainer = fitted(module, loader() if data is None else data, *([make_rule()] if make_rule else []), **settings)
+    return module, trainer
+
+
+# --- evaluating leaves no trace -----------------------------------------------------------------------------------
+
+
+def parameters_come_back_bit_for_bit(make_rule: MakeRule) -> None:
+    torch.manual_seed(0)
+    module = Problem(lr=0.0)
+    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+    fitted(module, loader(), make_rule())
+    assert_equal(before, dict(module.named_parameters()))
+
+
+def buffers_move_once_a_step(make_rule: MakeRule) -> None:
+    plain, _ = run(None, lr=0.0)
+    ruled, _ = run(make_rule, lr=0.0)
+    assert int(ruled.net.norm.num_batches_tracked) == 4
+    # One evaluation in forward mode may sum in another order: equal maths in float32.
+    torch.testing.assert_close(ruled.net.norm.running_var, plain.net.norm.running_var, rtol=1e-5, atol=1e-6)
+
+
+def logs_and_metrics_count_once(make_rule: MakeRule) -> None:
+    _, plain = run(None, lr=0.0)
+    _, ruled = run(make_rule, lr=0.0)
+    for key in ("train_loss", "train_acc"):
+        torch.testing.assert_close(ruled.callback_metrics[key], plain.callback_metrics[key], rtol=1e-5, atol=0)
+
+
+def random_streams_move_as_in_a_plain_step(make_rule: MakeRule) -> None:
+    run(None, lr=0.0)
+    plain = torch.rand(3)
+    run(make_rule, lr=0.0)
+    assert torch.equal(torch.rand(3), plain)
+
+
+# --- the gradient goes Lightning's road ---------------------------------------------------------------------------
+
+
+def accumulation_is_the_mean_of_micro_batches(make_rule: MakeRule) -> None:
+    single, _ = run(make_rule, lr=0.0)
+    double, _ = run(make_rule, lr=0.0, accumulate_grad_batches=2)
+    assert len(double.gradients) == 2
+    for i, accumulated in enumerate(double.gradients):
+        for name, gradient in accumulated.items():
+            mean = (single.gradients[2 * i][name] + single.gradients[2 * i + 1][name]) / 2
+            torch.testing.assert_close(gradient, mean, rtol=1e-5, atol=1e-7)  # another order of a float32 sum
+
+
+def clipping_acts_on_the_estimate(make_rule: MakeRule) -> None:
+    lr = 1e-3
+    torch.manual_seed(0)
+    module = Problem(lr=lr)
+    before = torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+    fitted(module, loader(rows=16), make_rule(), gradient_clip_val=1e-2)
+    after = torch.cat([p.detach().flatten() for p in module.parameters()])
+    # One SGD step of at most lr * clip; 1e-6 for rounding of parameters of size 1.
+    assert 0 < float((after - before).norm()) <= lr * 1e-2 + 1e-6
+
+
+def mixed_precision_gives_nearly_the_same_estimate(make_rule: MakeRule) -> None:
+    full, _ = run(make_rule, lr=0.0)
+    mixed, _ = run(make_rule, lr=0.0, precision="bf16-mixed")
+    a, b = (torch.cat([g.flatten() for g in m.gradients[0].values()]) for m in (full, mixed))
+    # bfloat16 keeps 8 bits: slopes agree to some per cent, hence a cosine of 1 - O(1e-3); dropout masks are equal.
+    assert float(torch.nn.functional.cosine_similarity(a, b, dim=0)) > 0.98
+
+
+# --- resume -------------------------------------------------------------------------------------------------------
+
+
+def resume_is_exact(make_rule: MakeRule) -> None:
+    def part(epochs: int, folder: str, ckpt_path: str | None = None):
+        checkpoint = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
+        rule = make_rule()
+        torch.manual_seed(3)
+        module = Problem(optimizer="adamw", lr=0.01)
+        fitted(
+            module,
+            loader(shuffle=True),
+            rule,
+            checkpoint,
+            ckpt_path=ckpt_path,
+            max_epochs=epochs,
+            enable_checkpointing=True,
+            default_root_dir=folder,
+        )
+        return module, rule
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The dirpath has changed")  # on purpose
+        whole, whole_rule = part(4, folder)
+        torch.manual_seed(99)  # the resumed process starts from another random state
+        again, again_rule = part(4, str(Path(folder) / "again"), str(Path(folder) / "epoch=1.ckpt"))
+        assert_equal(state(whole), state(again))
+        one, other = whole_rule.record.state_dict(), again_rule.record.state_dict()
+        assert one == other
+        saved = torch.load(Path(folder) / "epoch=3.ckpt", weights_only=True)
+        assert saved["bpfree"]["rule"] == type(whole_rule).__name__
+        Problem().load_state_dict(saved["state_dict"], strict=True)  # a plain module takes it
+
+
+def resuming_under_another_rule_is_said(make_rule: MakeRule) -> None:
+    class Other(Backprop):
+        pass
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
+        run(lambda: Other(), **{"enable_checkpointing": True, "default_root_dir": folder}, data=loader())
+        fitted(Problem(), loader(), Other(), checkpoint, enable_checkpointing=True, default_root_dir=folder)
+        path = str(Path(folder) / "last.ckpt")
+        with pytest.warns(UserWarning) as caught:
+            fitted(Problem(), loader(), make_rule(), ckpt_path=path, max_epochs=2)
+        messages = [str(w.message) for w in caught]
+        assert any("was trained by Other" in m for m in messages)
+        with pytest.warns(UserWarning), pytest.raises(MisconfigurationException, match="resume with Other"):
+            fitted(Problem(), loader(), make_rule(strict_rule=True), ckpt_path=path, max_epochs=2)
+        with pytest.warns(UserWarning, match="Other"):  # without any rule, Lightning names what is missing
+            fitted(Problem(), loader(), ckpt_path=path, max_epochs=2)
+
+
+# --- swap and undo ------------------------------------------------------------------------------------------------
+
+
+def undone_after_fit_and_after_an_exception(make_rule: MakeRule) -> None:
+    module, _ = run(make_rule)
+    assert not {"training_step", "log", "log_dict"} & module.__dict__.keys()
+
+    class Interrupted(pl.Callback):
+        def on_train_batch_end(self, *args) -> None:
+            raise RuntimeError("stop here")
+
+    broken, rule = Problem(), make_rule()
+    with pytest.raises(RuntimeError, match="stop here"):
+        fitted(broken, loader(), rule, Interrupted())
+    assert not {"training_step", "log", "log_dict"} & broken.__dict__.keys()
+    assert rule.original_step is None
+
+    class Breaks(Problem):
+        def training_step(self, batch, index):
+            if self.evaluations:
+                raise RuntimeError("in the step")
+            return super().training_step(batch, index)
+
+    inside = Breaks()
+    with pytest.raises(RuntimeError, match="in the step"):
+        fitted(inside, loader(), make_rule())
+    assert all(isinstance(p, torch.nn.Parameter) for p in inside.parameters())
+    assert not {"training_step", "log", "log_dict"} & inside.__dict__.keys()
+
+
+def a_step_that_someone_else_has_replaced_is_put_back(make_rule: MakeRule) -> None:
+    torch.manual_seed(0)
+    module = Problem()
+    original = module.training_step
+
+    def mine(batch, batch_idx):
+        return original(batch, batch_idx)
+
+    module.training_step = mine
+    fitted(module, loader(), make_rule())
+    assert module.training_step is mine
+
+
+def the_signature_is_kept(make_rule: MakeRule) -> None:
+    class OnlyBatch(BoringModel):
+        def training_step(self, batch):
+            return self.layer(batch).square().mean()
+
+    module = OnlyBatch()
+    fitted(module, torch.utils.data.DataLoader(torch.randn(8, 32), batch_size=4), make_rule())
+
+
+# --- which parameters, which epochs -------------------------------------------------------------------------------
+
+
+def other_parameters_stay_untouched(make_rule: MakeRule) -> None:
+    torch.manual_seed(0)
+    module = Problem(optimizer="adamw")  # weight decay would move them even with a gradient of zero
+    before = {n: p.clone() for n, p in module.named_parameters()}
+    fitted(module, loader(), make_rule(params="net.head.*"), accumulate_grad_batches=2)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, before[name]) == (not name.startswith("net.head."))
+
+
+def frozen_and_tied_weights(make_rule: MakeRule) -> None:
+    torch.manual_seed(0)
+    module = Problem()
+    frozen = module.net.frozen.weight.clone()
+    fitted(module, loader(), make_rule())
+    assert torch.equal(module.net.frozen.weight, frozen)
+    assert module.net.again.weight is module.net.inner.weight
+    assert "net.inner.weight" in module.gradients[0]
+    assert "net.again.weight" not in module.gradients[0]
+
+
+def epochs_outside_the_window_are_plain_backprop(make_rule: MakeRule) -> None:
+    plain, _ = run(None, max_epochs=1)
+    warm, trainer = run(lambda: make_rule(start_epoch=1), max_epochs=1)
+    assert_equal(state(plain), state(warm))
+    rule = make_rule(start_epoch=1, stop_epoch=2)
+    run(lambda: rule, max_epochs=3)
+    name = type(rule).__name__
+    if name != "Backprop":
+        assert [(e["rule"], e["first_epoch"], e["last_epoch"]) for e in rule.record.history] == [
+            ("Backprop", 0, 0),
+            (name, 1, 1),
+            ("Backprop", 2, 2),
+        ]
+
+
+# --- shapes of training steps -------------------------------------------------------------------------------------
+
+
+def dict_and_none_returned(make_rule: MakeRule) -> None:
+    outputs = []
+
+    class Sees(pl.Callback):
+        def on_train_batch_end(self, trainer, module, output, *args) -> None:
+            outputs.append(output)
+
+    torch.manual_seed(0)
+    module = Problem(returns="dict")
+    fitted(module, loader(), make_rule(), Sees())
+    assert outputs[0]["logits"].shape == (16, 3)
+    assert len(module.gradients) == 4
+
+    torch.manual_seed(0)
+    module = Problem(returns="none")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`training_step` returned `None`")  # Lightning says so once a process
+        fitted(module, loader(), make_rule())
+    assert [bool(g) for g in module.gradients] == [True, False, True, False]
+
+
+def several_dataloaders(make_rule: MakeRule) -> None:
+    class Two(Problem):
+        def training_step(self, batch, index):
+            first = super().training_step(batch["a"], index)
+            return first + super().training_step(batch["b"], index)
+
+    torch.manual_seed(0)
+    module = Two()
+    fitted(module, {"a": loader(seed=1), "b": loader(seed=2)}, make_rule())
+    assert len(module.gradients) == 4
+
+
+# --- proof and refusals -------------------------------------------------------------------------------------------
+
+
+def the_run_proves_its_rule(make_rule: MakeRule) -> None:
+    from lightning.pytorch.loggers import CSVLogger
+
+    with tempfile.TemporaryDirectory() as folder:
+        logger = CSVLogger(folder, version="")
+        _, trainer = run(make_rule, logger=logger)
+        name = type(make_rule()).__name__
+        text = (Path(logger.log_dir) / "hparams.yaml").read_text()
+        assert f"rule: {name}" in text
+        assert {"bpfree/loss", "bpfree/grad_norm", "bpfree/forward_evals", "bpfree/active"} <= trainer.callback_metrics.keys()
+        assert float(trainer.callback_metrics["bpfree/forward_evals"]) > 0
+        header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0]
+        assert "bpfree/grad_norm" in header
+
+
+def refusals_name_the_cure(make_rule: MakeRule) -> None:
+    boring = torch.utils.data.DataLoader(torch.randn(8, 32), batch_size=4)
+    with pytest.raises(MisconfigurationException, match=r"automatic_optimization=False.*functional"):
+        fitted(ManualOptimBoringModel(), boring, make_rule())
+
+    class Eats(BoringModel):
+        def training_step(self, dataloader_iter):
+            raise AssertionError("unreachable")
+
+    with warnings.catch_warnings(), pytest.raises(MisconfigurationException, match=r"dataloader_iter.*batch_idx"):
+        warnings.filterwarnings("ignore", message="You are using the `dataloader_iter` step flavor")
+        fitted(Eats(), boring, make_rule())
+
+    class Second(Backprop):
+        pass
+
+    with pytest.raises(MisconfigurationException, match="Two training rules"):
+        fitted(Problem(), loader(), make_rule(), Second())
+    with pytest.raises(ValueError, match=r"'net.haed.\*' matches none.*net\.head"):
+        fitted(Problem(), loader(), make_rule(params="net.haed.*"))
+
+    class Vector(Problem):
+        def training_step(self, batch, index):
+            return self.net(batch[0]).square().mean(1)
+
+    with pytest.raises(ValueError, match=r"shape \(16,\).*loss\.mean\(\)"):
+        fitted(Vector(), loader(), make_rule())
+
+
+PROPERTIES = [
+    parameters_come_back_bit_for_bit,
+    buffers_move_once_a_step,
+    logs_and_metrics_count_once,
+    random_streams_move_as_in_a_plain_step,
+    accumulation_is_the_mean_of_micro_batches,
+    clipping_acts_on_the_estimate,
+    mixed_precision_gives_nearly_the_same_estimate,
+    resume_is_exact,
+    resuming_under_another_rule_is_said,
+    undone_after_fit_and_after_an_exception,
+    a_step_that_someone_else_has_replaced_is_put_back,
+    the_signature_is_kept,
+    other_parameters_stay_untouched,
+    frozen_and_tied_weights,
+    epochs_outside_the_window_are_plain_backprop,
+    dict_and_none_returned,
+    several_dataloaders,
+    the_run_proves_its_rule,
+    refusals_name_the_cure,
+]
+
+
+def check_rule(make_rule: MakeRule) -> None:
+    """Run every property over the rules that ``make_rule(**settings)`` makes."""
+    for holds in PROPERTIES:
+        holds(make_rule)

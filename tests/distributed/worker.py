@@ -1,0 +1,275 @@
+"""What each of two ranks does; `test_two_ranks.py` runs this file once per strategy, and compares what the ranks wrote.
+
+    python worker.py ddp|data|directions|drift OUT_DIR
+
+Lightning starts rank 1 by running the file again. Every case writes `<case>.rank<r>.pt`: final parameters, losses, and
+the rule's counters, or the error that stopped it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_bpfree as bpf
+
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
+SEED = 11
+STEPS, ROWS = 4, 64  # optimizer steps, and rows of all ranks together in each
+
+RULES: dict[str, Callable[..., bpf.TrainingRule]] = {
+    "backprop": bpf.Backprop,
+    "loop": partial(bpf.ForwardGradient, 4, chunk_size=1),
+    "vectorised": partial(bpf.ForwardGradient, 4, chunk_size=4),
+    "zeroth": partial(bpf.ZerothOrder, 4),
+}
+
+
+class Net(pl.LightningModule):
+    """Body and head; `noisy` has what differs between ranks and evaluations: BatchNorm and dropout."""
+
+    def __init__(self, width: int = 8, noisy: bool = False, optimizer: str = "sgd") -> None:
+        super().__init__()
+        noise = [nn.BatchNorm1d(width), nn.Dropout(0.3)] if noisy else []
+        self.body = nn.Sequential(nn.Linear(6, width), *noise, nn.Tanh())
+        self.head = nn.Linear(width, 3)
+        self.optimizer = optimizer
+        self.losses: list[float] = []
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self.head(self.body(x)), y)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_loss", F.cross_entropy(self.head(self.body(x)), y), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(self.parameters(), lr=0.02, weight_decay=0.1)
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Losses(pl.Callback):
+    """Keeps the loss of every batch, as Lightning got it."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.values.append(float("nan") if not outputs else float(outputs["loss"]))
+
+
+class Push(pl.Callback):
+    """Moves a parameter on one rank only, as a faulty callback or a broken machine would."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_rank == 1 and batch_idx == 1:
+            pl_module.head.bias.data[0] += 1e-3
+
+
+def table(dtype: torch.dtype = torch.float64) -> TensorDataset:
+    """Three classes by the largest of three random projections; four times the rows of a fit."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4 * STEPS * ROWS, 6, generator=generator, dtype=torch.float64)
+    y = (x @ torch.randn(6, 3, generator=generator, dtype=torch.float64)).argmax(1)
+    return TensorDataset(x.to(dtype), y)
+
+
+def split_rows(rank: int, world: int, batches: int = STEPS, nan_at: int | None = None) -> DataLoader:
+    """This rank's part of every batch: the union over ranks is what one process gets."""
+    data, share = table(), ROWS // world
+    if nan_at is not None:
+        data.tensors[0][nan_at * ROWS + rank * share] = float("nan")
+    starts = [batch * ROWS + rank * share for batch in range(batches)]
+    return DataLoader(data, batch_sampler=[list(range(start, start + share)) for start in starts])
+
+
+def fit(
+    module: pl.LightningModule, data: DataLoader, *callbacks: pl.Callback, val: DataLoader | None = None, **settings: Any
+) -> dict[str, Any]:
+    """Fit on CPUs; returns all that the tests compare."""
+    options = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+    }
+    losses = Losses()
+    trainer = pl.Trainer(callbacks=[*callbacks, losses], **{**options, **settings})
+    trainer.fit(module, data, val)
+    rules = [callback for callback in callbacks if isinstance(callback, bpf.TrainingRule)]
+    alignments = [callback for callback in callbacks if isinstance(callback, bpf.GradientAlignment)]
+    return {
+        "strategy": type(trainer.strategy).__name__,
+        "world_size": trainer.world_size,
+        "parameters": {name: p.detach().clone() for name, p in module.named_parameters()},
+        "buffers": {name: b.clone() for name, b in module.named_buffers()},
+        "losses": losses.values,
+        "record": [rule.record.state_dict() for rule in rules],
+        "bytes_sent": getattr(trainer.strategy, "bytes_sent", None),
+        "cosine": [(alignment.measured, alignment.mean_cosine) for alignment in alignments],
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+    }
+
+
+# --- cases: what both ranks do, and what one process does instead ---
+
+
+def union(rule: str, rank: int, world: int, accumulate: bool = False, **settings: Any) -> dict[str, Any]:
+    """Train on this rank's part of every batch, in float64; with `accumulate`, two batches a step, and clipped."""
+    torch.manual_seed(SEED + rank)  # the start is rank 0's all the same
+    settings |= {"devices": world}
+    if accumulate:
+        settings |= {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}
+    data = split_rows(rank, world, batches=2 * STEPS if accumulate else STEPS)
+    return fit(Net().double(), data, RULES[rule](), **settings)
+
+
+def aligned(rule: str, rank: int, world: int, **settings: Any) -> dict[str, Any]:
+    """Measure the estimate against backprop on this rank's part of every batch."""
+    torch.manual_seed(SEED + rank)
+    watch = bpf.GradientAlignment(every_n_steps=1)
+    return fit(Net().double(), split_rows(rank, world), RULES[rule](), watch, devices=world, **settings)
+
+
+def noisy(rule: str, **settings: Any) -> dict[str, Any]:
+    """Two epochs with BatchNorm, dropout, shuffled data, validation and AdamW; ranks start differently."""
+    torch.manual_seed(SEED + RANK)
+    data, val = table(torch.float32), TensorDataset(*table(torch.float32)[:ROWS])
+    settings = {"devices": 2, "max_epochs": 2, "limit_train_batches": STEPS, "use_distributed_sampler": True, **settings}
+    loader = DataLoader(data, batch_size=ROWS // 2, shuffle=True)
+    return fit(Net(noisy=True, optimizer="adamw"), loader, RULES[rule](), val=DataLoader(val, batch_size=16), **settings)
+
+
+def head_only(rule: str, **settings: Any) -> dict[str, Any]:
+    """Train the head alone, under an optimizer that would decay the rest if it had a gradient of zeros."""
+    torch.manual_seed(SEED)
+    module = Net(optimizer="adamw")
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    data = DataLoader(table(torch.float32), batch_size=16)
+    outcome = fit(module, data, RULES[rule](params="head.*"), devices=2, limit_train_batches=STEPS, **settings)
+    return outcome | {"before": before}
+
+
+def nan_on_one_rank(rule: str, on_nonfinite: str = "skip", **settings: Any) -> dict[str, Any]:
+    """Meet a NaN in the second batch of rank 1."""
+    torch.manual_seed(SEED)
+    data = split_rows(RANK, 2, nan_at=1 if RANK == 1 else None)
+    return fit(Net().double(), data, RULES[rule](on_nonfinite=on_nonfinite), devices=2, **settings)
+
+
+def refused(*callbacks: pl.Callback, **settings: Any) -> dict[str, Any]:
+    """Start a fit that must not start."""
+    return fit(Net().double(), split_rows(RANK, 2), *callbacks, devices=2, **settings)
+
+
+def same_batch(rule: bpf.TrainingRule, world: int, **settings: Any) -> dict[str, Any]:
+    """Train on whole batches, the same on every rank."""
+    torch.manual_seed(SEED)
+    return fit(Net().double(), split_rows(0, 1), rule, devices=world, **settings)
+
+
+DIRECTION_RULES: dict[str, Callable[[], bpf.TrainingRule]] = {
+    **{f"loop{num}": partial(bpf.ForwardGradient, num, chunk_size=1) for num in (4, 3, 1)},
+    **{f"vectorised{num}": partial(bpf.ForwardGradient, num, chunk_size=num) for num in (4, 3)},
+    **{f"auto{num}": partial(bpf.ForwardGradient, num) for num in (4, 3)},
+    **{f"zeroth{num}": partial(bpf.ZerothOrder, num) for num in (4, 3, 1)},
+    "forward_scheme3": partial(bpf.ZerothOrder, 3, scheme="forward"),
+}
+
+
+def ddp_cases() -> dict[str, Callable[[], dict[str, Any]]]:
+    """All rules under plain DDP."""
+    cases: dict[str, Callable[[], dict[str, Any]]] = {}
+    for rule in RULES:
+        cases[f"union_{rule}"] = partial(union, rule, RANK, 2, strategy="ddp")
+        cases[f"accumulate_{rule}"] = partial(union, rule, RANK, 2, accumulate=True, strategy="ddp")
+        cases[f"noisy_{rule}"] = partial(noisy, rule, strategy="ddp")
+        cases[f"head_{rule}"] = partial(head_only, rule, strategy="ddp")
+        cases[f"aligned_{rule}"] = partial(aligned, rule, RANK, 2, strategy="ddp")
+        if rule != "backprop":
+            cases[f"nan_{rule}"] = partial(nan_on_one_rank, rule, strategy="ddp")
+    return cases
+
+
+def data_cases() -> dict[str, Callable[[], dict[str, Any]]]:
+    """All rules whose estimate is a function of a few numbers, which ranks exchange; each rank has data of its own."""
+    strategy = {"strategy": "bpfree_scalar_sync"}
+    cases: dict[str, Callable[[], dict[str, Any]]] = {
+        "refused_backprop": partial(refused, bpf.Backprop(), **strategy),
+        "refused_start_epoch": partial(refused, bpf.ZerothOrder(start_epoch=1), **strategy),
+        "refused_stop_epoch": partial(refused, bpf.ZerothOrder(stop_epoch=1), **strategy),
+        "refused_no_rule": partial(refused, **strategy),
+    }
+    for rule in [name for name in RULES if name != "backprop"]:
+        cases[f"union_{rule}"] = partial(union, rule, RANK, 2, **strategy)
+        cases[f"accumulate_{rule}"] = partial(union, rule, RANK, 2, accumulate=True, **strategy)
+        cases[f"noisy_{rule}"] = partial(noisy, rule, **strategy)
+        cases[f"head_{rule}"] = partial(head_only, rule, **strategy)
+        cases[f"aligned_{rule}"] = partial(aligned, rule, RANK, 2, **strategy)
+        cases[f"nan_{rule}"] = partial(nan_on_one_rank, rule, **strategy)
+        cases[f"raise_{rule}"] = partial(nan_on_one_rank, rule, on_nonfinite="raise", **strategy)
+        for width in (8, 80):
+            module = Net(width).double()
+            cases[f"width{width}_{rule}"] = partial(
+                fit, module, split_rows(RANK, 2), RULES[rule](), devices=2, **strategy
+            )
+    return cases
+
+
+def direction_cases() -> dict[str, Callable[[], dict[str, Any]]]:
+    """All ranks see the same batch, and share the directions out among themselves."""
+
+    def strategy() -> bpf.ScalarSyncStrategy:
+        return bpf.ScalarSyncStrategy(split="directions")
+
+    cases: dict[str, Callable[[], dict[str, Any]]] = {
+        f"same_{name}": partial(same_batch, rule(), 2, strategy=strategy()) for name, rule in DIRECTION_RULES.items()
+    }
+    for rule in ("loop", "vectorised", "zeroth"):
+        cases[f"noisy_{rule}"] = partial(noisy, rule, strategy=strategy())
+        cases[f"nan_{rule}"] = partial(nan_on_one_rank, rule, strategy=strategy())
+    return cases
+
+
+def drift_cases() -> dict[str, Callable[[], dict[str, Any]]]:
+    """Rank 1 leaves the common path."""
+    rule = bpf.ZerothOrder(2)
+    settings = {"devices": 2, "max_epochs": 3, "strategy": "bpfree_scalar_sync"}
+    return {"drift": partial(fit, Net().double(), split_rows(RANK, 2), rule, Push(), **settings)}
+
+
+CASES = {"ddp": ddp_cases, "data": data_cases, "directions": direction_cases, "drift": drift_cases}
+
+
+def main(strategy: str, out: Path) -> None:
+    for name, case in CASES[strategy]().items():
+        try:
+            outcome = case()
+        except Exception as error:
+            outcome = {"error": f"{type(error).__name__}: {error}"}
+        torch.save(outcome, out / f"{name}.rank{RANK}.pt")
+        if strategy == "drift" and "error" in outcome:
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
