@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 import lightning_bpfree
 from lightning_bpfree.callbacks.gradient_alignment import GradientAlignment
 from lightning_bpfree.cli import recipes
-from lightning_bpfree.cli.configured import Blueprint, Built, RulesChoice
+from lightning_bpfree.cli.configured import Blueprint, RulesChoice
 from lightning_bpfree.cli.preconditions import CommandError, require
 from lightning_bpfree.cli.tables import console, number
 from lightning_bpfree.core.step import loss_of
@@ -51,12 +51,11 @@ class CostProbe(Callback):
     """Measures a rule's step on the first batch, and ends the fit before that batch is trained on.
 
     Args:
-        rule: the rule in the Trainer.
         repeats: measurements, of which the shortest counts.
     """
 
-    def __init__(self, rule: TrainingRule, repeats: int) -> None:
-        self.rule, self.repeats = rule, repeats
+    def __init__(self, repeats: int) -> None:
+        self.repeats = repeats
         self.cost: Cost | None = None
 
     def on_train_batch_start(
@@ -65,14 +64,15 @@ class CostProbe(Callback):
         """Measure; then let the module skip the rest of the epoch, which Lightning allows to modules only."""
         pl_module.on_train_batch_start(batch, batch_idx)
         trainer.should_stop = True
-        self.rule.start_epoch, self.rule.stop_epoch = 0, None  # the rule's own epochs may lie further on
+        rule = next(cb for cb in trainer.callbacks if isinstance(cb, TrainingRule))  # type: ignore[attr-defined]
+        rule.start_epoch, rule.stop_epoch = 0, None  # the rule's own epochs may lie further on
         takes_index = "batch_idx" in inspect.signature(pl_module.training_step).parameters
         with Quiet(pl_module)():
-            self.cost = self._measured(trainer, (batch, batch_idx) if takes_index else (batch,))
+            self.cost = self._measured(trainer, rule, (batch, batch_idx) if takes_index else (batch,))
         pl_module.on_train_batch_start = lambda *_: -1  # type: ignore[method-assign]
 
-    def _measured(self, trainer: pl.Trainer, args: tuple[Any, ...]) -> Cost:
-        original, device = self.rule.original_step, trainer.strategy.root_device
+    def _measured(self, trainer: pl.Trainer, rule: TrainingRule, args: tuple[Any, ...]) -> Cost:
+        original, device = rule.original_step, trainer.strategy.root_device
         assert original is not None
 
         def plain() -> None:
@@ -84,9 +84,9 @@ class CostProbe(Callback):
                 loss_of(trainer.strategy.training_step(*args)).backward()
 
         ruled()  # some rules choose their way at the first batch
-        before = self.rule.record.forward_evals
+        before = rule.record.forward_evals
         ruled()
-        evals = self.rule.record.forward_evals - before
+        evals = rule.record.forward_evals - before
         return Cost(evals, _shortest(ruled, self.repeats, device) / _shortest(plain, 1 + self.repeats, device))
 
 
@@ -119,19 +119,11 @@ def check(blueprint: Blueprint, repeats: int = 3) -> list[Verdict]:
     Raises:
         CommandError: the configuration cannot be built, or its data not be loaded.
     """
-    with _silence():
-        try:
-            configured = blueprint.build().rules
-        except Exception as error:
-            raise CommandError(f"the configuration cannot be built: {_said(error)}") from error
-        choices: list[tuple[str, RulesChoice]] = [
-            (f"{kind.__name__}()", lambda _, kind=kind: [kind()]) for kind in shipped_rules()
-        ]
-        choices += [
-            (f"{type(rule).__name__} as configured", lambda found, index=index: [found[index]])
-            for index, rule in enumerate(configured)
-        ]
-        verdicts = [_verdict(blueprint, name, choice, repeats) for name, choice in choices]
+    try:
+        configured = blueprint.build().rules
+    except Exception as error:
+        raise CommandError(f"the configuration cannot be built: {_said(error)}") from error
+    verdicts = [_verdict(blueprint, name, choice, repeats) for name, choice in _choices(configured)]
     obstacles = {verdict.obstacle for verdict in verdicts}
     # Obstacles that rules name are theirs; one that all meet alike is the module's or the data's.
     if len(obstacles) == 1 and all(verdict.cost is None for verdict in verdicts):
@@ -139,32 +131,23 @@ def check(blueprint: Blueprint, repeats: int = 3) -> list[Verdict]:
     return verdicts
 
 
-def _verdict(blueprint: Blueprint, name: str, choice: RulesChoice, repeats: int) -> Verdict:
-    chosen: list[TrainingRule] = []
+def _choices(configured: list[TrainingRule]) -> Iterator[tuple[str, RulesChoice]]:
+    for kind in shipped_rules():
+        yield f"{kind.__name__}()", lambda _, kind=kind: [kind()]
+    for index, rule in enumerate(configured):
+        yield f"{type(rule).__name__} as configured", lambda found, index=index: [found[index]]
 
-    def noted(configured: list[TrainingRule]) -> list[TrainingRule]:
-        chosen[:] = choice(configured)
-        return chosen
 
-    probes: list[Callback] = []
-    built = blueprint.build(
-        noted,
-        callbacks=probes,
-        dropped=(GradientAlignment,),
-        fast_dev_run=True,  # one batch; checkpoints, early stopping, tuners and loggers do nothing
-    )
-    probe = CostProbe(chosen[0], repeats)
-    built.trainer.callbacks.append(probe)  # type: ignore[attr-defined]
+def _verdict(blueprint: Blueprint, name: str, rules: RulesChoice, repeats: int) -> Verdict:
+    probe = CostProbe(repeats)
+    # fast_dev_run: one batch; checkpoints, early stopping, tuners and loggers do nothing.
+    built = blueprint.build(rules, callbacks=[probe], dropped=(GradientAlignment,), fast_dev_run=True)
     try:
-        _fit(built)
+        built.trainer.fit(built.module, datamodule=built.data)
     except Exception as error:
         if probe.cost is None:  # else the module's own hooks minded the empty epoch, which is no obstacle
             return Verdict(name, None, _said(error))
-    return Verdict(name, probe.cost, "" if probe.cost else "the Trainer came to no batch")
-
-
-def _fit(built: Built) -> None:
-    built.trainer.fit(built.module, datamodule=built.data)
+    return Verdict(name, probe.cost, "" if probe.cost else "the data has no training batch")
 
 
 def _said(error: Exception) -> str:
@@ -218,5 +201,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.repeats < 1:
         raise CommandError(f"--repeats {options.repeats}: give 1 or more.")
     require("rich")
-    show(check(Blueprint([*recipes.config_arguments(options.config), *overrides]), options.repeats))
+    with _silence():
+        verdicts = check(Blueprint([*recipes.config_arguments(options.config), *overrides]), options.repeats)
+    show(verdicts)
     return 0

@@ -102,7 +102,7 @@ class Blueprint(ConfigCLI):
         Args:
             rules: the rules to put into the Trainer, given those of the configuration.
             seed: for ``seed_everything``; None takes the configuration's.
-            callbacks: further callbacks, behind the rules.
+            callbacks: further callbacks, behind all others.
             dropped: kinds of callbacks to leave out of the configuration's.
             **trainer_settings: arguments of the Trainer in place of the configuration's.
         """
@@ -110,14 +110,14 @@ class Blueprint(ConfigCLI):
         original = self.config
         self.config = original.clone()
         # False keeps loggers and profilers from being made at all, which for some needs a package or a network.
-        self.config.trainer.update({"logger": False, "profiler": None})
+        self.config.trainer.logger, self.config.trainer.profiler = False, None
         self._built_settings = {"devices": _one_device(original.trainer.devices), **trainer_settings}
         configured: list[TrainingRule] = []
 
         def chosen(found: list[Callback]) -> list[Callback]:
             configured.extend(cb for cb in found if isinstance(cb, TrainingRule))
             unwanted = (TrainingRule, *self.dropped, *dropped)
-            return [*rules(configured), *callbacks, *(cb for cb in found if not isinstance(cb, unwanted))]
+            return [*rules(configured), *(cb for cb in found if not isinstance(cb, unwanted)), *callbacks]
 
         self._choose = chosen
         try:

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_bpfree.cli import recipes, report
 from lightning_bpfree.cli.configured import ConfigCLI
+from lightning_bpfree.cli.evaluation import evaluated
 from lightning_bpfree.cli.preconditions import require, require_writable
 
 
@@ -51,7 +52,7 @@ class FitCLI(ConfigCLI):
         if not self._reports:
             return
         seconds = time.perf_counter() - self._started
-        metrics = report.tested(self.trainer, self.model, self.datamodule)
+        metrics = evaluated("test", self.trainer, self.model, self.datamodule)
         if self.trainer.is_global_zero:
             report.show(self.trainer, metrics, seconds)
 

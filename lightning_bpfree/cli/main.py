@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -52,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    # Imported where used, so that `bpfree recipes` needs no optional package.
+    # Modules beside the user are found, as with `python -m`; an installed script looks beside itself only.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    # Commands are imported where used, so that `bpfree recipes` needs no optional package.
     if command in LIGHTNING_COMMANDS:
         from lightning_bpfree.cli import fit
 

@@ -10,23 +10,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_bpfree.callbacks.gradient_alignment import GradientAlignment
+from lightning_bpfree.cli.evaluation import mean_cosine
 from lightning_bpfree.cli.tables import console, number
 from lightning_bpfree.rules.training_rule import TrainingRule
 
 COSINE = "bpfree/cosine_to_backprop"
 Curve = tuple[list[float], list[float]]
-
-
-def tested(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule | None) -> dict[str, float]:
-    """Return the metrics of the test set, with the weights as they are; empty if there is no test."""
-    has_loader = any(is_overridden("test_dataloader", part) for part in (module, data) if part is not None)
-    if not has_loader or not is_overridden("test_step", module):
-        return {}
-    results = trainer.test(module, datamodule=data, verbose=False)
-    return {name: float(value) for result in results for name, value in result.items()}
 
 
 def csv_logger(trainer: pl.Trainer) -> CSVLogger | None:
@@ -64,9 +54,9 @@ def _rows(trainer: pl.Trainer, metrics: dict[str, float], seconds: float) -> dic
     rule = next((cb for cb in callbacks if isinstance(cb, TrainingRule)), None)
     rows = {"rule": "none (plain Lightning)" if rule is None else type(rule).__name__}
     rows.update({name: number(value, 4) for name, value in metrics.items()})
-    alignment = next((cb for cb in callbacks if isinstance(cb, GradientAlignment)), None)
-    if alignment is not None and alignment.measured:
-        rows["mean cosine to backprop"] = number(alignment.mean_cosine)
+    cosine = mean_cosine(trainer)
+    if cosine is not None:
+        rows["mean cosine to backprop"] = number(cosine)
     if rule is not None:
         rows["forward evaluations"] = f"{rule.record.forward_evals:,.0f}"
     rows["seconds of fit"] = f"{seconds:.1f}"

@@ -89,7 +89,11 @@ def supported_kernels(module: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(part, nn.LSTM) for part in module.modules()):
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            # `mkldnn.flags` would set allow_tf32 too, and warn about it on builds for other devices. Newer versions of
+            # set_flags also reset the precision, the last of what they return, which goes back with the switch.
+            enabled, *others = torch.backends.mkldnn.set_flags(False)
+            precision = [None, None, others[2]] if len(others) > 2 else []
+            stack.callback(torch.backends.mkldnn.set_flags, enabled, *precision)
         stack.enter_context(_no_reentrant_checkpoint())
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)

@@ -167,10 +167,13 @@ class Step:
         Raises:
             NonFiniteLossError: if one of them is NaN or infinite, with its index.
         """
-        if self.exchange is None:
-            values = evaluate(range(num))
-        else:
-            values = self.exchange.agree(evaluate(self.exchange.share(num)), num)
+        share = range(num) if self.exchange is None else self.exchange.share(num)
+        values = evaluate(share)
+        if self.recorded_loss is not None:
+            # A broken loss spoils the numbers, so that all ranks learn of it from what they exchange anyway.
+            values = torch.where(torch.isfinite(self.recorded_loss).to(values.device), values, float("nan"))
+        if self.exchange is not None:
+            values = self.exchange.agree(values, num)
         finite = torch.isfinite(values)
         if not bool(finite.all()):
             if self.recorded_loss is not None and not bool(torch.isfinite(self.recorded_loss)):

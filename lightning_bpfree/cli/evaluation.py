@@ -1,0 +1,36 @@
+"""A trained module's metrics."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_bpfree.callbacks.gradient_alignment import GradientAlignment
+
+STAGES = {"validate": ("val_dataloader", "validation_step"), "test": ("test_dataloader", "test_step")}
+
+
+def evaluated(
+    stage: Literal["validate", "test"],
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    data: pl.LightningDataModule | None,
+) -> dict[str, float]:
+    """Return the metrics of the validation or test set with the weights as they are; empty if there is no such set."""
+    loader, step = STAGES[stage]
+    if not is_overridden(step, module):
+        return {}
+    if not any(is_overridden(loader, part) for part in (module, data) if part is not None):
+        return {}
+    run = trainer.validate if stage == "validate" else trainer.test
+    return {name: float(value) for found in run(module, datamodule=data, verbose=False) for name, value in found.items()}
+
+
+def mean_cosine(trainer: pl.Trainer) -> float | None:
+    """Return what GradientAlignment measured in the fit; None if it is not among the callbacks, or measured nothing."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAlignment) and callback.measured:
+            return callback.mean_cosine
+    return None
