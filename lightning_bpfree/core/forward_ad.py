@@ -82,9 +82,10 @@ def directional_derivatives(
 
 @contextlib.contextmanager
 def supported_kernels(module: nn.Module) -> Iterator[None]:
-    """Choose kernels that have a forward derivative: the math kernel of attention, no oneDNN for LSTMs on the CPU.
+    """Choose kernels that have a forward derivative.
 
-    Transformer layers leave their fused evaluation path. Reentrant checkpoints would drop the tangent without a word, so they raise in this context.
+    Attention takes its math kernel, LSTMs on the CPU leave oneDNN, and transformer layers their fused evaluation path.
+    Reentrant checkpoints would drop the tangent without a word, so they raise in this context.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_bpfree.core.directions import Directions, Distribution, check_directions, weights_from_slopes
 from lightning_bpfree.core.forward_ad import (
@@ -30,6 +30,9 @@ from lightning_bpfree.rules.training_rule import TrainingRule
 
 DUAL_COST = 3.0  # forward passes: W x, dW x and W dx
 LARGEST_AUTO_CHUNK = 8  # 2.125 instead of 3 forwards a direction; more chunk saves little and costs memory
+
+# Measured on CPUs: vmapped convolutions turn into slow grouped ones, and recurrent kernels do not batch over weights.
+_LOOPED = (nn.modules.conv._ConvNd, nn.RNNBase)
 
 T = TypeVar("T")
 
@@ -91,8 +94,10 @@ class ForwardGradient(TrainingRule):
         directions: ``"gaussian"`` or ``"rademacher"`` (random signs; variance d - 1 instead of d + 1).
         orthogonal: orthonormalise the ``K`` directions; cosine ``sqrt(K / d)``, and exact for ``K = d``.
         normalize: put the directions on the sphere of radius sqrt(d): variance d - 1.
-        chunk_size: directions per vectorised pass; 1 is a loop. ``"auto"`` times both at the first batch, keeps the
-            faster one (also across a resume), and takes the loop under ``Trainer(deterministic=True)``.
+        chunk_size: directions per vectorised pass; 1 is a loop. ``"auto"`` takes up to 8, or the loop for modules with
+            convolutions or recurrent layers, where it is the faster one. ``"fastest"`` times both at the first batch
+            and keeps the faster one, also across a resume; two runs may then differ in rounding, so it counts as
+            ``"auto"`` under ``Trainer(deterministic=True)``.
         params: shell-style patterns of the parameters to train; None for all.
         **settings: see :class:`TrainingRule`.
 
@@ -121,15 +126,15 @@ class ForwardGradient(TrainingRule):
         directions: Distribution = "gaussian",
         orthogonal: bool = False,
         normalize: bool = False,
-        chunk_size: int | Literal["auto"] = "auto",
+        chunk_size: int | Literal["auto", "fastest"] = "auto",
         *,
         params: str | Sequence[str] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(params=params, **settings)
         check_directions(num_directions, directions)
-        if chunk_size != "auto" and (not isinstance(chunk_size, int) or chunk_size < 1):
-            raise ValueError(f"chunk_size={chunk_size!r}: give a whole number of at least 1, or 'auto'.")
+        if chunk_size not in ("auto", "fastest") and (not isinstance(chunk_size, int) or chunk_size < 1):
+            raise ValueError(f"chunk_size={chunk_size!r}: give a whole number of at least 1, 'auto' or 'fastest'.")
         self.num_directions, self.directions = num_directions, directions
         self.orthogonal, self.normalize, self.chunk_size = orthogonal, normalize, chunk_size
         self._chunk_used: int | None = None
@@ -159,7 +164,7 @@ class ForwardGradient(TrainingRule):
         directions = Directions(params, self.num_directions, step.seed, self.directions)
         with supported_kernels(step.module):
             if self._chunk_used is None:
-                self._chunk_used = self._faster_chunk(step, params, directions)
+                self._chunk_used = self._chosen_chunk(step, params, directions)
             slopes = step.measure(self.num_directions, partial(self._slopes, step, params, directions))
             if not step.recorded:  # vectorised passes record nothing, nor does a rank without a share
                 with torch.no_grad():
@@ -180,29 +185,34 @@ class ForwardGradient(TrainingRule):
                 raise self._explained(error, step, params, directions) from error
         return widen(torch.cat(parts)) if parts else torch.zeros(0)
 
-    def _faster_chunk(self, step: Step, params: Params, directions: Directions) -> int:
-        """Time both ways at the first batch; the loop where vectorising fails or draws another dropout mask."""
-        if torch.are_deterministic_algorithms_enabled():
-            return 1
+    def _chosen_chunk(self, step: Step, params: Params, directions: Directions) -> int:
+        """Try a vectorised pass at the first batch; the loop where it fails or draws another dropout mask."""
         ks = range(min(self.num_directions, LARGEST_AUTO_CHUNK))
+        timed = self.chunk_size == "fastest" and not torch.are_deterministic_algorithms_enabled()
+        if not timed and any(isinstance(part, _LOOPED) for part in step.module.modules()):
+            return 1
         counted = step.forward_evals
         with torch.no_grad():
             loss = step.loss()
         try:
-            vectorised, (again, _) = _timed(lambda: _many(step, params, directions, ks), loss.device)
+            vectorised, (again, _) = _timed(lambda: _many(step, params, directions, ks), loss.device, 3 if timed else 1)
         except Exception as error:  # whatever it is, the loop is there
-            rank_zero_info(
-                f"ForwardGradient: directions one by one, since vectorising fails: {str(error).splitlines()[0]}"
-            )
+            reason = str(error).splitlines()[0]
+            rank_zero_info(f"ForwardGradient: directions one by one, since vectorising fails: {reason}")
             return 1
-        loop, _ = _timed(lambda: _one(step, params, directions, 0), loss.device)
+        finally:
+            step.forward_evals = counted + 1
+        if not torch.allclose(again.float(), loss.float(), rtol=1e-3):
+            rank_zero_info("ForwardGradient: directions one by one, since vectorising draws another dropout mask.")
+            return 1
+        if not timed:
+            return len(ks)
+        loop, _ = _timed(lambda: _one(step, params, directions, 0), loss.device, 3)
         step.forward_evals = counted + 1
-        same_noise = torch.allclose(again.float(), loss.float(), rtol=1e-3)
-        chosen = len(ks) if same_noise and vectorised < loop * len(ks) else 1
+        chosen = len(ks) if vectorised < loop * len(ks) else 1
         rank_zero_info(
-            f"ForwardGradient: {len(ks)} directions take {vectorised:.3g} s in one pass"
-            f"{'' if same_noise else ' (which draws another dropout mask)'}, {loop * len(ks):.3g} s one by one: "
-            f"chunk_size={chosen} from here on."
+            f"ForwardGradient: {len(ks)} directions take {vectorised:.3g} s in one pass, {loop * len(ks):.3g} s one by "
+            f"one: chunk_size={chosen} from here on."
         )
         return chosen
 
@@ -228,14 +238,14 @@ class ForwardGradient(TrainingRule):
 
     def load_rule_state(self, state: dict[str, Any]) -> None:
         """Take the chosen chunk back, unless the user has asked for another."""
-        if self.chunk_size == "auto" and state["chunk_used"] is not None:
+        if not isinstance(self.chunk_size, int) and state["chunk_used"] is not None:
             self._chunk_used = min(int(state["chunk_used"]), self.num_directions)
 
     def describe(self) -> dict[str, str]:
         """Return rows for the banner."""
         num, chunk = self.num_directions, self._chunk_used
         if chunk is None:
-            cost = f"{num} directions ({1 + 1 + 2 * num} to {3 * num} forwards; timed at the first batch)"
+            cost = f"{num} directions ({2 + 2 * num} to {3 * num} forwards, as the first batch will show)"
         elif chunk == 1:
             cost = f"{num} dual forward{'s' * (num > 1)} ({DUAL_COST * num:g} forwards)"
         else:
@@ -254,12 +264,12 @@ def _many(step: Step, params: Params, directions: Directions, ks: Sequence[int])
     return directional_derivatives(step.loss_under_transform, params, directions.stack(ks))
 
 
-def _timed(evaluate: Callable[[], T], device: torch.device) -> tuple[float, T]:
+def _timed(evaluate: Callable[[], T], device: torch.device, runs: int) -> tuple[float, T]:
     seconds = []
-    for _ in range(3):  # the first run warms up
+    for _ in range(runs):  # the first warms up
         start = time.perf_counter()
         result = evaluate()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return min(seconds[1:]), result
+    return min(seconds), result

@@ -116,7 +116,7 @@ def test_vectorised_slopes_equal_the_loop(name):
 
 
 def test_no_graph_is_built():
-    net, _, params, loss_fn = problem(*SUPPORTED["relu"])
+    _, _, params, loss_fn = problem(*SUPPORTED["relu"])
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         directional_derivative(loss_fn, params, {n: torch.randn_like(p) for n, p in params.items()})

@@ -18,7 +18,9 @@ def test_tied_weights_are_one_slot_under_either_name():
     assert "frozen.weight" not in [slot.name for slot in ParameterSlots(net).trainable()]
 
 
-@pytest.mark.parametrize("net", [nn.Linear(3, 2), nn.LSTM(3, 2, batch_first=True), nn.GRU(3, 2, batch_first=True), Tied()])
+@pytest.mark.parametrize(
+    "net", [nn.Linear(3, 2), nn.LSTM(3, 2, batch_first=True), nn.GRU(3, 2, batch_first=True), Tied()]
+)
 def test_replaced_equals_a_module_that_holds_the_new_values(net):
     x = torch.randn(4, 6) if isinstance(net, Tied) else torch.randn(4, 5, 3)
     slots = ParameterSlots(net)

@@ -17,7 +17,7 @@ from lightning_bpfree import ForwardGradient, ZerothOrder
     [
         (lambda: ForwardGradient(0), "num_directions=0: give a whole number of at least 1"),
         (lambda: ForwardGradient(directions="cauchy"), "directions='cauchy': choose 'gaussian' or 'rademacher'"),
-        (lambda: ForwardGradient(chunk_size=0), "chunk_size=0: give a whole number of at least 1, or 'auto'"),
+        (lambda: ForwardGradient(chunk_size=0), "chunk_size=0: give a whole number of at least 1, 'auto' or 'fastest'"),
         (lambda: ZerothOrder(-1), "num_directions=-1"),
         (lambda: ZerothOrder(sigma=0.0), "sigma=0.0: give a positive size"),
         (lambda: ZerothOrder(sigma=float("nan")), "sigma=nan: give a positive size"),

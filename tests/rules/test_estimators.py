@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conformance import run
@@ -150,16 +151,52 @@ def test_what_a_rule_costs_is_counted():
         assert rule.record.forward_evals == 4 * cost
 
 
-def test_auto_chunk_is_kept_across_a_resume_and_a_loop_under_deterministic_algorithms():
+def test_the_chosen_chunk():
+    def chosen(net, **how):
+        rule = ForwardGradient(4, **how)
+        run(lambda: rule, module=Problem(net))
+        return rule
+
+    dense = lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))  # noqa: E731
+    conv = lambda: nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))  # noqa: E731
+    assert chosen(dense())._chunk_used == 4
+    assert chosen(conv())._chunk_used == 1
+    timed = chosen(dense(), chunk_size="fastest")
+    assert timed._chunk_used in (1, 4)
+    again = ForwardGradient(4, chunk_size="fastest")
+    again.load_state_dict(timed.state_dict())
+    assert again._chunk_used == timed._chunk_used  # so that a resumed run rounds as the first one did
+
+
+def test_where_vectorising_fails_the_loop_takes_over_and_says_so(caplog):
+    class Looks(Problem):
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index)
+            assert np.isfinite(loss.detach().numpy())  # NumPy cannot look at a tensor under vmap
+            return loss
+
     rule = ForwardGradient(4)
-    run(lambda: rule)
-    assert rule._chunk_used in (1, 4)
-    again = ForwardGradient(4)
-    again.load_state_dict(rule.state_dict())
-    assert again._chunk_used == rule._chunk_used
-    chosen = ForwardGradient(4)
-    try:
-        run(lambda: chosen, deterministic=True)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert chosen._chunk_used == 1
+    with caplog.at_level("INFO"):
+        fitted(Looks(), loader(), rule)
+    assert rule._chunk_used == 1
+    assert "one by one, since vectorising fails" in caplog.text
+    with pytest.raises(Exception, match="chunk_size=1 or 'auto'"):
+        fitted(Looks(), loader(), ForwardGradient(4, chunk_size=4))
+
+
+def test_where_vectorising_draws_another_dropout_mask_the_loop_takes_over(caplog):
+    class Transposed(nn.Module):
+        """Dropout behind a transpose: its mask follows the layout of memory, which differs under vmap."""
+
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.TransformerEncoderLayer(6, 2, 12, dropout=0.5, batch_first=True)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(self.encoder(x.unsqueeze(1).expand(-1, 4, -1)).mean(1))
+
+    rule = ForwardGradient(4)
+    with caplog.at_level("INFO"):
+        fitted(Problem(Transposed()), loader(), rule)
+    assert (rule._chunk_used == 1) == ("another dropout mask" in caplog.text)
