@@ -33,6 +33,31 @@ def mix(*values: int) -> int:
     return state >> 1
 
 
+class Accumulator:
+    """The running sum ``sum_k c_k v_k``, for directions that are at hand anyway when their coefficients are known.
+
+    Args:
+        like: named tensors whose shapes, dtypes and devices the sum takes.
+    """
+
+    def __init__(self, like: Mapping[str, Tensor]) -> None:
+        self.like = like
+        self._total: Params = {}
+
+    def add(self, coefficient: Tensor, direction: Params) -> None:
+        """Add ``coefficient * direction``; a stack of directions, ``(C, *shape)``, takes coefficients ``(C,)``."""
+        for name, like in self.like.items():
+            v = direction.pop(name).to(accumulator_dtype(like))  # popped, so that no more than one extra tensor lives
+            c = coefficient.to(v.device, v.dtype)
+            part = torch.tensordot(c, v, 1) if c.dim() else v.mul_(c)
+            self._total[name] = self._total[name].add_(part) if name in self._total else part
+
+    def __call__(self, scale: Tensor | None = None) -> Params:
+        """Return ``scale`` times the sum, in the dtypes of ``like``."""
+        total = {name: self._total[name].to(like.dtype) for name, like in self.like.items()}
+        return total if scale is None else {name: part * scale for name, part in total.items()}
+
+
 class Directions:
     """``num`` random directions ``v_k`` shaped like ``like``, a function of ``seed`` and ``k`` alone.
 
@@ -60,19 +85,12 @@ class Directions:
     ) -> None:
         check_directions(num, distribution)
         self.like, self.num, self.seed, self.distribution = like, num, seed, distribution
-        # A single direction is kept between measuring and combining: the peak of memory is not higher for it, and half
-        # of the drawing is saved.
-        self._kept: Params | None = None
 
     def __len__(self) -> int:
         return self.num
 
     def __getitem__(self, k: int) -> Params:
-        if self.num > 1:
-            return self._drawn([k], lambda draws: draws[0])
-        if self._kept is None or k != 0:
-            self._kept = self._drawn([k], lambda draws: draws[0])
-        return self._kept
+        return self._drawn([k], lambda draws: draws[0])
 
     def __iter__(self) -> Iterator[Params]:
         return (self[k] for k in range(self.num))
@@ -80,6 +98,15 @@ class Directions:
     def stack(self, ks: Sequence[int]) -> Params:
         """Return the directions ``ks`` in one tensor per name, of shape ``(len(ks), *shape)``."""
         return self._drawn(ks, torch.stack)
+
+    def moved(self, k: int, params: Mapping[str, Tensor], sigma: float) -> Params:
+        """Return ``params + sigma v_k``, holding no more than the moved tensors (and one draw at a time)."""
+        generators = self._generators(k)
+        moved = {}
+        for name, like in self.like.items():
+            draw = self._draw(like, generators)
+            moved[name] = draw.mul_(sigma).add_(params[name]).to(params[name].dtype)
+        return moved
 
     def gram(self) -> Tensor:
         """Return the matrix of inner products ``<v_i, v_j>``, ``(K, K)`` in float64 on the CPU.
@@ -105,15 +132,12 @@ class Directions:
             scale: a scalar that multiplies the sum, such as the loss scale of mixed precision.
         """
         weights = coefficients.tolist() if isinstance(coefficients, Tensor) else list(coefficients)
-        generators = [self._generators(k) for k in range(self.num)] if self._kept is None else []
+        generators = [self._generators(k) for k in range(self.num)]
         combined: Params = {}
         for name, like in self.like.items():
-            if self._kept is not None:
-                total = widen(self._kept[name]) * weights[0]
-            else:
-                total = torch.zeros(like.shape, dtype=_draw_dtype(like), device=like.device)
-                for weight, generator in zip(weights, generators, strict=True):
-                    total.add_(self._draw(like, generator), alpha=weight)
+            total = torch.zeros(like.shape, dtype=accumulator_dtype(like), device=like.device)
+            for weight, generator in zip(weights, generators, strict=True):
+                total.add_(self._draw(like, generator).to(like.dtype), alpha=weight)
             combined[name] = (total if scale is None else total.mul_(scale)).to(like.dtype)
         return combined
 
@@ -124,7 +148,7 @@ class Directions:
     def _drawn_by_tensor(self, ks: Sequence[int]) -> Iterator[list[Tensor]]:
         generators = [self._generators(k) for k in ks]
         for like in self.like.values():
-            yield [self._draw(like, generator) for generator in generators]
+            yield [self._draw(like, generator).to(like.dtype) for generator in generators]
 
     def _generators(self, k: int) -> dict[torch.device, torch.Generator]:
         if not 0 <= k < self.num:
@@ -136,25 +160,24 @@ class Directions:
         return generators
 
     def _draw(self, like: Tensor, generators: dict[torch.device, torch.Generator]) -> Tensor:
-        generator, dtype = generators[like.device], _draw_dtype(like)
+        generator, dtype = generators[like.device], accumulator_dtype(like)
         if self.distribution == "gaussian":
-            draw = torch.empty(like.shape, dtype=dtype, device=like.device).normal_(generator=generator)
-        else:
-            draw = _signs(like.numel(), like.device, generator).to(dtype).mul_(2).sub_(1).view(like.shape)
-        return draw.to(like.dtype)
+            return torch.empty(like.shape, dtype=dtype, device=like.device).normal_(generator=generator)
+        return _signs(like.numel(), like.device, generator).to(dtype).view(like.shape)
 
 
-def _draw_dtype(like: Tensor) -> torch.dtype:
+def accumulator_dtype(like: Tensor) -> torch.dtype:
+    """Return the type in which directions are drawn and summed: float64 for float64, float32 for all others."""
     return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 def _signs(num: int, device: torch.device, generator: torch.Generator) -> Tensor:
-    # One random 64-bit word gives 64 signs: several times faster than one draw a sign.
+    # A random 64-bit word gives 64 signs, eight at a time from a table: several times faster than one draw a sign.
     words = torch.empty(-(-num // 64), dtype=torch.int64, device=device)
     words.random_(-(1 << 63), None, generator=generator)
-    bits = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=device)
-    signs: Tensor = (words.view(torch.uint8).unsqueeze(-1) & bits).ne(0).flatten()[:num]
-    return signs
+    byte = torch.arange(256, device=device)
+    table = ((byte.unsqueeze(1) >> torch.arange(8, device=device)) & 1).float().mul_(2).sub_(1)
+    return table.index_select(0, words.view(torch.uint8).int()).flatten()[:num]
 
 
 def check_directions(num_directions: int, distribution: str) -> None:
@@ -163,6 +186,11 @@ def check_directions(num_directions: int, distribution: str) -> None:
         raise ValueError(f"num_directions={num_directions!r}: give a whole number of at least 1.")
     if distribution not in ("gaussian", "rademacher"):
         raise ValueError(f"directions={distribution!r}: choose 'gaussian' or 'rademacher'.")
+
+
+def sums_at_once(orthogonal: bool, normalize: bool, distribution: Distribution) -> bool:
+    """Whether ``c_k = s_k / K``, so that a direction can be added up as soon as its slope is known."""
+    return not orthogonal and (not normalize or distribution == "rademacher")
 
 
 def weights_from_slopes(
@@ -187,7 +215,7 @@ def weights_from_slopes(
         ValueError: if ``orthogonal`` is asked of more directions than there are coordinates.
     """
     num = len(directions)
-    if not orthogonal and (not normalize or directions.distribution == "rademacher"):
+    if sums_at_once(orthogonal, normalize, directions.distribution):
         return slopes / num  # random signs lie on the sphere already: |v|^2 = d
     dimension = sum(like.numel() for like in directions.like.values())
     wide = slopes.to("cpu", torch.float64)

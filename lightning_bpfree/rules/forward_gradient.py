@@ -13,7 +13,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_bpfree.core.directions import Directions, Distribution, check_directions, weights_from_slopes
+from lightning_bpfree.core.directions import (
+    Accumulator,
+    Directions,
+    Distribution,
+    check_directions,
+    sums_at_once,
+    weights_from_slopes,
+)
 from lightning_bpfree.core.forward_ad import (
     LossFunction,
     NoForwardDerivativeError,
@@ -162,28 +169,35 @@ class ForwardGradient(TrainingRule):
         """Return the loss and the combination of directions by their slopes."""
         params = step.params
         directions = Directions(params, self.num_directions, step.seed, self.directions)
+        at_once = step.exchange is None and sums_at_once(self.orthogonal, self.normalize, self.directions)
+        total = Accumulator(params) if at_once else None
         with supported_kernels(step.module):
             if self._chunk_used is None:
                 self._chunk_used = self._chosen_chunk(step, params, directions)
-            slopes = step.measure(self.num_directions, partial(self._slopes, step, params, directions))
+            slopes = step.measure(self.num_directions, partial(self._slopes, step, params, directions, total))
             if not step.recorded:  # vectorised passes record nothing, nor does a rank without a share
                 with torch.no_grad():
                     step.loss()
-        weights = weights_from_slopes(slopes, directions, self.orthogonal, self.normalize)
         assert step.recorded_loss is not None
+        if total is not None:
+            return Estimate(step.recorded_loss, total)
+        weights = weights_from_slopes(slopes, directions, self.orthogonal, self.normalize)
         return Estimate(step.recorded_loss, partial(directions.combine, weights))
 
-    def _slopes(self, step: Step, params: Params, directions: Directions, ks: Sequence[int]) -> Tensor:
+    def _slopes(
+        self, step: Step, params: Params, directions: Directions, total: Accumulator | None, ks: Sequence[int]
+    ) -> Tensor:
         parts = []
         for chunk in _chunks(ks, self._chunk_used or 1):
+            drawn = directions[chunk[0]] if self._chunk_used == 1 else directions.stack(chunk)
             try:
-                if self._chunk_used == 1:
-                    parts.append(_one(step, params, directions, chunk[0]).reshape(1))
-                else:
-                    parts.append(_many(step, params, directions, chunk)[1])
+                slopes = _one(step, params, drawn) if self._chunk_used == 1 else _many(step, params, drawn)[1]
             except (NotImplementedError, RuntimeError, NoForwardDerivativeError) as error:
                 raise self._explained(error, step, params, directions) from error
-        return widen(torch.cat(parts)) if parts else torch.zeros(0)
+            parts.append(widen(slopes.reshape(-1)))
+            if total is not None:
+                total.add(slopes / self.num_directions, drawn)
+        return torch.cat(parts) if parts else torch.zeros(0)
 
     def _chosen_chunk(self, step: Step, params: Params, directions: Directions) -> int:
         """Try a vectorised pass at the first batch; the loop where it fails or draws another dropout mask."""
@@ -194,8 +208,9 @@ class ForwardGradient(TrainingRule):
         counted = step.forward_evals
         with torch.no_grad():
             loss = step.loss()
+        stacked = directions.stack(ks)
         try:
-            vectorised, (again, _) = _timed(lambda: _many(step, params, directions, ks), loss.device, 3 if timed else 1)
+            vectorised, (again, _) = _timed(lambda: _many(step, params, stacked), loss.device, 3 if timed else 1)
         except Exception as error:  # whatever it is, the loop is there
             reason = str(error).splitlines()[0]
             rank_zero_info(f"ForwardGradient: directions one by one, since vectorising fails: {reason}")
@@ -207,7 +222,7 @@ class ForwardGradient(TrainingRule):
             return 1
         if not timed:
             return len(ks)
-        loop, _ = _timed(lambda: _one(step, params, directions, 0), loss.device, 3)
+        loop, _ = _timed(lambda: _one(step, params, directions[0]), loss.device, 3)
         step.forward_evals = counted + 1
         chosen = len(ks) if vectorised < loop * len(ks) else 1
         rank_zero_info(
@@ -217,7 +232,7 @@ class ForwardGradient(TrainingRule):
         return chosen
 
     def _explained(self, error: Exception, step: Step, params: Params, directions: Directions) -> Exception:
-        alone, layer = failing_layer(step.module, lambda: _one(step, params, directions, 0))
+        alone, layer = failing_layer(step.module, lambda: _one(step, params, directions[0]))
         if alone is None:  # one direction goes through
             return MisconfigurationException(
                 f"ForwardGradient(chunk_size={self._chunk_used}): the training step cannot be vectorised ({error}). "
@@ -253,15 +268,15 @@ class ForwardGradient(TrainingRule):
         return {"a step": cost, "route": f"forward-mode automatic differentiation, {self.directions} directions"}
 
 
-def _one(step: Step, params: Params, directions: Directions, k: int) -> Tensor:
+def _one(step: Step, params: Params, direction: Params) -> Tensor:
     loss_fn = partial(step.loss, recorded=True, cost=DUAL_COST)
-    return directional_derivative(loss_fn, params, directions[k])[1]
+    return directional_derivative(loss_fn, params, direction)[1]
 
 
-def _many(step: Step, params: Params, directions: Directions, ks: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _many(step: Step, params: Params, stacked: Params) -> tuple[Tensor, Tensor]:
     step.rewind()
-    step.forward_evals += 1 + 2 * len(ks)
-    return directional_derivatives(step.loss_under_transform, params, directions.stack(ks))
+    step.forward_evals += 1 + 2 * len(next(iter(stacked.values())))
+    return directional_derivatives(step.loss_under_transform, params, stacked)
 
 
 def _timed(evaluate: Callable[[], T], device: torch.device, runs: int) -> tuple[float, T]:

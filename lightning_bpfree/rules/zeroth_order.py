@@ -11,8 +11,15 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_bpfree.core.directions import Directions, Distribution, check_directions, weights_from_slopes
-from lightning_bpfree.core.params import Params, add, widen
+from lightning_bpfree.core.directions import (
+    Accumulator,
+    Directions,
+    Distribution,
+    check_directions,
+    sums_at_once,
+    weights_from_slopes,
+)
+from lightning_bpfree.core.params import Params, widen
 from lightning_bpfree.core.step import Estimate, Step
 from lightning_bpfree.rules.training_rule import TrainingRule
 
@@ -47,6 +54,7 @@ def difference_quotients(
     *,
     base_loss: Tensor | None = None,
     ks: Sequence[int] | None = None,
+    total: Accumulator | None = None,
 ) -> Tensor:
     """Return finite differences of the loss along directions, shape ``(len(ks),)``.
 
@@ -58,16 +66,24 @@ def difference_quotients(
         base_loss: the loss at ``params``: takes the forward scheme ``(L(p + sigma v) - L(p)) / sigma``, one evaluation
             a direction. None takes the central scheme ``(L(p + sigma v) - L(p - sigma v)) / (2 sigma)``, two.
         ks: indices of the directions; None for all.
+        total: takes up ``sum_k s_k v_k / K``, which saves drawing the directions a second time.
     """
     slopes = []
     with torch.no_grad():
         for k in range(len(directions)) if ks is None else ks:
-            direction = directions[k]
-            ahead = loss_fn(add(params, direction, sigma))
+            moved, side = directions.moved(k, params, sigma), sigma
+            ahead = loss_fn(moved)
             if base_loss is None:
-                slopes.append((ahead - loss_fn(add(params, direction, -sigma))) / (2 * sigma))
+                for name, param in params.items():  # p - sigma v = 2 p - (p + sigma v), in the same memory
+                    moved[name].neg_().add_(param, alpha=2)
+                slope, side = (ahead - loss_fn(moved)) / (2 * sigma), -sigma
             else:
-                slopes.append((ahead - base_loss) / sigma)
+                slope = (ahead - base_loss) / sigma
+            slopes.append(slope)
+            if total is not None:
+                for name, param in params.items():
+                    moved[name].sub_(param)
+                total.add(slope / (side * len(directions)), moved)
     return widen(torch.stack(slopes)) if slopes else torch.zeros(0)
 
 
@@ -108,7 +124,7 @@ class ZerothOrder(TrainingRule):
     The estimate ``mean_k c_k v_k``, with ``c_k`` the difference quotient of the loss along the random direction
     ``v_k``, is unbiased for the gradient of the loss smoothed over N(0, sigma^2). No derivative is taken: a training
     step that returns an accuracy, calls NumPy or a simulator trains too. No activation is stored: the peak of memory is
-    that of inference plus two copies of the trained parameters (direction and moved parameters), whatever the depth.
+    that of inference plus two copies of the trained parameters (moved parameters and estimate), whatever the depth.
 
     Cost: ``1 + 2 K`` forward passes a batch (central) or ``1 + K`` (forward). The error of the estimate grows with the
     number of trained parameters ``d``: the cosine to the gradient is about ``sqrt(K / (K + d + 1))``.
@@ -182,15 +198,13 @@ class ZerothOrder(TrainingRule):
         directions = Directions(params, self.num_directions, step.seed, self.directions)
         with torch.no_grad():
             loss = step.loss()
-        quotients = partial(
-            difference_quotients,
-            step.loss,
-            params,
-            directions,
-            self._sigma_used,
-            base_loss=loss if self.scheme == "forward" else None,
-        )
-        slopes = step.measure(self.num_directions, lambda ks: quotients(ks=ks))
+        base = loss if self.scheme == "forward" else None
+        at_once = step.exchange is None and sums_at_once(self.orthogonal, self.normalize, self.directions)
+        total = Accumulator(params) if at_once else None
+        quotients = partial(difference_quotients, step.loss, params, directions, self._sigma_used, total=total)
+        slopes = step.measure(self.num_directions, lambda ks: quotients(base_loss=base, ks=ks))
+        if total is not None:
+            return Estimate(loss, total)
         weights = weights_from_slopes(slopes, directions, self.orthogonal, self.normalize)
         return Estimate(loss, partial(directions.combine, weights))
 
