@@ -14,28 +14,6 @@ from torch import Tensor, nn
 Params = dict[str, Tensor]
 
 
-def add(params: Mapping[str, Tensor], direction: Mapping[str, Tensor], scale: float | Tensor = 1.0) -> Params:
-    """Return ``params + scale * direction``, tensor by tensor; the inputs stay as they are.
-
-    Low-precision parameters are moved in float32 and rounded once, so that the rounding of ``scale * direction`` does
-    not come on top.
-
-    Examples:
-        >>> add({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 2.0])}, 0.5)
-        {'w': tensor([1.5000, 2.0000])}
-    """
-    moved = {}
-    for name, param in params.items():
-        step = direction[name]
-        if param.dtype in (torch.float16, torch.bfloat16):
-            moved[name] = (param.float() + scale * step.float()).to(param.dtype)
-        elif isinstance(scale, Tensor):
-            moved[name] = torch.addcmul(param, step, scale.to(param.dtype))
-        else:
-            moved[name] = torch.add(param, step, alpha=scale)
-    return moved
-
-
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     """Return the inner product over all tensors of ``a``, a scalar accumulated in at least float32.
 

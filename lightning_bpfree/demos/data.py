@@ -8,218 +8,24 @@ are always black).
 from __future__ import annotations
 
 import functools
-import math
 import random
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bpfree.demos.idx import FASHION_MNIST, MNIST, fetch, load_splits
+from lightning_bpfree.demos.in_memory import Arrays, InMemoryDataModule, stratified_split
 
 __all__ = [
-    "BatchDataset",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "InMemoryDataModule",
     "MNIST1DDataModule",
     "MNISTDataModule",
-    "pass_through",
-    "stratified_split",
 ]
 
-_T = TypeVar("_T")
-_Arrays = tuple[Tensor, Tensor, Tensor, Tensor]  # training inputs, training labels, test inputs, test labels
 _TEST_SEED = 0  # the test split of a data set that has none of its own; not the user's `seed`, so that it never moves
-
-
-class BatchDataset(TensorDataset):
-    """A TensorDataset that a DataLoader indexes once a batch instead of once a sample.
-
-    torch's loader calls ``__getitems__`` with a batch's indices where a data set has it. The sampler stays an ordinary
-    one, so that Lightning can put its DistributedSampler in. Use with ``collate_fn=pass_through``.
-
-    Example:
-        >>> data = BatchDataset(torch.arange(6.0), torch.arange(6))
-        >>> [y.tolist() for _, y in DataLoader(data, batch_size=4, collate_fn=pass_through)]
-        [[0, 1, 2, 3], [4, 5]]
-    """
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
-        index = torch.as_tensor(indices)
-        return tuple(tensor[index] for tensor in self.tensors)
-
-
-def pass_through(batch: _T) -> _T:
-    """The batch as it is: :class:`BatchDataset` has stacked it already. At module level, so that it can be pickled."""
-    return batch
-
-
-def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split indices so that each class gives the same fraction (to the nearest sample) to the second part.
-
-    Args:
-        labels: Class of each sample, shape (N,), integer.
-        fraction: Share of the second part, in (0, 1).
-        seed: Decides the split and the order, and nothing else does.
-
-    Returns:
-        Indices of the first and of the second part, both shuffled, disjoint, together all N.
-
-    Example:
-        >>> rest, part = stratified_split(torch.tensor([0, 1] * 10), 0.2, seed=0)
-        >>> len(rest), len(part)
-        (16, 4)
-    """
-    # RandomState's stream is frozen across numpy versions, which no torch.Generator promises.
-    state = np.random.RandomState(seed)
-    order = torch.from_numpy(state.permutation(len(labels)))
-    in_part = torch.zeros(len(labels), dtype=torch.bool)
-    for label in sorted(set(labels.tolist())):
-        members = order[labels[order] == label]
-        in_part[members[: round(fraction * len(members))]] = True
-    return order[~in_part[order]], order[in_part[order]]
-
-
-class InMemoryDataModule(LightningDataModule):
-    """What the data modules here share; a subclass says in :meth:`load` where the arrays come from.
-
-    Batches are pairs: inputs float32, (B, C, H, W), or (B, C * H * W) with `flatten`; labels int64, (B,).
-
-    Args:
-        batch_size: Samples a batch, at least 1.
-        val_fraction: Share of the training data set apart for validation, in (0, 1), the same in each class.
-        seed: Seed of the split into training and validation. The test split is the same for every seed.
-        flatten: Whether inputs are vectors instead of images.
-        drop_last: Whether a last training batch smaller than `batch_size` is left out.
-        num_workers: Worker processes of each loader; 0, in the main process, is fastest here.
-        train_size: Use only the first so many samples of the shuffled training split; None: all.
-
-    Attributes:
-        num_classes: Number of classes.
-        in_shape: Shape (C, H, W) of one image, also where `flatten` is set.
-        num_features: C * H * W.
-        mean: Mean of the training samples in use, before standardisation; NaN until :meth:`setup`.
-        std: Their standard deviation; NaN until :meth:`setup`.
-
-    Raises:
-        ValueError: An argument is out of range; from :meth:`setup` where it is out of range for this data set.
-    """
-
-    num_classes: int = 10
-    in_shape: tuple[int, int, int]
-
-    def __init__(
-        self,
-        batch_size: int = 64,
-        val_fraction: float = 0.1,
-        seed: int = 0,
-        flatten: bool = False,
-        drop_last: bool = False,
-        num_workers: int = 0,
-        train_size: int | None = None,
-    ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; give 1 or more samples a batch.")
-        if not 0 < val_fraction < 1:
-            raise ValueError(
-                f"val_fraction is {val_fraction}; give a share between 0 and 1, both excluded, such as 0.1."
-            )
-        if train_size is not None and train_size < 1:
-            raise ValueError(f"train_size is {train_size}; give 1 or more samples, or None for all.")
-        if num_workers < 0:
-            raise ValueError(f"num_workers is {num_workers}; give 0 (load in the main process) or more.")
-        self.batch_size, self.val_fraction, self.seed, self.flatten = batch_size, val_fraction, seed, flatten
-        self.drop_last, self.num_workers, self.train_size = drop_last, num_workers, train_size
-        self.num_features = math.prod(self.in_shape)
-        self.mean = self.std = math.nan
-        self._splits: dict[str, BatchDataset] = {}
-
-    def load(self) -> _Arrays:
-        """Training inputs, training labels, test inputs and test labels; inputs of any shape with N first."""
-        raise NotImplementedError
-
-    def setup(self, stage: str | None = None) -> None:
-        """Load, split and standardise; does nothing the second time."""
-        if self._splits:
-            return
-        x, y, test_x, test_y = self.load()
-        train, val = stratified_split(y, self.val_fraction, self.seed)
-        self._check_sizes(len(train), len(val))
-        train = train[: self.train_size]
-        std, mean = torch.std_mean(x[train].float(), correction=0)
-        # 1.0 for constant data: nothing to scale, and no division by zero.
-        self.mean, self.std = float(mean), float(std) or 1.0
-        shape = (self.num_features,) if self.flatten else self.in_shape
-
-        def standardised(inputs: Tensor, labels: Tensor) -> BatchDataset:
-            return BatchDataset(((inputs.float() - self.mean) / self.std).reshape(-1, *shape), labels.long())
-
-        self._splits = {
-            "train": standardised(x[train], y[train]),
-            "val": standardised(x[val], y[val]),
-            "test": standardised(test_x, test_y),
-        }
-
-    def _check_sizes(self, n_train: int, n_val: int) -> None:
-        if n_train == 0 or n_val == 0:
-            raise ValueError(
-                f"val_fraction is {self.val_fraction}, which leaves {n_train} training and {n_val} validation samples; "
-                "choose it so that both have some."
-            )
-        if self.train_size is not None and self.train_size > n_train:
-            raise ValueError(
-                f"train_size is {self.train_size}, but the training split has {n_train} samples; "
-                f"give at most {n_train}, or None for all."
-            )
-        used = self.train_size or n_train
-        if self.drop_last and self.batch_size > used:
-            raise ValueError(
-                f"batch_size is {self.batch_size} with drop_last=True, but there are {used} training samples, "
-                f"hence no batch at all; give at most {used}, or drop_last=False."
-            )
-
-    def dataset(self, split: Literal["train", "val", "test"]) -> BatchDataset:
-        """The samples of one split; its ``tensors`` are the standardised inputs and the labels.
-
-        Raises:
-            RuntimeError: :meth:`setup` has not run.
-        """
-        if not self._splits:
-            raise RuntimeError(f"{type(self).__name__} holds no data yet; call prepare_data() and setup() first.")
-        return self._splits[split]
-
-    def _loader(self, split: Literal["train", "val", "test"]) -> DataLoader[Any]:
-        train = split == "train"
-        return DataLoader(
-            self.dataset(split),
-            batch_size=self.batch_size,
-            shuffle=train,
-            drop_last=train and self.drop_last,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=pass_through,
-        )
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Training batches, shuffled by torch's global generator (``seed_everything`` decides the order)."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Validation batches in a fixed order."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test batches in a fixed order."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The test batches, labels included."""
-        return self._loader("test")
 
 
 def _missing(package: str) -> ModuleNotFoundError:
@@ -245,7 +51,7 @@ class DigitsDataModule(InMemoryDataModule):
 
     in_shape = (1, 8, 8)
 
-    def load(self) -> _Arrays:
+    def load(self) -> Arrays:
         """The digits, with values 0 to 16, and their fixed test split."""
         try:
             from sklearn.datasets import load_digits
@@ -282,7 +88,7 @@ class FashionMNISTDataModule(InMemoryDataModule):
         """Download what is missing; Lightning calls it in one process of each machine only."""
         fetch(FASHION_MNIST, self.data_dir, download=self.download)
 
-    def load(self) -> _Arrays:
+    def load(self) -> Arrays:
         """The four IDX files, with values 0 to 255; never downloads."""
         return load_splits(FASHION_MNIST, fetch(FASHION_MNIST, self.data_dir, download=False))
 
@@ -312,13 +118,13 @@ class MNISTDataModule(InMemoryDataModule):
         """Download what is missing; Lightning calls it in one process of each machine only."""
         fetch(MNIST, self.data_dir, download=self.download)
 
-    def load(self) -> _Arrays:
+    def load(self) -> Arrays:
         """The four IDX files, with values 0 to 255; never downloads."""
         return load_splits(MNIST, fetch(MNIST, self.data_dir, download=False))
 
 
 @functools.lru_cache(maxsize=2)  # it takes about a second, and a sweep asks for the same again and again
-def _make_mnist1d(num_samples: int, data_seed: int) -> _Arrays:
+def _make_mnist1d(num_samples: int, data_seed: int) -> Arrays:
     try:
         from mnist1d.data import get_dataset_args, make_dataset
     except ModuleNotFoundError as error:
@@ -360,6 +166,6 @@ class MNIST1DDataModule(InMemoryDataModule):
             raise ValueError(f"num_samples is {num_samples}; give a multiple of 10 (the classes), at least 100.")
         self.num_samples, self.data_seed = num_samples, data_seed
 
-    def load(self) -> _Arrays:
+    def load(self) -> Arrays:
         """The generated signals."""
         return _make_mnist1d(self.num_samples, self.data_seed)

@@ -25,15 +25,12 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_bpfree.demos import idx
 from lightning_bpfree.demos.data import (
-    BatchDataset,
     DigitsDataModule,
     FashionMNISTDataModule,
-    InMemoryDataModule,
     MNIST1DDataModule,
     MNISTDataModule,
-    pass_through,
-    stratified_split,
 )
+from lightning_bpfree.demos.in_memory import BatchDataset, InMemoryDataModule, pass_through, stratified_split
 
 FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
