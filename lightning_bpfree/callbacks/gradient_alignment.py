@@ -111,7 +111,8 @@ class GradientAlignment(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the mean cosine over the fit so far."""
         if self.measured and not trainer.barebones:
-            pl_module.log("bpfree/mean_cosine", self.mean_cosine, on_step=False, on_epoch=True)
+            ranks = trainer.world_size  # the same number on all of them; without sync_dist Lightning warns
+            pl_module.log("bpfree/mean_cosine", self.mean_cosine, on_step=False, on_epoch=True, sync_dist=ranks > 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running mean."""

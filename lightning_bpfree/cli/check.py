@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import inspect
-import logging
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -19,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 import lightning_bpfree
 from lightning_bpfree.callbacks.gradient_alignment import GradientAlignment
 from lightning_bpfree.cli import recipes
-from lightning_bpfree.cli.configured import Blueprint, RulesChoice
+from lightning_bpfree.cli.configured import Blueprint, RulesChoice, silence
 from lightning_bpfree.cli.preconditions import CommandError, require
 from lightning_bpfree.cli.tables import console, number
 from lightning_bpfree.core.step import loss_of
@@ -119,11 +117,12 @@ def check(blueprint: Blueprint, repeats: int = 3) -> list[Verdict]:
     Raises:
         CommandError: the configuration cannot be built, or its data not be loaded.
     """
-    try:
-        configured = blueprint.build().rules
-    except Exception as error:
-        raise CommandError(f"the configuration cannot be built: {_said(error)}") from error
-    verdicts = [_verdict(blueprint, name, choice, repeats) for name, choice in _choices(configured)]
+    with silence():
+        try:
+            configured = blueprint.build().rules
+        except Exception as error:
+            raise CommandError(f"the configuration cannot be built: {_said(error)}") from error
+        verdicts = [_verdict(blueprint, name, choice, repeats) for name, choice in _choices(configured)]
     obstacles = {verdict.obstacle for verdict in verdicts}
     # Obstacles that rules name are theirs; one that all meet alike is the module's or the data's.
     if len(obstacles) == 1 and all(verdict.cost is None for verdict in verdicts):
@@ -133,9 +132,17 @@ def check(blueprint: Blueprint, repeats: int = 3) -> list[Verdict]:
 
 def _choices(configured: list[TrainingRule]) -> Iterator[tuple[str, RulesChoice]]:
     for kind in shipped_rules():
-        yield f"{kind.__name__}()", lambda _, kind=kind: [kind()]
+        yield f"{kind.__name__}()", partial(_made, kind)
     for index, rule in enumerate(configured):
-        yield f"{type(rule).__name__} as configured", lambda found, index=index: [found[index]]
+        yield f"{type(rule).__name__} as configured", partial(_picked, index)
+
+
+def _made(kind: type[TrainingRule], _: list[TrainingRule]) -> list[TrainingRule]:
+    return [kind()]
+
+
+def _picked(index: int, configured: list[TrainingRule]) -> list[TrainingRule]:
+    return [configured[index]]
 
 
 def _verdict(blueprint: Blueprint, name: str, rules: RulesChoice, repeats: int) -> Verdict:
@@ -154,24 +161,9 @@ def _said(error: Exception) -> str:
     return str(error) if isinstance(error, MisconfigurationException) else f"{type(error).__name__}: {error}"
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep Lightning's advice on training out of a table that trains nothing."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def show(verdicts: Sequence[Verdict]) -> None:
     """Print the verdicts as a table."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="bpfree check", caption="One batch, nothing trained. Time: a step, in plain forward passes.")
@@ -182,7 +174,7 @@ def show(verdicts: Sequence[Verdict]) -> None:
     table.add_column("what stands in the way, and the cure", ratio=1)
     for rule, cost, obstacle in verdicts:
         numbers = ("-", "-") if cost is None else (number(cost.forward_evals), f"{cost.time_ratio:.1f}x")
-        table.add_row(rule, "no" if cost is None else "yes", *numbers, obstacle)
+        table.add_row(rule, "no" if cost is None else "yes", *numbers, escape(obstacle))
     console().print(table)
 
 
@@ -201,7 +193,5 @@ def run(arguments: Sequence[str]) -> int:
     if options.repeats < 1:
         raise CommandError(f"--repeats {options.repeats}: give 1 or more.")
     require("rich")
-    with _silence():
-        verdicts = check(Blueprint([*recipes.config_arguments(options.config), *overrides]), options.repeats)
-    show(verdicts)
+    show(check(Blueprint([*recipes.config_arguments(options.config), *overrides]), options.repeats))
     return 0

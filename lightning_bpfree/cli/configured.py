@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import inspect
-from collections.abc import Callable, Sequence
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -12,11 +14,21 @@ from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning_utilities.core.imports import RequirementCache
 
 from lightning_bpfree.cli.preconditions import CommandError, require
 from lightning_bpfree.rules.training_rule import TrainingRule
 
 RulesChoice = Callable[[list[TrainingRule]], list[TrainingRule]]
+
+SHOWING = (Checkpoint, ProgressBar, ModelSummary)  # what these show and write belongs to `bpfree fit`
+SILENT: dict[str, Any] = {
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "barebones": False,
+    "num_nodes": 1,
+}
 
 
 class ConfigCLI(LightningCLI):
@@ -77,13 +89,9 @@ class Blueprint(ConfigCLI):
         CommandError: the configuration cannot be parsed.
     """
 
-    # What they show or write belongs to `bpfree fit`.
-    dropped: tuple[type[Callback], ...] = (Checkpoint, ProgressBar, ModelSummary)
-
     def __init__(self, args: Sequence[str]) -> None:
-        self._built_callbacks: list[Callback] = []
-        self._built_settings: dict[str, Any] = {}
-        super().__init__(args, run=False, save_config_callback=None, load_from_checkpoint_support=False)
+        with silence():
+            super().__init__(args, run=False, save_config_callback=None, load_from_checkpoint_support=False)
 
     def instantiate_classes(self) -> None:
         """Do nothing yet: see :meth:`build`."""
@@ -111,15 +119,15 @@ class Blueprint(ConfigCLI):
         self.config = original.clone()
         # False keeps loggers and profilers from being made at all, which for some needs a package or a network.
         self.config.trainer.logger, self.config.trainer.profiler = False, None
-        self._built_settings = {"devices": _one_device(original.trainer.devices), **trainer_settings}
+        self._settings = {**SILENT, "devices": _one_device(original.trainer.devices), **trainer_settings}
         configured: list[TrainingRule] = []
 
         def chosen(found: list[Callback]) -> list[Callback]:
             configured.extend(cb for cb in found if isinstance(cb, TrainingRule))
-            unwanted = (TrainingRule, *self.dropped, *dropped)
+            unwanted: tuple[type, ...] = (TrainingRule, *SHOWING, *dropped)
             return [*rules(configured), *(cb for cb in found if not isinstance(cb, unwanted)), *callbacks]
 
-        self._choose = chosen
+        self._chosen = chosen
         try:
             super().instantiate_classes()
         finally:
@@ -128,26 +136,44 @@ class Blueprint(ConfigCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Return a Trainer that shows and writes nothing."""
-        found = self._get(self.config_init, "trainer").get("callbacks") or []
-        settings: dict[str, Any] = {
-            "logger": DummyLogger(),  # unlike False, it satisfies callbacks that ask for a logger
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "barebones": False,
-            "num_nodes": 1,
-            "callbacks": self._choose(found if isinstance(found, list) else [found]),
-        }
-        return super().instantiate_trainer(**{**settings, **self._built_settings, **kwargs})
+        callbacks = self._chosen(_listed(self._get(self.config_init, "trainer").get("callbacks")))
+        # Unlike False, the logger that logs nowhere satisfies callbacks that ask for one.
+        return super().instantiate_trainer(logger=DummyLogger(), callbacks=callbacks, **self._settings, **kwargs)
+
+    @property
+    def callbacks(self) -> list[Any]:
+        """The callbacks of the configuration, parsed but not made."""
+        return _listed(self.config.trainer.callbacks)
 
     def dump(self) -> str:
         """Return the whole configuration as YAML, which reads back as the same."""
-        # `skip_none` has got another name in jsonargparse 4.49.
-        known = inspect.signature(self.parser.dump).parameters
-        keep_none = {"skip_unset" if "skip_unset" in known else "skip_none": False}
-        text: str = self.parser.dump(self.config, **keep_none)
+        option = "skip_unset" if RequirementCache("jsonargparse>=4.49") else "skip_none"  # the new name and the old
+        text: str = self.parser.dump(self.config, **{option: False})
         return text
+
+
+def _listed(callbacks: Any) -> list[Any]:
+    """Return the Trainer's argument ``callbacks``, which may be None or one callback, as a list."""
+    if callbacks is None:
+        return []
+    return callbacks if isinstance(callbacks, list) else [callbacks]
 
 
 def _one_device(devices: Any) -> Any:
     return devices[:1] if isinstance(devices, list) else 1
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Keep Lightning's advice on training away where nothing is trained."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

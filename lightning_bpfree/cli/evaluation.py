@@ -25,7 +25,8 @@ def evaluated(
     if not any(is_overridden(loader, part) for part in (module, data) if part is not None):
         return {}
     run = trainer.validate if stage == "validate" else trainer.test
-    return {name: float(value) for found in run(module, datamodule=data, verbose=False) for name, value in found.items()}
+    results = run(module, datamodule=data, verbose=False)
+    return {name: float(value) for result in results for name, value in result.items()}
 
 
 def mean_cosine(trainer: pl.Trainer) -> float | None:

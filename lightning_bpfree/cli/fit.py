@@ -65,10 +65,13 @@ def _outputs(trainer: pl.Trainer) -> Iterator[tuple[str, str]]:
     for logger in trainer.loggers:
         folder = logger.log_dir or logger.save_dir
         if folder is not None:
-            yield folder, f"the logger's save_dir (--trainer.logger.init_args.save_dir=DIR), or, without one, {root}"
+            yield (
+                str(folder),
+                f"the logger's save_dir (--trainer.logger.init_args.save_dir=DIR), or, without one, {root}",
+            )
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
-            yield callback.dirpath, "the checkpoint callback's dirpath"
+            yield str(callback.dirpath), "the checkpoint callback's dirpath"
     if not trainer.loggers:
         yield trainer.default_root_dir, root
 

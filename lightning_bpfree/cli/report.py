@@ -46,7 +46,7 @@ def show(trainer: pl.Trainer, metrics: dict[str, float], seconds: float) -> None
     folder = Path(logger.log_dir)
     plot(read_metrics(folder / "metrics.csv"), folder / "training.png")
     for name in ("metrics.csv", "training.png"):
-        screen.print(str(folder / name), soft_wrap=True, highlight=False)
+        screen.print(str(folder / name), soft_wrap=True, highlight=False, markup=False)
 
 
 def _rows(trainer: pl.Trainer, metrics: dict[str, float], seconds: float) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from lightning_bpfree.core.params import Params
 
@@ -40,7 +42,7 @@ def directional_derivative(
         >>> directional_derivative(lambda p: (p["w"] ** 2).sum(), at, along)
         (tensor(5.), tensor(2.))
     """
-    with torch.no_grad(), forward_ad.dual_level():
+    with torch.set_grad_enabled(False), forward_ad.dual_level():
         duals = {name: forward_ad.make_dual(param, direction[name]) for name, param in params.items()}
         loss, slope = forward_ad.unpack_dual(loss_fn(duals))
         if slope is None:
@@ -72,7 +74,7 @@ def directional_derivatives(
         loss, slope = torch.func.jvp(loss_fn, (dict(params),), (direction,))  # type: ignore[misc]  # has_aux=False
         return loss, slope
 
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.set_grad_enabled(False), warnings.catch_warnings():
         # Where vmap has no batching rule it loops inside, and says so at every call.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         # randomness="same": one dropout mask for all directions
@@ -85,7 +87,8 @@ def supported_kernels(module: nn.Module) -> Iterator[None]:
     """Choose kernels that have a forward derivative.
 
     Attention takes its math kernel, LSTMs on the CPU leave oneDNN, and transformer layers their fused evaluation path.
-    Reentrant checkpoints would drop the tangent without a word, so they raise in this context.
+    Reentrant checkpoints would drop the tangent without a word, so they raise in this context, and ``torch.no_grad``,
+    which by itself leaves tangents alone, stops them as it stops gradients.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -96,9 +99,36 @@ def supported_kernels(module: nn.Module) -> Iterator[None]:
             precision = [None, None, others[2]] if len(others) > 2 else []
             stack.callback(torch.backends.mkldnn.set_flags, enabled, *precision)
         stack.enter_context(_no_reentrant_checkpoint())
+        stack.enter_context(_no_grad_stops_tangents())
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         yield
+
+
+class _Detached(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return tree_map_only(Tensor, torch.detach, func(*args, **(kwargs or {})))
+
+
+@contextlib.contextmanager
+def _no_grad_stops_tangents() -> Iterator[None]:
+    enter, leave = torch.no_grad.__enter__, torch.no_grad.__exit__
+    modes: list[_Detached] = []
+
+    def entered(self: torch.no_grad) -> None:
+        enter(self)
+        modes.append(_Detached())
+        modes[-1].__enter__()
+
+    def left(self: torch.no_grad, *exception: Any) -> None:
+        modes.pop().__exit__(*exception)
+        leave(self, *exception)
+
+    torch.no_grad.__enter__, torch.no_grad.__exit__ = entered, left  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.no_grad.__enter__, torch.no_grad.__exit__ = enter, leave  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -122,21 +152,30 @@ def _no_reentrant_checkpoint() -> Iterator[None]:
             del checkpoint.apply
 
 
-def unsupported_layers(module: nn.Module) -> list[tuple[str, str]]:
-    """Return (layer, cure) for every layer that is known to have no forward derivative in torch."""
+def unsupported_layers(module: nn.Module, trained: Iterable[Tensor]) -> list[tuple[str, str]]:
+    """Return (layer, cure) for every layer with ``trained`` parameters that has no forward derivative in torch."""
     found = []
+    moving = {id(parameter) for parameter in trained}
     for name, part in module.named_modules():
+        own = [*part.parameters(recurse=False), *(p for sub in _parametrized(part) for p in sub.parameters())]
+        if not any(id(parameter) in moving for parameter in own):
+            continue
         label = f"{name or type(part).__name__} ({type(part).__name__})"
         if isinstance(part, nn.EmbeddingBag):
             found.append((label, "use nn.Embedding followed by a sum or mean"))
-        parametrizations = getattr(part, "parametrizations", None)
-        if isinstance(parametrizations, nn.ModuleDict):
-            kinds = {type(p).__name__ for listed in parametrizations.values() for p in listed.children()}
-            for kind in kinds & {"_WeightNorm", "_SpectralNorm"}:
-                found.append((label, f"remove {kind.strip('_')} (torch.nn.utils.parametrize.remove_parametrizations)"))
-        if any(type(hook).__name__ == "WeightNorm" for hook in part._forward_pre_hooks.values()):
-            found.append((label, "remove the weight norm (torch.nn.utils.remove_weight_norm)"))
+        kinds = {type(p).__name__ for listed in _parametrized(part) for p in listed.children()}
+        for kind in kinds & {"_WeightNorm", "_SpectralNorm"}:
+            found.append((label, f"remove {kind.strip('_')} (torch.nn.utils.parametrize.remove_parametrizations)"))
+        hooks = {type(hook).__name__ for hook in part._forward_pre_hooks.values()}
+        for kind, function in (("WeightNorm", "remove_weight_norm"), ("SpectralNorm", "remove_spectral_norm")):
+            if kind in hooks:
+                found.append((label, f"remove {kind} (torch.nn.utils.{function})"))
     return found
+
+
+def _parametrized(part: nn.Module) -> list[nn.Module]:
+    parametrizations = getattr(part, "parametrizations", None)
+    return list(parametrizations.values()) if isinstance(parametrizations, nn.ModuleDict) else []
 
 
 def compiled_parts(module: nn.Module) -> list[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-GradientSource = Callable[[Tensor], Sequence[Tensor]]
+GradientSource = Callable[[Tensor], Iterable[Tensor]]
 
 
 class _Inject(torch.autograd.Function):
@@ -43,3 +43,8 @@ def inject(loss: Tensor, parameters: Sequence[Tensor], gradients: GradientSource
         tensor([1., 1.])
     """
     return _Inject.apply(loss, gradients, *parameters)  # type: ignore[no-any-return]  # Function.apply is untyped
+
+
+def zeros(parameter: Tensor) -> Tensor:
+    """Return a gradient of zeros for ``parameter``."""
+    return torch.zeros_like(parameter)

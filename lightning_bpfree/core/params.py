@@ -109,8 +109,11 @@ def _place(slot: Slot, tensor: Tensor) -> None:
     for owner, key in slot.places:
         owner._parameters[key] = tensor  # type: ignore[assignment]  # a plain tensor stands in for the Parameter
         if isinstance(owner, nn.RNNBase) and key in owner._flat_weights_names:
-            # Recurrent layers keep a second list of their weights, and compute with that one.
-            owner._flat_weights[owner._flat_weights_names.index(key)] = tensor
+            # Recurrent layers keep a second list of their weights, and compute with that one. It is replaced, not
+            # written into: whoever has remembered the list expects to find the parameters in it.
+            weights = list(owner._flat_weights)
+            weights[owner._flat_weights_names.index(key)] = tensor
+            owner._flat_weights = weights
 
 
 def _match(patterns: str | Sequence[str] | None, names: Sequence[str]) -> set[str]:

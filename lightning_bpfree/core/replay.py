@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -80,6 +80,33 @@ def _numpy_random() -> Any:
 
 def _same_numpy(now: tuple[Any, ...], then: tuple[Any, ...]) -> bool:
     return bool(now[2] == then[2] and now[3:] == then[3:] and (now[1] == then[1]).all())
+
+
+class Attributes:
+    """The attributes of modules outside parameters and buffers: hidden states, counters, whatever a step assigns.
+
+    What a step assigns anew (``self.hidden = ...``, ``self.count += 1``) is put back; what it changes in place (a list
+    that grows) is not.
+
+    Args:
+        modules: the modules whose attributes count.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.modules = list(modules)
+
+    def save(self) -> list[dict[str, Any]]:
+        """Return every module's attributes."""
+        return [module.__dict__.copy() for module in self.modules]
+
+    def load(self, state: list[dict[str, Any]]) -> None:
+        """Put every module's attributes back."""
+        for module, saved in zip(self.modules, state, strict=True):
+            own = module.__dict__
+            if len(own) != len(saved):
+                for key in own.keys() - saved.keys():
+                    del own[key]
+            own.update(saved)
 
 
 class Buffers:

@@ -31,7 +31,7 @@ from lightning_bpfree.core.forward_ad import (
     supported_kernels,
     unsupported_layers,
 )
-from lightning_bpfree.core.params import Params, widen
+from lightning_bpfree.core.params import ParameterSlots, Params, widen
 from lightning_bpfree.core.step import Estimate, Step
 from lightning_bpfree.rules.training_rule import TrainingRule
 
@@ -150,7 +150,7 @@ class ForwardGradient(TrainingRule):
         elif isinstance(chunk_size, int):
             self._chunk_used = min(chunk_size, num_directions)
 
-    def check(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
         """Refuse what would fail, or go wrong without a word, under forward-mode AD."""
         compiled = compiled_parts(module)
         if compiled or getattr(module, "_compiler_ctx", None) is not None:
@@ -159,7 +159,7 @@ class ForwardGradient(TrainingRule):
                 f"{', '.join(compiled) or type(module).__name__} is compiled. Train the module as it was before "
                 "torch.compile (module._orig_mod of a compiled part), or use ZerothOrder()."
             )
-        for layer, cure in unsupported_layers(module):
+        for layer, cure in unsupported_layers(module, [slot.parameter for slot in slots.trainable()]):
             raise MisconfigurationException(
                 f"ForwardGradient: {layer} has no forward-mode derivative in torch. Cure: {cure}, leave it out by "
                 "params=..., or use ZerothOrder()."
@@ -171,13 +171,15 @@ class ForwardGradient(TrainingRule):
         directions = Directions(params, self.num_directions, step.seed, self.directions)
         at_once = step.exchange is None and sums_at_once(self.orthogonal, self.normalize, self.directions)
         total = Accumulator(params) if at_once else None
-        with supported_kernels(step.module):
-            if self._chunk_used is None:
-                self._chunk_used = self._chosen_chunk(step, params, directions)
-            slopes = step.measure(self.num_directions, partial(self._slopes, step, params, directions, total))
-            if not step.recorded:  # vectorised passes record nothing, nor does a rank without a share
-                with torch.no_grad():
+        try:
+            with supported_kernels(step.module), torch.set_grad_enabled(False):
+                if self._chunk_used is None:
+                    self._chunk_used = self._chosen_chunk(step, params, directions)
+                slopes = step.measure(self.num_directions, partial(self._slopes, step, params, directions, total))
+                if not step.recorded:  # vectorised passes record nothing, nor does a rank without a share
                     step.loss()
+        except NoForwardDerivativeError as error:
+            raise MisconfigurationException(f"ForwardGradient: {error}") from error
         assert step.recorded_loss is not None
         if total is not None:
             return Estimate(step.recorded_loss, total)
@@ -192,7 +194,7 @@ class ForwardGradient(TrainingRule):
             drawn = directions[chunk[0]] if self._chunk_used == 1 else directions.stack(chunk)
             try:
                 slopes = _one(step, params, drawn) if self._chunk_used == 1 else _many(step, params, drawn)[1]
-            except (NotImplementedError, RuntimeError, NoForwardDerivativeError) as error:
+            except (NotImplementedError, RuntimeError) as error:
                 raise self._explained(error, step, params, directions) from error
             parts.append(widen(slopes.reshape(-1)))
             if total is not None:
@@ -206,8 +208,7 @@ class ForwardGradient(TrainingRule):
         if not timed and any(isinstance(part, _LOOPED) for part in step.module.modules()):
             return 1
         counted = step.forward_evals
-        with torch.no_grad():
-            loss = step.loss()
+        loss = step.loss()
         stacked = directions.stack(ks)
         try:
             vectorised, (again, _) = _timed(lambda: _many(step, params, stacked), loss.device, 3 if timed else 1)
@@ -238,8 +239,6 @@ class ForwardGradient(TrainingRule):
                 f"ForwardGradient(chunk_size={self._chunk_used}): the training step cannot be vectorised ({error}). "
                 "Use chunk_size=1 or 'auto'."
             )
-        if isinstance(alone, NoForwardDerivativeError):
-            return MisconfigurationException(f"ForwardGradient: {alone}")
         if not isinstance(alone, NotImplementedError):
             return alone  # the user's own error: not ours to rename
         return MisconfigurationException(
@@ -276,7 +275,11 @@ def _one(step: Step, params: Params, direction: Params) -> Tensor:
 def _many(step: Step, params: Params, stacked: Params) -> tuple[Tensor, Tensor]:
     step.rewind()
     step.forward_evals += 1 + 2 * len(next(iter(stacked.values())))
-    return directional_derivatives(step.loss_under_transform, params, stacked)
+    loss, slopes = directional_derivatives(step.loss_under_transform, params, stacked)
+    if not bool(slopes.any()):
+        # A transform reads a loss without tangent as a derivative of zero; one dual number tells the difference.
+        directional_derivative(step.loss, params, {name: v[0] for name, v in stacked.items()})
+    return loss, slopes
 
 
 def _timed(evaluate: Callable[[], T], device: torch.device, runs: int) -> tuple[float, T]:

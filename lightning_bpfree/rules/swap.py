@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_bpfree.core.injection import inject
+from lightning_bpfree.core.injection import inject, zeros
 from lightning_bpfree.core.step import Estimate, Step
 
 TrainingStep = Callable[..., Any]
@@ -80,7 +80,7 @@ def handed_over(step: Step, estimate: Estimate, zeros_for: list[Tensor]) -> Any:
 
         def gradients(scale: Tensor) -> list[Tensor]:
             made = estimate.resolved(scale)
-            return [*(made[name] for name in names), *(torch.zeros_like(parameter) for parameter in zeros_for)]
+            return [*(made[name] for name in names), *map(zeros, zeros_for)]
 
         # A loss from NumPy may be on another device and of another type than the parameters: Lightning does not mind,
         # but DDP and gradient scalers do.

@@ -10,14 +10,16 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import lightning.pytorch as pl
 import torch
+import torchmetrics
 from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_bpfree.core.directions import mix
 from lightning_bpfree.core.exchange import ScalarExchange
+from lightning_bpfree.core.injection import inject, zeros
 from lightning_bpfree.core.params import ParameterSlots, norm
-from lightning_bpfree.core.replay import Buffers, RandomStreams, Replay
+from lightning_bpfree.core.replay import Attributes, Buffers, RandomStreams, Replay
 from lightning_bpfree.core.step import Estimate, NonFiniteLossError, SkipBatchError, Step
 from lightning_bpfree.rules.guards import check_fit
 from lightning_bpfree.rules.quiet import Metrics, Quiet
@@ -44,6 +46,7 @@ class _View:
         self.slots = ParameterSlots(module, params)
         self.buffers, self.metrics, self.quiet = Buffers(module), Metrics(module), Quiet(module)
         self.streams = RandomStreams([module.device])
+        self.attributes = Attributes(part for part in module.modules() if not isinstance(part, torchmetrics.Metric))
 
 
 class TrainingRule(Callback, ABC):
@@ -95,6 +98,7 @@ class TrainingRule(Callback, ABC):
         self.on_nonfinite, self.allow_untested, self.strict_rule = on_nonfinite, allow_untested, strict_rule
         self.probes: list[Probe] = []
         self.record = Record(type(self).__name__)
+        self._estimates = 0  # since the last step of the optimizer
         self._resumed: dict[str, Any] | None = None
         self._swap: Swap | None = None
         self._view: _View | None = None
@@ -105,8 +109,8 @@ class TrainingRule(Callback, ABC):
     def estimate(self, step: Step) -> Estimate:
         """Return loss and gradient of one mini-batch; called with gradients enabled."""
 
-    def check(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Raise MisconfigurationException if the rule cannot train this module; called before the first batch."""
+    def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
+        """Raise MisconfigurationException if the rule cannot train these parameters; called before the first batch."""
 
     def describe(self) -> dict[str, str]:
         """Return rows for the banner: what the rule evaluates in a step, and by which route."""
@@ -115,8 +119,9 @@ class TrainingRule(Callback, ABC):
     def settings(self) -> dict[str, Any]:
         """Return the rule's arguments, as plain values that loggers and checkpoints take."""
         kinds = [kind for kind in type(self).__mro__ if issubclass(kind, TrainingRule)]
-        names = {name for kind in kinds for name in inspect.signature(kind.__init__).parameters}
-        values = {name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}
+        arguments = [p for kind in kinds for p in inspect.signature(kind.__init__).parameters.values()]
+        names = {p.name for p in arguments if p.kind is not p.VAR_KEYWORD and hasattr(self, p.name)}
+        values = {name: getattr(self, name) for name in sorted(names)}
         return {name: v if isinstance(v, int | float | str | None) else str(v) for name, v in values.items()}
 
     def active(self, epoch: int) -> bool:
@@ -136,7 +141,6 @@ class TrainingRule(Callback, ABC):
             return
         rules = [cb for cb in trainer.callbacks if isinstance(cb, TrainingRule)]  # type: ignore[attr-defined]
         check_fit(self, [type(rule).__name__ for rule in rules], trainer, pl_module)
-        self.check(trainer, pl_module)
         self._swap = Swap(pl_module, partial(self._run, trainer, pl_module))
 
     def _restore(self) -> None:
@@ -158,6 +162,7 @@ class TrainingRule(Callback, ABC):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say which rule trains what; called before the data loaders draw their order."""
         self._view = _View(pl_module, self.params)
+        self.check(trainer, pl_module, self._view.slots)
         if self.record.seed is None:
             seed = torch.initial_seed() if self.seed is None else self.seed
             self.record.seed = int(trainer.strategy.broadcast(seed)) & ((1 << 63) - 1)
@@ -204,12 +209,15 @@ class TrainingRule(Callback, ABC):
         finally:
             self.record.forward_evals += step.forward_evals
             step.finish()
+        zeros_for = self._waited_for(trainer, step)
         if self._failed(trainer, failure):
-            return None
+            zeros_for += [slot.parameter for slot in step.trained]
+            return inject(torch.full((), torch.nan, device=module.device), zeros_for, lambda _: map(zeros, zeros_for))
         if not step.recorded:
             raise RuntimeError(f"{type(self).__name__}.estimate made no recorded evaluation: call step.loss() once.")
         self._log(trainer, module, {"bpfree/loss": estimate.loss.detach()})
-        return handed_over(step, estimate, self._zeros_for(trainer, step))
+        self._estimates += 1
+        return handed_over(step, estimate, zeros_for)
 
     def _step(self, trainer: pl.Trainer, module: Any, evaluate: Callable[[], Any], args: Any, replayable: bool) -> Step:
         assert self._view is not None, "the training step ran outside of fit"
@@ -220,12 +228,12 @@ class TrainingRule(Callback, ABC):
             view.slots,
             mix(self.record.seed or 0, self.record.batches),
             args=args,
-            replay=Replay([view.streams, view.metrics], view.buffers) if replayable else None,
+            replay=Replay([view.streams, view.attributes, view.metrics], view.buffers) if replayable else None,
             quiet=view.quiet,
             exchange=trainer.strategy if isinstance(trainer.strategy, ScalarExchange) else None,
         )
 
-    def _zeros_for(self, trainer: pl.Trainer, step: Step) -> list[Tensor]:
+    def _waited_for(self, trainer: pl.Trainer, step: Step) -> list[Tensor]:
         """Return parameters for which DDP's reducer waits although the rule does not train them."""
         if not _gradients_cross_ranks(trainer):
             return []
@@ -255,17 +263,19 @@ class TrainingRule(Callback, ABC):
         """Keep parameters that the rule does not train untouched, and log the norm of the estimate."""
         if not self.active(trainer.current_epoch) or self._view is None:
             return
-        if self.params is not None:
-            for slot in self._view.slots.rest:
-                slot.parameter.grad = None
+        slots, skipped = self._view.slots, self._estimates == 0
+        self._estimates = 0
+        for slot in [*slots.rest, *(slots if skipped else [])]:
+            slot.parameter.grad = None  # a gradient of zero would still move it, by momentum or weight decay
         if self._log_due(trainer):
-            grads = {slot.name: slot.parameter.grad for slot in self._view.slots if slot.parameter.grad is not None}
+            grads = {slot.name: slot.parameter.grad for slot in slots if slot.parameter.grad is not None}
             self._log(trainer, pl_module, {"bpfree/grad_norm": norm(grads)})
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the cost so far, and check that ranks agree where only scalars cross them."""
         if not trainer.barebones:
-            pl_module.log("bpfree/forward_evals", self.record.forward_evals, on_step=False, on_epoch=True)
+            evals, ranks = self.record.forward_evals, trainer.world_size
+            pl_module.log("bpfree/forward_evals", evals, on_step=False, on_epoch=True, sync_dist=ranks > 1)
         if isinstance(trainer.strategy, ScalarExchange):
             trainer.strategy.verify(pl_module)
 

@@ -19,7 +19,7 @@ from lightning_bpfree.core.directions import (
     sums_at_once,
     weights_from_slopes,
 )
-from lightning_bpfree.core.params import Params, widen
+from lightning_bpfree.core.params import ParameterSlots, Params, widen
 from lightning_bpfree.core.step import Estimate, Step
 from lightning_bpfree.rules.training_rule import TrainingRule
 
@@ -181,7 +181,7 @@ class ZerothOrder(TrainingRule):
         self.orthogonal, self.normalize = orthogonal, normalize
         self._sigma_used = 1e-3 if sigma is None else sigma
 
-    def check(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
         """Choose sigma by the precision of the computation, and refuse one that rounding would swallow."""
         dtype = computed_in(trainer, module)
         if self.sigma is None:

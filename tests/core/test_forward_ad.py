@@ -139,12 +139,36 @@ def test_a_cut_tangent_is_an_error_and_never_a_zero():
 
 def test_layers_without_forward_mode_are_named_with_a_cure():
     bag = nn.Sequential(nn.Linear(2, 2), nn.EmbeddingBag(4, 2))
-    assert unsupported_layers(bag) == [("1 (EmbeddingBag)", "use nn.Embedding followed by a sum or mean")]
-    (found,) = unsupported_layers(parametrizations.weight_norm(nn.Linear(2, 2)))
+    (found,) = unsupported_layers(bag, bag.parameters())
+    assert found == ("1 (EmbeddingBag)", "use nn.Embedding followed by a sum or mean")
+    assert unsupported_layers(bag, bag[0].parameters()) == []  # a layer that is not trained meets no tangent
+    net = parametrizations.weight_norm(nn.Linear(2, 2))
+    (found,) = unsupported_layers(net, net.parameters())
     assert "WeightNorm" in found[1]
-    (found,) = unsupported_layers(parametrizations.spectral_norm(nn.Linear(2, 2)))
+    net = parametrizations.spectral_norm(nn.Linear(2, 2))
+    (found,) = unsupported_layers(net, net.parameters())
     assert "SpectralNorm" in found[1]
-    assert unsupported_layers(nn.Sequential(nn.LSTM(2, 2), nn.BatchNorm1d(2))) == []
+    net = nn.utils.spectral_norm(nn.Linear(2, 2))
+    (found,) = unsupported_layers(net, net.parameters())
+    assert "remove_spectral_norm" in found[1]
+    net = nn.Sequential(nn.LSTM(2, 2), nn.BatchNorm1d(2))
+    assert unsupported_layers(net, net.parameters()) == []
+
+
+def test_no_grad_stops_tangents_as_it_stops_gradients():
+    def loss_fn(p):
+        with torch.no_grad():
+            target = p["w"] * 2
+        return ((p["w"] - target) ** 2).sum()
+
+    at, v = {"w": torch.tensor([3.0])}, {"w": torch.ones(1)}
+    before = torch.no_grad.__enter__
+    with supported_kernels(nn.Identity()):
+        _, slope = directional_derivative(loss_fn, at, v)
+        _, slopes = directional_derivatives(loss_fn, at, {"w": torch.ones(2, 1)})
+    assert float(slope) == -6.0  # 2 (w - 6) with the target held fixed; without the stop it would be 6
+    assert slopes.tolist() == [-6.0, -6.0]
+    assert torch.no_grad.__enter__ is before
 
 
 def test_compiled_parts_are_found():

@@ -84,9 +84,19 @@ class Drift(pl.Callback):
         self.move = move
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.global_rank == 1 and batch_idx == STEPS - 1:
+        if batch_idx == STEPS - 1:
             weight = pl_module.head.weight.data
-            weight.copy_(self.move(weight))
+            weight.copy_((weight * 2**20).round() / 2**20)  # on all ranks; now sums of weights are exact in any order
+            if trainer.global_rank == 1:
+                weight.copy_(self.move(weight))
+
+
+def last_bit_moved(weight: torch.Tensor) -> torch.Tensor:
+    """Return `weight` with the smallest change that one of its numbers can have."""
+    moved = weight.clone().flatten()
+    smallest = moved.abs().argmin()
+    moved[smallest] = torch.nextafter(moved[smallest], torch.tensor(9.0, dtype=moved.dtype))
+    return moved.view_as(weight)
 
 
 def table(dtype: torch.dtype = torch.float64) -> TensorDataset:
@@ -167,27 +177,19 @@ def aligned(rule: str, rank: int, world: int, **settings: Any) -> dict[str, Any]
 def noisy(rule: str, **settings: Any) -> dict[str, Any]:
     """Two epochs with BatchNorm, dropout, shuffled data, validation and AdamW; ranks start differently."""
     torch.manual_seed(SEED + RANK)
-    data, val = table(torch.float32), TensorDataset(*table(torch.float32)[:ROWS])
-    settings = {
-        "devices": 2,
-        "max_epochs": 2,
-        "limit_train_batches": STEPS,
-        "use_distributed_sampler": True,
-        **settings,
-    }
-    loader = DataLoader(data, batch_size=ROWS // 2, shuffle=True)
-    return fit(
-        Validated(noisy=True, optimizer="adamw"), loader, RULES[rule](), val=DataLoader(val, batch_size=16), **settings
-    )
+    rows = table(torch.float32)
+    train, val = DataLoader(rows, ROWS // 2, shuffle=True), DataLoader(TensorDataset(*rows[:ROWS]), 16)
+    module = Validated(noisy=True, optimizer="adamw")
+    settings |= {"devices": 2, "max_epochs": 2, "limit_train_batches": STEPS, "use_distributed_sampler": True}
+    return fit(module, train, RULES[rule](), val=val, **settings)
 
 
 def head_only(rule: str, **settings: Any) -> dict[str, Any]:
     """Train the head alone, under an optimizer that would decay the rest if it had a gradient of zeros."""
     torch.manual_seed(SEED)
-    module = Net(optimizer="adamw")
+    module = Net(optimizer="adamw").double()
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    data = DataLoader(table(torch.float32), batch_size=16)
-    outcome = fit(module, data, RULES[rule](params="head.*"), devices=2, limit_train_batches=STEPS, **settings)
+    outcome = fit(module, split_rows(RANK, 2), RULES[rule](params="head.*"), devices=2, **settings)
     return outcome | {"before": before}
 
 
@@ -276,7 +278,7 @@ def drift_cases() -> dict[str, Callable[[], dict[str, Any]]]:
     """Rank 1 leaves the common path: plainly, in the last bit of one weight, or without changing any sum."""
     moves: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "push": lambda weight: weight + 1e-3,
-        "last_bit": lambda weight: torch.nextafter(weight, torch.full_like(weight, 9.0)),
+        "last_bit": last_bit_moved,
         "flip": lambda weight: weight.flip(0),
     }
     settings = {"devices": 2, "max_epochs": 2, "strategy": "bpfree_scalar_sync"}

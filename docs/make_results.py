@@ -1,0 +1,170 @@
+"""Write the results parts of the pages, and their figures, from the files in docs/results; ``--check`` only looks.
+
+A page marks a part by ``<!-- results:NAME -->`` and ``<!-- /results -->``; what stands between is replaced. NAME is
+
+- ``comparisons``: all comparisons; or the name of one, such as ``quickstart_comparison`` for the file
+  ``docs/results/quickstart_comparison.json``, which is a ``comparison.json`` of ``bpfree compare``;
+- ``benchmarks``: all rows of ``docs/results/benchmarks.json``; or ``benchmarks:TEXT``, those with TEXT in their name.
+
+``--check`` writes nothing, and fails if a page or a figure is not what the files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+RESULTS, IMAGES = DOCS / "results", DOCS / "img"
+PART = re.compile(r"(<!-- results:(?P<name>[^>]+?) -->\n).*?(<!-- /results -->)", re.DOTALL)
+TITLES = {"epochs": "the same epochs", "forwards": "the same forward passes"}
+MISSING = "Not measured yet.\n"
+
+
+def number(value, digits=3):
+    """Return a number in ``digits`` significant digits, a dash for None."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+
+def table(head, rows):
+    """Return a Markdown table; the first column is text, the others are numbers."""
+    cells = [list(map(str, row)) for row in rows]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *cells]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
+
+
+def provenance(found, command, extra=""):
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"`{command}`, {found['date'][:10]}{extra}; {versions}."
+
+
+def comparison_part(name, found, page):
+    """Return a table per budget, the figure, the tuned values and where it all comes from."""
+    blocks = []
+    for budget, rows in found["summary"].items():
+        metric = found["metric"]
+        head = ["rule", metric, "gap to backprop", "forward passes", "seconds", "peak MiB", "cosine to backprop"]
+        lines = []
+        for row in rows:
+            spread = "" if row["ci95"] is None else f" ± {row['ci95']:.4f}"
+            result = "failed" if row["mean"] is None else f"{row['mean']:.4f}{spread}"
+            gap = "–" if row["gap"] is None else f"{row['gap']:+.4f}"
+            costs = [number(row[key]) for key in ("forward_evals", "seconds", "peak_memory_mib", "mean_cosine")]
+            lines.append([f"`{row['label']}`", result, gap, *costs])
+        blocks.append(f"**`{metric}` after {TITLES.get(budget, budget)}**")
+        blocks.append(table(head, lines))
+        blocks += [f"`{row['label']}`: {row['error'].splitlines()[0]}" for row in rows if row["error"]]
+    figure = os.path.relpath(IMAGES / f"{name}.png", page.parent)
+    blocks.append(f"![{found['metric']} of every rule, with confidence intervals]({figure})")
+    chosen = [f"`{rule['label']}`: {rule['chosen']}" for rule in found["rules"] if rule.get("chosen")]
+    if chosen:
+        blocks.append(f"Tuned by {found['tuning_metric']} on seed {found['tuning_seed']}: {'; '.join(chosen)}.")
+    measured = [rule for rule in found["rules"] if rule.get("device")]
+    memory = f"; peak memory {measured[0]['peak_memory_kind']}" if measured else ""
+    device = f", {measured[0]['device']}, {found['machine']['threads']} thread(s)" if measured else ""
+    seeds = len(found["seeds"])
+    intervals = "mean ± half width of the 95 % confidence interval" if seeds > 1 else "no interval"
+    blocks.append(f"{seeds} seed{'s' * (seeds > 1)}, {intervals}{memory}.")
+    blocks.append(provenance(found, shlex.join(found["command"]), device))
+    return "\n\n".join(blocks) + "\n"
+
+
+def benchmarks_part(found, text):
+    rows = [row for row in found["rows"] if text in row["name"]]
+    if not rows:
+        return MISSING
+    kept = {True: "yes", False: "**missed**", None: "–"}
+    lines = [
+        [row["name"], row["what"], f"{number(row['value'])} {row['unit']}", number(row["limit"]), kept[row["reached"]]]
+        for row in rows
+    ]
+    head = ["measured", "what", "value", "limit", "kept"]
+    made = table(head, lines).replace("| --- | ---: |", "| --- | --- |", 1)  # the second column is text as well
+    return f"{made}\n\n{provenance(found, found['command'], ', ' + found['device'])}\n"
+
+
+def part(name, page):
+    """Return what belongs into the part NAME of a page."""
+    name, _, text = name.partition(":")
+    if name == "comparisons":
+        names = sorted(path.stem for path in RESULTS.glob("*comparison*.json"))
+        return "\n".join(f"### {one}\n\n{part(one, page)}" for one in names) or MISSING
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return MISSING
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return benchmarks_part(found, text) if "rows" in found else comparison_part(name, found, page)
+
+
+def stale_pages():
+    """Yield the pages that are out of date, with what should be in them."""
+    for page in [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]:
+        old = page.read_text(encoding="utf-8")
+        new = PART.sub(lambda found, page=page: f"{found[1]}\n{part(found['name'], page)}\n{found[3]}", old)
+        if new != old:
+            yield page, new
+
+
+def stale_figures():
+    """Yield the figures that are missing, or were drawn from another file: each holds the hash of its own."""
+    for path in sorted(RESULTS.glob("*comparison*.json")):
+        figure, digest = IMAGES / f"{path.stem}.png", hashlib.sha256(path.read_bytes()).hexdigest()
+        if not figure.exists() or digest.encode() not in figure.read_bytes():
+            yield figure, path, digest
+
+
+def draw(figure, path, digest):
+    """Draw the metric of every rule with its confidence interval, one panel per budget."""
+    from matplotlib.figure import Figure
+
+    found = json.loads(path.read_text(encoding="utf-8"))
+    summary = found["summary"]
+    height = 0.9 + 0.34 * len(found["rules"])
+    drawing = Figure(figsize=(7.2, height * len(summary)), layout="constrained", dpi=150)
+    panels = drawing.subplots(len(summary), 1, squeeze=False, sharex=True)[:, 0]
+    for axes, (budget, rows) in zip(panels, summary.items(), strict=True):
+        for place, row in enumerate(rows):
+            if row["mean"] is None:
+                axes.annotate("failed", (0, place), va="center", color="tab:red")
+                continue
+            color = "0.35" if row["label"].startswith("backprop") else "tab:blue"
+            axes.errorbar(row["mean"], place, xerr=row["ci95"], fmt="o", capsize=4, color=color)
+        axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.grid(axis="x", color="0.9")
+        axes.set_title(f"after {TITLES.get(budget, budget)}", fontsize=10)
+    panels[-1].set_xlabel(f"{found['metric']}, mean and 95 % confidence interval over {len(found['seeds'])} seeds")
+    drawing.savefig(figure, metadata={"Source": digest, "Software": None})
+
+
+def main(arguments=None):
+    """Bring pages and figures up to date, or with ``--check`` return 1 if they are not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if something is out of date")
+    check = parser.parse_args(arguments).check
+    stale = []
+    for page, text in stale_pages():
+        stale.append(page)
+        if not check:
+            page.write_text(text, encoding="utf-8")
+    for figure, path, digest in stale_figures():
+        stale.append(figure)
+        if not check:
+            draw(figure, path, digest)
+    for path in stale:
+        print(f"{'out of date' if check else 'written'}: {path.relative_to(DOCS.parent)}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

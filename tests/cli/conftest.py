@@ -1,0 +1,71 @@
+"""A configuration that trains in a fraction of a second, and a place where the commands may write."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Overlay = Callable[..., str]
+
+MODEL = """
+model:
+  class_path: lightning_bpfree.demos.modules.Classifier
+  init_args:
+    net:
+      class_path: lightning_bpfree.demos.modules.MLP
+      init_args: {in_features: 64, hidden: [8], num_classes: 10}
+    lr: 0.1
+"""
+DIGITS = """
+seed_everything: 0
+data:
+  class_path: lightning_bpfree.demos.data.DigitsDataModule
+  init_args: {batch_size: 32, train_size: 128}
+trainer:
+  accelerator: cpu
+  max_epochs: 2
+  log_every_n_steps: 1
+  enable_progress_bar: false
+  enable_model_summary: false
+  logger:
+    class_path: lightning.pytorch.loggers.CSVLogger
+    init_args: {save_dir: runs, name: base}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder of the test; commands put it on the path, from which it must go again."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def base(folder: Path) -> str:
+    """A base configuration without a rule."""
+    (folder / "base.yaml").write_text(MODEL + DIGITS)
+    return "base.yaml"
+
+
+@pytest.fixture
+def digits(folder: Path) -> str:
+    """A base configuration without a rule and without a model."""
+    (folder / "digits.yaml").write_text(DIGITS)
+    return "digits.yaml"
+
+
+@pytest.fixture
+def overlay(folder: Path) -> Overlay:
+    """Writes overlays that add callbacks, and returns their names."""
+
+    def write(name: str, class_path: str, **init_args: object) -> str:
+        arguments = ", ".join(f"{key}: {value}" for key, value in init_args.items())
+        text = f"trainer: {{callbacks+: [{{class_path: {class_path}, init_args: {{{arguments}}}}}]}}\n"
+        (folder / name).write_text(text)
+        return name
+
+    return write

@@ -1,0 +1,114 @@
+"""The shipped recipes: found, shown, copied, and each of them parses against the present signatures."""
+
+from __future__ import annotations
+
+import shlex
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from lightning_bpfree.cli import main, recipes
+from lightning_bpfree.cli.configured import Blueprint
+from lightning_bpfree.cli.preconditions import CommandError
+
+EXPECTED = {
+    "quickstart",
+    "rules/backprop",
+    "rules/forward_gradient",
+    "rules/zeroth_order",
+    "loggers/csv",
+    "loggers/wandb",
+    "loggers/tensorboard",
+    "papers/forward_gradient_random",
+}
+
+
+def test_the_recipes_are_there() -> None:
+    assert set(recipes.names()) >= EXPECTED
+
+
+def test_list_says_what_each_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["recipes"], ["recipes", "list"]):
+        assert main(arguments) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == len(recipes.names())
+        assert all(len(line.split(maxsplit=1)[1]) > 20 for line in lines)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "recipes/quickstart.yaml", "./recipes/quickstart"])
+def test_show_prints_the_file(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "show", name]) == 0
+    assert capsys.readouterr().out == (recipes.folder() / "quickstart.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("quickstrt", "quickstart"), ("forward_gradient", "rules/forward_gradient")]
+)
+@pytest.mark.parametrize("action", ["show", "copy"])
+def test_an_unknown_name_gets_the_nearest(
+    action: str, name: str, near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["recipes", action, name, *(["."] if action == "copy" else [])]) == 2
+    message = capsys.readouterr().err
+    assert repr(name) in message
+    assert f"Did you mean {near}" in message
+
+
+def test_copy_overwrites_only_by_force(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "copy", "rules/zeroth_order", "new"]) == 0
+    copied = folder / "new" / "zeroth_order.yaml"
+    copied.write_text("mine")
+    assert main(["recipes", "copy", "rules/zeroth_order", "new"]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert copied.read_text() == "mine"
+    assert main(["recipes", "copy", "rules/zeroth_order", "new", "--force"]) == 0
+    assert copied.read_bytes() == recipes.find("rules/zeroth_order").read_bytes()
+
+
+def test_copy_to_a_place_that_is_no_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "file").write_text("")
+    assert main(["recipes", "copy", "quickstart", "file/there"]) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_a_file_goes_before_a_recipe_of_its_name(folder: Path) -> None:
+    assert recipes.resolve("quickstart") == str(recipes.find("quickstart"))
+    (folder / "quickstart").write_text("mine")
+    assert recipes.resolve("quickstart") == "quickstart"
+
+
+def test_every_way_to_give_a_configuration_is_resolved() -> None:
+    path = str(recipes.find("quickstart"))
+    given = ["fit", "-c", "quickstart", "--config", "quickstart", "--config=quickstart", "--trainer.x=quickstart"]
+    assert recipes.with_paths(given) == ["fit", "-c", path, "--config", path, f"--config={path}", given[-1]]
+    assert recipes.resolve("{trainer: {max_epochs: 1}}") == "{trainer: {max_epochs: 1}}"
+
+
+def test_an_installed_package_brings_them_inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = folder / "lightning_bpfree"
+    (installed / "recipes").mkdir(parents=True)
+    (installed / "recipes" / "quickstart.yaml").write_text("# inside\n")
+    monkeypatch.setattr(resources, "files", lambda package: installed)
+    assert recipes.names() == ["quickstart"]
+    (installed / "recipes" / "quickstart.yaml").unlink()
+    with pytest.raises(CommandError, match="install the package again"):
+        recipes.folder()
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_each_recipe_parses_and_says_how_to_run_it(name: str, base: str) -> None:
+    path = recipes.find(name)
+    first, command = path.read_text().splitlines()[:2]
+    assert first.startswith("# ")
+    assert command.startswith("# bpfree fit -c ")
+    files = [word for word in shlex.split(command)[4::2] if word != "mine.yaml"]
+    assert files == [name], "the command runs this recipe"
+    own = "\nmodel:" in path.read_text()
+    arguments = ["-c", str(path)] if own else ["-c", base, "-c", str(path)]
+    blueprint = Blueprint(arguments)  # checks every option against the signatures
+    assert blueprint.config.model.class_path.endswith("Classifier")
+    built = blueprint.build()
+    assert len(built.rules) == (0 if name.startswith("loggers/") else 1)
+    Path("again.yaml").write_text(blueprint.dump())
+    assert Blueprint(["-c", "again.yaml"]).dump() == blueprint.dump()
