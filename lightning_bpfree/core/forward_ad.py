@@ -12,8 +12,6 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from lightning_bpfree.core.params import Params
 
@@ -44,7 +42,9 @@ def directional_derivative(
     """
     with torch.set_grad_enabled(False), forward_ad.dual_level():
         duals = {name: forward_ad.make_dual(param, direction[name]) for name, param in params.items()}
-        loss, slope = forward_ad.unpack_dual(loss_fn(duals))
+        with _stopped_gradients_stop_tangents():
+            dual = loss_fn(duals)
+        loss, slope = forward_ad.unpack_dual(dual)
         if slope is None:
             raise NoForwardDerivativeError(
                 "No tangent arrives at the loss: the training step cuts its dependence on the parameters (argmax, "
@@ -70,8 +70,12 @@ def directional_derivatives(
         The loss, a scalar, and the derivatives, shape ``(C,)``.
     """
 
+    def stopped(duals: Params) -> Tensor:
+        with _stopped_gradients_stop_tangents():
+            return loss_fn(duals)
+
     def along(direction: Params) -> tuple[Tensor, Tensor]:
-        loss, slope = torch.func.jvp(loss_fn, (dict(params),), (direction,))  # type: ignore[misc]  # has_aux=False
+        loss, slope = torch.func.jvp(stopped, (dict(params),), (direction,))  # type: ignore[misc]  # has_aux=False
         return loss, slope
 
     with torch.set_grad_enabled(False), warnings.catch_warnings():
@@ -87,8 +91,7 @@ def supported_kernels(module: nn.Module) -> Iterator[None]:
     """Choose kernels that have a forward derivative.
 
     Attention takes its math kernel, LSTMs on the CPU leave oneDNN, and transformer layers their fused evaluation path.
-    Reentrant checkpoints would drop the tangent without a word, so they raise in this context, and ``torch.no_grad``,
-    which by itself leaves tangents alone, stops them as it stops gradients.
+    Reentrant checkpoints would drop the tangent without a word, so they raise in this context.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -99,36 +102,43 @@ def supported_kernels(module: nn.Module) -> Iterator[None]:
             precision = [None, None, others[2]] if len(others) > 2 else []
             stack.callback(torch.backends.mkldnn.set_flags, enabled, *precision)
         stack.enter_context(_no_reentrant_checkpoint())
-        stack.enter_context(_no_grad_stops_tangents())
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         yield
 
 
-class _Detached(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return tree_map_only(Tensor, torch.detach, func(*args, **(kwargs or {})))
-
-
 @contextlib.contextmanager
-def _no_grad_stops_tangents() -> Iterator[None]:
-    enter, leave = torch.no_grad.__enter__, torch.no_grad.__exit__
-    modes: list[_Detached] = []
-
-    def entered(self: torch.no_grad) -> None:
-        enter(self)
-        modes.append(_Detached())
-        modes[-1].__enter__()
-
-    def left(self: torch.no_grad, *exception: Any) -> None:
-        modes.pop().__exit__(*exception)
-        leave(self, *exception)
-
-    torch.no_grad.__enter__, torch.no_grad.__exit__ = entered, left  # type: ignore[method-assign]
+def _stopped_gradients_stop_tangents() -> Iterator[None]:
+    """Let ``torch.no_grad`` and ``torch.set_grad_enabled`` switch forward mode too: a training step means both."""
+    enabled = torch._C._is_fwd_grad_enabled()
+    kinds: list[tuple[Any, str]] = [(torch.no_grad, "__enter__"), (torch.set_grad_enabled, "__init__")]
+    own = [(kind, name, getattr(kind, name)) for kind, first in kinds for name in (first, "__exit__")]
+    for kind, first in kinds:
+        setattr(kind, first, _then_switch(getattr(kind, first)))
+        kind.__exit__ = _then_switch_back(kind.__exit__)
     try:
         yield
     finally:
-        torch.no_grad.__enter__, torch.no_grad.__exit__ = enter, leave  # type: ignore[method-assign]
+        for kind, name, method in own:
+            setattr(kind, name, method)
+        torch._C._set_fwd_grad_enabled(enabled)
+
+
+def _then_switch(method: Callable[..., None]) -> Callable[..., None]:
+    def switched(self: Any, *args: Any) -> None:
+        self._tangents = torch._C._is_fwd_grad_enabled()
+        method(self, *args)
+        torch._C._set_fwd_grad_enabled(bool(getattr(self, "mode", False)))  # no_grad has no mode
+
+    return switched
+
+
+def _then_switch_back(method: Callable[..., None]) -> Callable[..., None]:
+    def switched(self: Any, *exception: Any) -> None:
+        method(self, *exception)
+        torch._C._set_fwd_grad_enabled(self._tangents)
+
+    return switched
 
 
 @contextlib.contextmanager

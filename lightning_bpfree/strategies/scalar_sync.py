@@ -88,13 +88,13 @@ class ScalarSyncStrategy(DDPStrategy, ScalarExchange):
 
     def verify(self, module: nn.Module) -> None:
         """Raise RuntimeError if a parameter differs between ranks; give all ranks the buffers of rank 0."""
-        sums = [parameter.detach().double().sum() for parameter in module.parameters()]
-        own = torch.stack(sums).to(self.root_device) if sums else torch.zeros(1, dtype=torch.float64)
-        first = own.clone()
-        dist.broadcast(first, src=0)
-        if not torch.equal(own, first):
+        own = torch.stack([_fingerprint(parameter.detach()).to(self.root_device) for parameter in module.parameters()])
+        received = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(received, own)  # every rank sees the difference, and raises: none waits for one that has left
+        strays = [rank for rank, other in enumerate(received) if not torch.equal(other, received[0])]
+        if strays:
             raise RuntimeError(
-                f"Rank {self.global_rank}'s parameters differ from rank 0's: something outside the rule has moved them "
+                f"Rank {strays[0]}'s parameters differ from rank 0's: something outside the rule has moved them "
                 "on one rank only, or the ranks run different hardware or versions. Use strategy='ddp'."
             )
         for buffer in module.buffers():
@@ -104,6 +104,13 @@ class ScalarSyncStrategy(DDPStrategy, ScalarExchange):
     def bytes_sent(self) -> int:
         """Payload of the coefficients that this rank has sent since the start, in bytes."""
         return self._bytes_sent
+
+
+def _fingerprint(tensor: Tensor) -> Tensor:
+    """Return an integer that changes with any bit, and with the order, of the numbers."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.contiguous().view(kinds[tensor.element_size()]).flatten().long()
+    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device) * 0x9E3779B97F4A7C1).sum()
 
 
 if ScalarSyncStrategy.strategy_name not in StrategyRegistry:

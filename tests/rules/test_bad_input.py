@@ -58,9 +58,8 @@ class SometimesNan(Problem):
 
     def training_step(self, batch, index):
         loss = super().training_step(batch, index)
-        if index == 1:
-            if self.calls.count(1) - 1 in self.bad:
-                return loss * float("nan")
+        if index == 1 and self.calls.count(1) - 1 in self.bad:
+            return loss * float("nan")
         return loss
 
 
