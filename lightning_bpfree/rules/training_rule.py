@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import lightning.pytorch as pl
 import torch
-import torchmetrics
 from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -19,12 +18,12 @@ from lightning_bpfree.core.directions import mix
 from lightning_bpfree.core.exchange import ScalarExchange
 from lightning_bpfree.core.injection import inject, zeros
 from lightning_bpfree.core.params import ParameterSlots, norm
-from lightning_bpfree.core.replay import Attributes, Buffers, RandomStreams, Replay
+from lightning_bpfree.core.replay import Replay
 from lightning_bpfree.core.step import Estimate, NonFiniteLossError, SkipBatchError, Step
 from lightning_bpfree.rules.guards import check_fit
-from lightning_bpfree.rules.quiet import Metrics, Quiet
 from lightning_bpfree.rules.record import Record, banner
 from lightning_bpfree.rules.swap import Swap, handed_over
+from lightning_bpfree.rules.view import View
 
 BACKPROP_COST = 3.0  # forward passes: one forward, and two matrix products per layer on the way back
 
@@ -37,16 +36,6 @@ class Probe(Protocol):
 
     def observe(self, trainer: pl.Trainer, module: pl.LightningModule, step: Step, estimate: Estimate) -> None:
         """Look at the step; further evaluations of it leave no trace."""
-
-
-class _View:
-    """The parts of a module that every step needs; collected once an epoch, for walking a large module takes time."""
-
-    def __init__(self, module: pl.LightningModule, params: str | Sequence[str] | None) -> None:
-        self.slots = ParameterSlots(module, params)
-        self.buffers, self.metrics, self.quiet = Buffers(module), Metrics(module), Quiet(module)
-        self.streams = RandomStreams([module.device])
-        self.attributes = Attributes(part for part in module.modules() if not isinstance(part, torchmetrics.Metric))
 
 
 class TrainingRule(Callback, ABC):
@@ -101,7 +90,7 @@ class TrainingRule(Callback, ABC):
         self._estimates = 0  # since the last step of the optimizer
         self._resumed: dict[str, Any] | None = None
         self._swap: Swap | None = None
-        self._view: _View | None = None
+        self._view: View | None = None
 
     # --- what a rule says of itself ---
 
@@ -161,7 +150,7 @@ class TrainingRule(Callback, ABC):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say which rule trains what; called before the data loaders draw their order."""
-        self._view = _View(pl_module, self.params)
+        self._view = View(pl_module, self.params)
         self.check(trainer, pl_module, self._view.slots)
         if self.record.seed is None:
             seed = torch.initial_seed() if self.seed is None else self.seed
@@ -173,7 +162,7 @@ class TrainingRule(Callback, ABC):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note whose epoch this is."""
-        self._view = _View(pl_module, self.params)
+        self._view = View(pl_module, self.params)
         self.record.start_epoch(trainer.current_epoch, self.active(trainer.current_epoch))
 
     def on_train_batch_start(
