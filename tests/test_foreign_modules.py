@@ -303,7 +303,6 @@ def test_slopes_are_those_of_backprop(name, rule):
 
 
 @every_rule
-@pytest.mark.xfail(strict=True, reason="rows of padding_idx have a derivative, which backprop leaves out")
 def test_padding_row_of_an_embedding_stays_untouched(rule):
     class Padded(Small):
         def __init__(self) -> None:

@@ -9,9 +9,10 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_bpfree.core.injection import inject, zeros
+from lightning_bpfree.core.params import Slot
 from lightning_bpfree.core.step import Estimate, Step
 
 TrainingStep = Callable[..., Any]
@@ -63,6 +64,12 @@ def _shaped_like(
     return types.MethodType(method, module)
 
 
+def _padding_rows(slot: Slot) -> list[int]:
+    """Return the rows of an embedding that backprop never moves, although the loss depends on them."""
+    owners = [owner for owner, _ in slot.places if isinstance(owner, nn.Embedding)]
+    return [owner.padding_idx for owner in owners if owner.padding_idx is not None]
+
+
 def handed_over(step: Step, estimate: Estimate, zeros_for: list[Tensor]) -> Any:
     """Return what the training step returns to Lightning: its own output, with the estimate behind the loss.
 
@@ -80,6 +87,9 @@ def handed_over(step: Step, estimate: Estimate, zeros_for: list[Tensor]) -> Any:
 
         def gradients(scale: Tensor) -> list[Tensor]:
             made = estimate.resolved(scale)
+            for slot in step.trained:
+                for row in _padding_rows(slot):
+                    made[slot.name][row] = 0.0
             return [*(made[name] for name in names), *map(zeros, zeros_for)]
 
         # A loss from NumPy may be on another device and of another type than the parameters: Lightning does not mind,
