@@ -184,10 +184,10 @@ def forward_gradient_many(num: int = 8) -> list[dict[str, object]]:
             repeats=8,
         )
         ratio = best["rule"] / best["f"] / (1 + 2 * num)
-        without = (best["rule"] - 2 * best["noise"]) / best["f"] / (1 + 2 * num)
+        without = (best["rule"] - best["noise"]) / best["f"] / (1 + 2 * num)
         what = (
-            f"{num} directions over (1 + 2 K) forwards, chunk {rule._chunk_used}, {name}; {without:.2f} without drawing the "
-            "directions twice (to measure and to combine)"
+            f"{num} directions over (1 + 2 K) forwards, chunk {rule._chunk_used}, {name}; {without:.2f} without "
+            "drawing the directions"
         )
         rows.append(row(f"forward gradient K={num}, {name}", what, ratio, 1.2))
     return rows
