@@ -94,7 +94,7 @@ class ForwardGradient(TrainingRule):
     vectorised chunk, which holds ``chunk_size`` copies of parameters and activations.
 
     Attention falls back to its math kernel, and LSTMs on the CPU leave oneDNN, for the others have no forward
-    derivative. A ``no_grad`` inside the training step does not stop tangents; stop gradients by ``detach``.
+    derivative. ``detach`` and ``no_grad`` inside the training step stop tangents as they stop gradients.
 
     Args:
         num_directions: ``K``, at least 1.

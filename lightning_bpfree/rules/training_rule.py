@@ -51,8 +51,8 @@ class TrainingRule(Callback, ABC):
         start_epoch: first epoch of the rule, >= 0. Before it, the whole module trains by plain backprop.
         stop_epoch: first epoch that is no longer the rule's, > ``start_epoch``; None for never.
         seed: of the rule's own random directions; None takes torch's initial seed (``seed_everything``) of rank 0.
-        on_nonfinite: what to do if an evaluation gives NaN or infinity: ``"raise"`` stops the run before any parameter
-            moves, ``"skip"`` leaves out the batch.
+        on_nonfinite: what to do if a number that the rule measures is NaN or infinite: ``"raise"`` stops the run before
+            any parameter moves, ``"skip"`` leaves out the batch. Rules that only differentiate measure none.
         allow_untested: run under strategies for which nothing is known.
         strict_rule: refuse, rather than warn, to resume from a checkpoint that another rule has made.
 
