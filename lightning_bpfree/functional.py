@@ -11,6 +11,7 @@ from lightning_bpfree.callbacks.gradient_alignment import cosine as cosine
 from lightning_bpfree.core.directions import Directions as Directions
 from lightning_bpfree.core.forward_ad import directional_derivative as directional_derivative
 from lightning_bpfree.core.forward_ad import directional_derivatives as directional_derivatives
+from lightning_bpfree.core.forward_ad import supported_kernels as supported_kernels
 from lightning_bpfree.core.injection import inject as inject
 from lightning_bpfree.rules.forward_gradient import forward_gradient as forward_gradient
 from lightning_bpfree.rules.zeroth_order import difference_quotients as difference_quotients

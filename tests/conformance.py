@@ -242,7 +242,15 @@ def epochs_outside_the_window_are_plain_backprop(make_rule: MakeRule) -> None:
     warm, _ = run(lambda: make_rule(start_epoch=1), max_epochs=1)
     assert_equal(state(plain), state(warm))
     rule = make_rule(start_epoch=1, stop_epoch=2)
-    run(lambda: rule, max_epochs=3)
+    active: list[float] = []
+
+    class Whose(pl.Callback):
+        def on_train_epoch_end(self, trainer, module) -> None:
+            active.append(float(trainer.callback_metrics["bpfree/active"]))
+
+    torch.manual_seed(0)
+    fitted(Problem(), loader(), rule, Whose(), max_epochs=3)
+    assert active == [0.0, 1.0, 0.0]
     name = type(rule).__name__
     if name != "Backprop":
         assert [(e["rule"], e["first_epoch"], e["last_epoch"]) for e in rule.record.history] == [

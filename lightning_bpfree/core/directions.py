@@ -33,31 +33,6 @@ def mix(*values: int) -> int:
     return state >> 1
 
 
-class Accumulator:
-    """The running sum ``sum_k c_k v_k``, for directions that are at hand anyway when their coefficients are known.
-
-    Args:
-        like: named tensors whose shapes, dtypes and devices the sum takes.
-    """
-
-    def __init__(self, like: Mapping[str, Tensor]) -> None:
-        self.like = like
-        self._total: Params = {}
-
-    def add(self, coefficient: Tensor, direction: Params) -> None:
-        """Add ``coefficient * direction``; a stack of directions, ``(C, *shape)``, takes coefficients ``(C,)``."""
-        for name, like in self.like.items():
-            v = direction.pop(name).to(accumulator_dtype(like))  # popped, so that no more than one extra tensor lives
-            c = coefficient.to(v.device, v.dtype)
-            part = torch.tensordot(c, v, 1) if c.dim() else v.mul_(c)
-            self._total[name] = self._total[name].add_(part) if name in self._total else part
-
-    def __call__(self, scale: Tensor | None = None) -> Params:
-        """Return ``scale`` times the sum, in the dtypes of ``like``."""
-        total = {name: self._total[name].to(like.dtype) for name, like in self.like.items()}
-        return total if scale is None else {name: part * scale for name, part in total.items()}
-
-
 class Directions:
     """``num`` random directions ``v_k`` shaped like ``like``, a function of ``seed`` and ``k`` alone.
 
@@ -186,46 +161,3 @@ def check_directions(num_directions: int, distribution: str) -> None:
         raise ValueError(f"num_directions={num_directions!r}: give a whole number of at least 1.")
     if distribution not in ("gaussian", "rademacher"):
         raise ValueError(f"directions={distribution!r}: choose 'gaussian' or 'rademacher'.")
-
-
-def sums_at_once(orthogonal: bool, normalize: bool, distribution: Distribution) -> bool:
-    """Whether ``c_k = s_k / K``, so that a direction can be added up as soon as its slope is known."""
-    return not orthogonal and (not normalize or distribution == "rademacher")
-
-
-def weights_from_slopes(
-    slopes: Tensor, directions: Directions, orthogonal: bool = False, normalize: bool = False
-) -> Tensor:
-    """Return coefficients ``a_k`` such that ``sum_k a_k v_k`` estimates the gradient without bias.
-
-    With ``s_k = <g, v_k>``, ``V`` the matrix of directions, ``G = V^T V`` and ``d`` the number of coordinates:
-
-    - plain: ``a = s / K``; variance about ``(d + 1) / K`` times ``|g|^2`` for Gaussian directions;
-    - ``normalize``: every direction is put on the sphere of radius sqrt(d): ``a_k = d s_k / (K |v_k|^2)``;
-    - ``orthogonal``: the gradient is projected on the span of the directions, as orthonormalised directions would do:
-      ``a = (d / K) G^-1 s``; with ``K = d`` directions it is the gradient itself.
-
-    Args:
-        slopes: ``s_k``, shape ``(K,)``.
-        directions: the ``K`` directions.
-        orthogonal: see above.
-        normalize: see above; has no effect beside ``orthogonal``, nor on Rademacher directions.
-
-    Raises:
-        ValueError: if ``orthogonal`` is asked of more directions than there are coordinates.
-    """
-    num = len(directions)
-    if sums_at_once(orthogonal, normalize, directions.distribution):
-        return slopes / num  # random signs lie on the sphere already: |v|^2 = d
-    dimension = sum(like.numel() for like in directions.like.values())
-    wide = slopes.to("cpu", torch.float64)
-    if orthogonal:
-        if num > dimension:
-            raise ValueError(
-                f"orthogonal=True with num_directions={num}, but only {dimension} parameters are trained: use at most "
-                f"{dimension} directions."
-            )
-        weights: Tensor = torch.linalg.solve(directions.gram(), wide) * (dimension / num)
-    else:
-        weights = wide * dimension / (num * directions.squared_norms())
-    return weights.to(slopes.device, slopes.dtype)

@@ -44,13 +44,18 @@ def directional_derivative(
         duals = {name: forward_ad.make_dual(param, direction[name]) for name, param in params.items()}
         with _stopped_gradients_stop_tangents():
             dual = loss_fn(duals)
-        loss, slope = forward_ad.unpack_dual(dual)
-        if slope is None:
-            raise NoForwardDerivativeError(
-                "No tangent arrives at the loss: the training step cuts its dependence on the parameters (argmax, "
-                "accuracy, NumPy, .item(), detach, or a reentrant checkpoint). ZerothOrder() needs no derivative."
-            )
+        loss, slope = _unpacked(dual)
         return loss.detach(), slope.detach()
+
+
+def _unpacked(dual: Tensor) -> tuple[Tensor, Tensor]:
+    loss, slope = forward_ad.unpack_dual(dual)
+    if slope is None:
+        raise NoForwardDerivativeError(
+            "No tangent arrives at the loss: the training step cuts its dependence on the parameters (argmax, "
+            "accuracy, NumPy, .item(), detach, or a reentrant checkpoint). ZerothOrder() needs no derivative."
+        )
+    return loss, slope
 
 
 def directional_derivatives(
@@ -68,11 +73,16 @@ def directional_derivatives(
 
     Returns:
         The loss, a scalar, and the derivatives, shape ``(C,)``.
+
+    Raises:
+        NoForwardDerivativeError: if no tangent arrives at the loss.
     """
 
     def stopped(duals: Params) -> Tensor:
         with _stopped_gradients_stop_tangents():
-            return loss_fn(duals)
+            loss = loss_fn(duals)
+        _unpacked(loss)  # a transform would read a loss without tangent as a derivative of 0
+        return loss
 
     def along(direction: Params) -> tuple[Tensor, Tensor]:
         loss, slope = torch.func.jvp(stopped, (dict(params),), (direction,))  # type: ignore[misc]  # has_aux=False

@@ -13,14 +13,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_bpfree.core.directions import (
-    Accumulator,
-    Directions,
-    Distribution,
-    check_directions,
-    sums_at_once,
-    weights_from_slopes,
-)
+from lightning_bpfree.core.combination import Combination
+from lightning_bpfree.core.directions import Directions, Distribution, check_directions
 from lightning_bpfree.core.forward_ad import (
     LossFunction,
     NoForwardDerivativeError,
@@ -67,17 +61,14 @@ def forward_gradient(
         [2.0, 2.0]
     """
     drawn = Directions(params, num_directions, seed, directions)
-    losses, parts = [], []
+    combination, parts = Combination(drawn, orthogonal, normalize), []
     for ks in _chunks(range(num_directions), chunk_size):
-        if len(ks) == 1:
-            loss, slope = directional_derivative(loss_fn, params, drawn[ks[0]])
-            slopes = slope.reshape(1)
-        else:
-            loss, slopes = directional_derivatives(loss_fn, params, drawn.stack(ks))
-        losses.append(loss)
-        parts.append(widen(slopes))
-    weights = weights_from_slopes(torch.cat(parts), drawn, orthogonal, normalize)
-    return losses[0], drawn.combine(weights)
+        alone = chunk_size == 1
+        chunk = drawn[ks[0]] if alone else drawn.stack(ks)
+        loss, slopes = (directional_derivative if alone else directional_derivatives)(loss_fn, params, chunk)
+        parts.append(widen(slopes.reshape(-1)))
+        combination.add(slopes, chunk)
+    return loss, combination.gradients(torch.cat(parts))(None)
 
 
 def _chunks(ks: Sequence[int], size: int) -> list[Sequence[int]]:
@@ -169,27 +160,21 @@ class ForwardGradient(TrainingRule):
         """Return the loss and the combination of directions by their slopes."""
         params = step.params
         directions = Directions(params, self.num_directions, step.seed, self.directions)
-        at_once = step.exchange is None and sums_at_once(self.orthogonal, self.normalize, self.directions)
-        total = Accumulator(params) if at_once else None
+        combination = Combination(directions, self.orthogonal, self.normalize, exchanged=step.exchange is not None)
         try:
             with supported_kernels(step.module), torch.set_grad_enabled(False):
                 if self._chunk_used is None:
                     self._chunk_used = self._chosen_chunk(step, params, directions)
-                slopes = step.measure(self.num_directions, partial(self._slopes, step, params, directions, total))
+                slopes = step.measure(self.num_directions, partial(self._slopes, step, params, combination))
                 if not step.recorded:  # vectorised passes record nothing, nor does a rank without a share
                     step.loss()
         except NoForwardDerivativeError as error:
             raise MisconfigurationException(f"ForwardGradient: {error}") from error
         assert step.recorded_loss is not None
-        if total is not None:
-            return Estimate(step.recorded_loss, total)
-        weights = weights_from_slopes(slopes, directions, self.orthogonal, self.normalize)
-        return Estimate(step.recorded_loss, partial(directions.combine, weights))
+        return Estimate(step.recorded_loss, combination.gradients(slopes))
 
-    def _slopes(
-        self, step: Step, params: Params, directions: Directions, total: Accumulator | None, ks: Sequence[int]
-    ) -> Tensor:
-        parts = []
+    def _slopes(self, step: Step, params: Params, combination: Combination, ks: Sequence[int]) -> Tensor:
+        directions, parts = combination.directions, []
         for chunk in _chunks(ks, self._chunk_used or 1):
             drawn = directions[chunk[0]] if self._chunk_used == 1 else directions.stack(chunk)
             try:
@@ -197,8 +182,7 @@ class ForwardGradient(TrainingRule):
             except (NotImplementedError, RuntimeError) as error:
                 raise self._explained(error, step, params, directions) from error
             parts.append(widen(slopes.reshape(-1)))
-            if total is not None:
-                total.add(slopes / self.num_directions, drawn)
+            combination.add(slopes, drawn)
         return torch.cat(parts) if parts else torch.zeros(0)
 
     def _chosen_chunk(self, step: Step, params: Params, directions: Directions) -> int:
@@ -275,11 +259,7 @@ def _one(step: Step, params: Params, direction: Params) -> Tensor:
 def _many(step: Step, params: Params, stacked: Params) -> tuple[Tensor, Tensor]:
     step.rewind()
     step.forward_evals += 1 + 2 * len(next(iter(stacked.values())))
-    loss, slopes = directional_derivatives(step.loss_under_transform, params, stacked)
-    if not bool(slopes.any()):
-        # A transform reads a loss without tangent as a derivative of zero; one dual number tells the difference.
-        directional_derivative(step.loss, params, {name: v[0] for name, v in stacked.items()})
-    return loss, slopes
+    return directional_derivatives(step.loss_under_transform, params, stacked)
 
 
 def _timed(evaluate: Callable[[], T], device: torch.device, runs: int) -> tuple[float, T]:

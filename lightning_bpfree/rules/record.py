@@ -70,8 +70,7 @@ class Record:
 def banner(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer) -> str:
     """Return the table that a run shows at its start: which rule, what it trains, what it costs."""
     trained = sum(slot.parameter.numel() for slot in slots.trainable())
-    total = trained + sum(slot.parameter.numel() for slot in [*slots, *slots.rest] if not slot.parameter.requires_grad)
-    total += sum(slot.parameter.numel() for slot in slots.rest if slot.parameter.requires_grad)
+    total = sum(slot.parameter.numel() for slot in [*slots, *slots.rest])
     stop = "end" if rule.stop_epoch is None else str(rule.stop_epoch - 1)
     always = rule.start_epoch == 0 and rule.stop_epoch is None
     rows = {

@@ -183,6 +183,7 @@ class TrainingRule(Callback, ABC):
         evaluate = partial(original, *args, **kwargs)
         if not self.active(trainer.current_epoch):
             self.record.forward_evals += BACKPROP_COST
+            self._log(trainer, module, {"bpfree/active": 0.0})
             return evaluate()
         probes = [probe for probe in self.probes if probe.due(trainer)]
         step = self._step(trainer, module, evaluate, args, replayable=self.reevaluates or bool(probes))
@@ -275,7 +276,7 @@ class TrainingRule(Callback, ABC):
     def _log(self, trainer: pl.Trainer, module: pl.LightningModule, values: dict[str, Any]) -> None:
         if not self._log_due(trainer):
             return
-        values |= {"bpfree/forward_evals": self.record.forward_evals, "bpfree/active": 1.0}
+        values = {"bpfree/forward_evals": self.record.forward_evals, "bpfree/active": 1.0, **values}
         if isinstance(trainer.strategy, ScalarExchange):
             values["bpfree/bytes_sent"] = float(trainer.strategy.bytes_sent)
         module.log_dict(values, on_step=True, on_epoch=False)

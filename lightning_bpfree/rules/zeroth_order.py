@@ -11,14 +11,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_bpfree.core.directions import (
-    Accumulator,
-    Directions,
-    Distribution,
-    check_directions,
-    sums_at_once,
-    weights_from_slopes,
-)
+from lightning_bpfree.core.combination import Combination
+from lightning_bpfree.core.directions import Directions, Distribution, check_directions
 from lightning_bpfree.core.params import ParameterSlots, Params, widen
 from lightning_bpfree.core.step import Estimate, Step
 from lightning_bpfree.rules.training_rule import TrainingRule
@@ -54,7 +48,7 @@ def difference_quotients(
     *,
     base_loss: Tensor | None = None,
     ks: Sequence[int] | None = None,
-    total: Accumulator | None = None,
+    combination: Combination | None = None,
 ) -> Tensor:
     """Return finite differences of the loss along directions, shape ``(len(ks),)``.
 
@@ -66,7 +60,7 @@ def difference_quotients(
         base_loss: the loss at ``params``: takes the forward scheme ``(L(p + sigma v) - L(p)) / sigma``, one evaluation
             a direction. None takes the central scheme ``(L(p + sigma v) - L(p - sigma v)) / (2 sigma)``, two.
         ks: indices of the directions; None for all.
-        total: takes up ``sum_k s_k v_k / K``, which saves drawing the directions a second time.
+        combination: takes up every direction with its slope, if it can.
     """
     slopes = []
     with torch.no_grad():
@@ -80,10 +74,10 @@ def difference_quotients(
             else:
                 slope = (ahead - base_loss) / sigma
             slopes.append(slope)
-            if total is not None:
+            if combination is not None and combination.at_once:
                 for name, param in params.items():
-                    moved[name].sub_(param)
-                total.add(slope / (side * len(directions)), moved)
+                    moved[name].sub_(param)  # side * v, as rounding has left it
+                combination.add(slope / side, moved)
     return widen(torch.stack(slopes)) if slopes else torch.zeros(0)
 
 
@@ -114,8 +108,9 @@ def zeroth_order_gradient(
     with torch.no_grad():
         loss = loss_fn(dict(params))
     base = loss if scheme == "forward" else None
-    slopes = difference_quotients(loss_fn, params, drawn, sigma, base_loss=base)
-    return loss, drawn.combine(weights_from_slopes(slopes, drawn, orthogonal, normalize))
+    combination = Combination(drawn, orthogonal, normalize)
+    slopes = difference_quotients(loss_fn, params, drawn, sigma, base_loss=base, combination=combination)
+    return loss, combination.gradients(slopes)(None)
 
 
 class ZerothOrder(TrainingRule):
@@ -199,14 +194,10 @@ class ZerothOrder(TrainingRule):
         with torch.no_grad():
             loss = step.loss()
         base = loss if self.scheme == "forward" else None
-        at_once = step.exchange is None and sums_at_once(self.orthogonal, self.normalize, self.directions)
-        total = Accumulator(params) if at_once else None
-        quotients = partial(difference_quotients, step.loss, params, directions, self._sigma_used, total=total)
-        slopes = step.measure(self.num_directions, lambda ks: quotients(base_loss=base, ks=ks))
-        if total is not None:
-            return Estimate(loss, total)
-        weights = weights_from_slopes(slopes, directions, self.orthogonal, self.normalize)
-        return Estimate(loss, partial(directions.combine, weights))
+        combination = Combination(directions, self.orthogonal, self.normalize, exchanged=step.exchange is not None)
+        quotients = partial(difference_quotients, step.loss, params, directions, self._sigma_used, base_loss=base)
+        slopes = step.measure(self.num_directions, lambda ks: quotients(ks=ks, combination=combination))
+        return Estimate(loss, combination.gradients(slopes))
 
     def describe(self) -> dict[str, str]:
         """Return rows for the banner."""

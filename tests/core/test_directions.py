@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lightning_bpfree.core.directions import Directions, mix, weights_from_slopes
+from lightning_bpfree.core.combination import Combination, weights_from_slopes
+from lightning_bpfree.core.directions import Directions, mix
 from lightning_bpfree.core.params import dot
 
 LIKE = {"w": torch.zeros(7, 9), "b": torch.zeros(9), "s": torch.zeros(())}
@@ -120,6 +121,19 @@ def test_orthogonal_directions_project_and_span_everything_at_k_equal_d():
     assert abs(float(cosine.square().mean()) - 0.25) < 4 * error
     along = made @ gradient / gradient.square().sum()
     assert abs(float(along.mean()) - 1) < 4 * float(along.std()) / 2000**0.5
+
+
+@pytest.mark.parametrize("how", [{}, {"orthogonal": True}, {"normalize": True}, {"exchanged": True}], ids=str)
+def test_adding_up_equals_remaking(how):
+    directions = Directions({name: tensor.double() for name, tensor in LIKE.items()}, 4, 2)
+    slopes = torch.tensor([0.5, -2.0, 0.25, 3.0], dtype=torch.float64)
+    combination = Combination(directions, **how)
+    combination.add(slopes[0], directions[0])
+    combination.add(slopes[1:], directions.stack([1, 2, 3]))
+    orthogonal, normalize = how.get("orthogonal", False), how.get("normalize", False)
+    expected = directions.combine(weights_from_slopes(slopes, directions, orthogonal, normalize))
+    for name, gradient in combination.gradients(slopes)(torch.tensor(2.0)).items():
+        torch.testing.assert_close(gradient, 2 * expected[name], rtol=1e-10, atol=1e-12)  # equal maths in float64
 
 
 def test_bad_arguments():

@@ -135,6 +135,8 @@ def test_a_reentrant_checkpoint_raises_instead_of_dropping_the_tangent():
 def test_a_cut_tangent_is_an_error_and_never_a_zero():
     with pytest.raises(NoForwardDerivativeError, match=r"ZerothOrder\(\)"):
         directional_derivative(lambda p: (p["w"].detach() ** 2).sum(), {"w": torch.ones(2)}, {"w": torch.ones(2)})
+    with pytest.raises(NoForwardDerivativeError, match=r"ZerothOrder\(\)"):
+        directional_derivatives(lambda p: (p["w"].detach() ** 2).sum(), {"w": torch.ones(2)}, {"w": torch.ones(3, 2)})
 
 
 def test_layers_without_forward_mode_are_named_with_a_cure():
