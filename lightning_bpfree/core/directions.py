@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -65,14 +65,14 @@ class Directions:
         return self.num
 
     def __getitem__(self, k: int) -> Params:
-        return self._drawn([k], lambda draws: draws[0])
+        return {name: rows[0] for name, rows in self.stack([k]).items()}
 
     def __iter__(self) -> Iterator[Params]:
         return (self[k] for k in range(self.num))
 
     def stack(self, ks: Sequence[int]) -> Params:
         """Return the directions ``ks`` in one tensor per name, of shape ``(len(ks), *shape)``."""
-        return self._drawn(ks, torch.stack)
+        return dict(zip(self.like, self._rows(ks), strict=True))
 
     def moved(self, k: int, params: Mapping[str, Tensor], sigma: float) -> Params:
         """Return ``params + sigma v_k``, holding no more than the moved tensors (and one draw at a time)."""
@@ -89,8 +89,8 @@ class Directions:
         Directions are drawn tensor by tensor, so that ``K`` copies of the largest tensor are held, not of the module.
         """
         total = torch.zeros(self.num, self.num, dtype=torch.float64)
-        for rows in self._drawn_by_tensor(range(self.num)):
-            flat = torch.stack([widen(row).flatten() for row in rows])
+        for rows in self._rows(range(self.num)):
+            flat = widen(rows).reshape(self.num, -1)  # also for tensors without dimensions
             total += (flat @ flat.T).to("cpu", torch.float64)
         return total
 
@@ -116,14 +116,14 @@ class Directions:
             combined[name] = (total if scale is None else total.mul_(scale)).to(like.dtype)
         return combined
 
-    def _drawn(self, ks: Sequence[int], finish: Callable[[list[Tensor]], Tensor]) -> Params:
-        rows = self._drawn_by_tensor(ks)
-        return {name: finish(draws) for name, draws in zip(self.like, rows, strict=True)}
-
-    def _drawn_by_tensor(self, ks: Sequence[int]) -> Iterator[list[Tensor]]:
+    def _rows(self, ks: Sequence[int]) -> Iterator[Tensor]:
+        """Yield the directions ``ks`` tensor by tensor, ``(len(ks), *shape)``, drawn in place: no copy beside them."""
         generators = [self._generators(k) for k in ks]
         for like in self.like.values():
-            yield [self._draw(like, generator).to(like.dtype) for generator in generators]
+            rows = torch.empty((len(ks), *like.shape), dtype=accumulator_dtype(like), device=like.device)
+            for i, generator in enumerate(generators):
+                self._fill(rows[i], generator)
+            yield rows.to(like.dtype)
 
     def _generators(self, k: int) -> dict[torch.device, torch.Generator]:
         if not 0 <= k < self.num:
@@ -135,10 +135,16 @@ class Directions:
         return generators
 
     def _draw(self, like: Tensor, generators: dict[torch.device, torch.Generator]) -> Tensor:
-        generator, dtype = generators[like.device], accumulator_dtype(like)
+        draw = torch.empty(like.shape, dtype=accumulator_dtype(like), device=like.device)
+        self._fill(draw, generators)
+        return draw
+
+    def _fill(self, draw: Tensor, generators: dict[torch.device, torch.Generator]) -> None:
+        generator = generators[draw.device]
         if self.distribution == "gaussian":
-            return torch.empty(like.shape, dtype=dtype, device=like.device).normal_(generator=generator)
-        return _signs(like.numel(), like.device, generator).to(dtype).view(like.shape)
+            draw.normal_(generator=generator)
+        else:
+            draw.copy_(_signs(draw.numel(), draw.device, generator).view(draw.shape))
 
 
 def accumulator_dtype(like: Tensor) -> torch.dtype:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from memory import peak_bytes
 from torch import nn
 from torch.func import functional_call, jvp
+from torch.utils.checkpoint import checkpoint_sequential
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_bpfree as bpf
@@ -66,6 +67,17 @@ def cnn() -> nn.Module:
         nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 49, 10),
     )  # fmt: skip
+
+
+class Checkpointed(nn.Module):
+    """The same stack, whose backward pass recomputes it in sqrt(depth) segments: the rival of every memory claim."""
+
+    def __init__(self, net: nn.Sequential) -> None:
+        super().__init__()
+        self.net, self.segments = net, max(2, round(len(net) ** 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint_sequential(self.net, self.segments, x, use_reentrant=False)
 
 
 class Transformer(nn.Module):
@@ -120,6 +132,14 @@ def plain_forward(module: pl.LightningModule, data: list[torch.Tensor]) -> Calla
     return forward
 
 
+def backprop(module: pl.LightningModule, data: list[torch.Tensor]) -> Callable[[], None]:
+    def step() -> None:
+        module.zero_grad()
+        module.training_step(data, 0).backward()
+
+    return step
+
+
 def row(name: str, what: str, value: float, limit: float | None = None, unit: str = "x") -> dict[str, object]:
     reached = None if limit is None else bool(round(value, 3) <= limit)  # a few scalars beside the tensors do not count
     print(f"{name:<44} {value:8.3f} {unit:<4} limit {limit} {'' if reached is None else 'ok' if reached else 'MISSED'}")
@@ -143,6 +163,20 @@ def backprop_overhead() -> list[dict[str, object]]:
     extra = (best["rule"] - best["plain"]) / steps * 1000
     what = f"milliseconds a step over plain Lightning ({best['plain'] / steps * 1000:.3f} ms a step)"
     return [row("backprop callback, overhead a step", what, extra, 0.2, "ms")]
+
+
+def baselines() -> list[dict[str, object]]:
+    """What a step takes, in forwards, with backprop and checkpointed backprop beside the rules."""
+    module, data = Classifier(mlp(128, 32, 128)), batch(256, 128)
+    runs = {
+        "forward gradient K=1": estimator(bpf.ForwardGradient(1), module, data),
+        "zeroth order K=1": estimator(bpf.ZerothOrder(1), module, data),
+        "backprop": backprop(module, data),
+        "checkpointed backprop": backprop(Classifier(Checkpointed(module.net)), data),
+    }
+    best = seconds({"f": plain_forward(module, data), **runs}, repeats=20)
+    what = "forwards a step, MLP of 32 hidden layers of 128, batch 256"
+    return [row(f"time of a step, {name}", what, best[name] / best["f"], unit="F") for name in runs]
 
 
 def forward_gradient_one() -> list[dict[str, object]]:
@@ -227,15 +261,15 @@ def memory() -> list[dict[str, object]]:
         base = peak_bytes(plain_forward(module, data))
         module.log = lambda *a, **k: None  # type: ignore[method-assign]
 
-        def backprop(module: Classifier = module, data: list[torch.Tensor] = data) -> None:
-            module.zero_grad()
-            module.training_step(data, 0).backward()
+        again = Classifier(Checkpointed(module.net))
+        again.log = module.log  # type: ignore[method-assign]
 
         for name, run in {
             "zeroth order K=1": estimator(bpf.ZerothOrder(1), module, data),
             "zeroth order K=8": estimator(bpf.ZerothOrder(8), module, data),
             "forward gradient K=1": estimator(bpf.ForwardGradient(1), module, data),
-            "backprop": backprop,
+            "backprop": backprop(module, data),
+            "checkpointed backprop": backprop(again, data),
         }.items():
             module.zero_grad()
             copies = (peak_bytes(run) - base) / size
@@ -292,7 +326,7 @@ def bytes_on_the_wire(num: int = 8) -> list[dict[str, object]]:
     ]
 
 
-PARTS = {f.__name__: f for f in (bytes_on_the_wire, memory, backprop_overhead, forward_gradient_one, forward_gradient_many, zeroth_order, cosine)}  # fmt: skip
+PARTS = {f.__name__: f for f in (bytes_on_the_wire, memory, backprop_overhead, baselines, forward_gradient_one, forward_gradient_many, zeroth_order, cosine)}  # fmt: skip
 
 
 def main() -> None:
