@@ -116,7 +116,7 @@ class ForwardGradient(TrainingRule):
         "Pearlmutter, Barak A. and Syme, Don and Wood, Frank and Torr, Philip}, journal={arXiv preprint "
         "arXiv:2202.08587}, year={2022}}"
     )
-    exchanges_scalars: ClassVar[bool] = True
+    exchanges_scalars: bool = True
 
     def __init__(
         self,

@@ -61,7 +61,7 @@ class TrainingRule(Callback, ABC):
     """
 
     citation: ClassVar[str] = ""
-    exchanges_scalars: ClassVar[bool] = False
+    exchanges_scalars: bool = False
     """Whether the estimate is a function of the numbers on which ranks agree by ``Step.measure``."""
     reevaluates: ClassVar[bool] = True
     """Whether the rule evaluates the training step more than once a batch."""

@@ -152,7 +152,7 @@ class ZerothOrder(TrainingRule):
         "@article{malladi2023mezo, title={Fine-Tuning Language Models with Just Forward Passes}, author={Malladi, "
         "Sadhika and others}, journal={arXiv preprint arXiv:2305.17333}, year={2023}}"
     )
-    exchanges_scalars: ClassVar[bool] = True
+    exchanges_scalars: bool = True
 
     def __init__(
         self,

@@ -1,0 +1,322 @@
+"""Cutting a module into an ordered list of blocks, and looking at what enters and leaves them."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+Blocks = int | Sequence[int] | Sequence[str | Sequence[str]] | Callable[[nn.Module], Sequence[Sequence[nn.Module]]]
+
+
+class Block(NamedTuple):
+    """Some layers of a network that run one after the other.
+
+    Args:
+        name: names of the first and the last layer.
+        modules: the layers in the order in which they run; what enters the first is the block's input, what leaves the
+            last is its output.
+        parameters: those of the layers, and those named beside them, each once.
+    """
+
+    name: str
+    modules: list[nn.Module]
+    parameters: list[nn.Parameter]
+
+
+class Cut(NamedTuple):
+    """A network in blocks.
+
+    Args:
+        blocks: in the order in which they run.
+        rest: parameters of no block, by name; those of the last layer if the cut was automatic.
+    """
+
+    blocks: list[Block]
+    rest: dict[str, nn.Parameter]
+
+
+def cut(network: nn.Module, blocks: Blocks = 1) -> Cut:
+    """Cut ``network`` into blocks.
+
+    Args:
+        network: any module.
+        blocks: how to cut.
+
+            - ``n``, a number of at least 1: every ``n`` layers of an ``nn.Sequential`` are a block. Layers are modules
+              with a weight of two dimensions or more; normalisations, activations and other modules join the layer
+              before them. The last layer, which makes the network's output, belongs to no block.
+            - ``[n1, n2, ...]``: blocks of so many layers. They may also cover the last layer.
+            - ``["features.*", "head"]``: shell-style patterns on module names. Every outermost module that matches is
+              a block of its own; a list of patterns (``[["embed", "layer.0"], "layer.1"]``) makes one block. In such a
+              list a pattern may also name a parameter that stands directly in the network (``"position"``).
+            - a function from the network to a list of lists of its modules.
+
+    Raises:
+        ValueError: if the network is no chain of layers and ``blocks`` is a number, if a pattern matches nothing, if
+            blocks overlap, or if a block has no parameters; the message lists the network's modules.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> [block.name for block in cut(net).blocks], list(cut(net).rest)
+        (['0..1', '2..3'], ['4.weight', '4.bias'])
+        >>> [block.name for block in cut(net, [["0", "1", "2", "3"]]).blocks]
+        ['0..3']
+    """
+    names = {id(module): name for name, module in reversed(list(network.named_modules()))}
+    if callable(blocks):
+        found = [_block(list(modules), [], names) for modules in blocks(network)]
+    elif isinstance(blocks, int):
+        found = _automatic(network, blocks, names)
+    elif isinstance(blocks, str) or not len(blocks):
+        raise ValueError(f"blocks={blocks!r}: give a number, or a list of numbers or of patterns of module names.")
+    elif all(isinstance(size, int) for size in blocks):
+        found = _by_sizes(network, [int(size) for size in blocks], names)  # type: ignore[arg-type]
+    else:
+        found = _by_patterns(network, blocks, names)  # type: ignore[arg-type]
+    _check(network, found)
+    covered = {id(parameter) for block in found for parameter in block.parameters}
+    return Cut(found, {name: p for name, p in network.named_parameters() if id(p) not in covered})
+
+
+def _block(modules: list[nn.Module], named: Iterable[nn.Parameter], names: dict[int, str]) -> Block:
+    parameters = [parameter for module in modules for parameter in module.parameters()] + list(named)
+    labels = [names.get(id(module), type(module).__name__) for module in modules]
+    name = labels[0] if len(labels) == 1 else f"{labels[0]}..{labels[-1]}" if labels else "nothing"
+    return Block(name, modules, list({id(parameter): parameter for parameter in parameters}.values()))
+
+
+# --- automatic: chains of layers ----------------------------------------------------------------------------------
+
+
+def _chain(network: nn.Module) -> list[nn.Module] | None:
+    """Return the modules that run one after the other, or None if the structure does not tell."""
+    if isinstance(network, nn.Sequential):
+        return [
+            part
+            for child in network
+            for part in ((_chain(child) or [child]) if isinstance(child, nn.Sequential) else [child])
+        ]
+    children = [child for child in network.children() if any(True for _ in child.parameters())]
+    if len(children) == 1 and not network._parameters:
+        return _chain(children[0])
+    return None
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module has a weight of two dimensions or more; normalisations have none."""
+    return any(parameter.dim() > 1 for parameter in module.parameters())
+
+
+def _layers(network: nn.Module) -> list[list[nn.Module]]:
+    chain = _chain(network)
+    if chain is None:
+        raise ValueError(
+            f"{type(network).__name__} does not show the order of its layers (it is no nn.Sequential): name its blocks "
+            f"by patterns, such as blocks=[{_example(network)}]. {_listing(network)}"
+        )
+    layers: list[list[nn.Module]] = []
+    head: list[nn.Module] = []
+    for part in chain:
+        if is_layer(part):
+            layers.append([*head, part])
+            head = []
+        elif layers:
+            layers[-1].append(part)
+        else:
+            head.append(part)  # what runs before the first layer belongs to it
+    return layers
+
+
+def _automatic(network: nn.Module, size: int, names: dict[int, str]) -> list[Block]:
+    if size < 1:
+        raise ValueError(f"blocks={size}: a block has at least one layer.")
+    layers = _layers(network)
+    if len(layers) < 2:
+        raise ValueError(
+            f"blocks={size}: {type(network).__name__} has {len(layers)} layer(s) with weights; a cut needs one block and "
+            "the last layer."
+        )
+    chunks = [layers[start : min(start + size, len(layers) - 1)] for start in range(0, len(layers) - 1, size)]
+    return [_block([part for layer in chunk for part in layer], [], names) for chunk in chunks]
+
+
+def _by_sizes(network: nn.Module, sizes: list[int], names: dict[int, str]) -> list[Block]:
+    layers = _layers(network)
+    if min(sizes) < 1 or sum(sizes) not in (len(layers) - 1, len(layers)):
+        raise ValueError(
+            f"blocks={sizes} asks for {sum(sizes)} layers, and {type(network).__name__} has {len(layers)}: give sizes "
+            f"of at least 1 that sum to {len(layers) - 1} (without the last layer) or {len(layers)}."
+        )
+    found = []
+    for size in sizes:
+        chunk, layers = layers[:size], layers[size:]
+        found.append(_block([part for layer in chunk for part in layer], [], names))
+    return found
+
+
+# --- by names -----------------------------------------------------------------------------------------------------
+
+
+def _by_patterns(network: nn.Module, blocks: Sequence[str | Sequence[str]], names: dict[int, str]) -> list[Block]:
+    found = []
+    for entry in blocks:
+        if isinstance(entry, str):
+            modules = _matching(network, entry, names)
+            found += [_block([module], [], names) for module in modules]
+            continue
+        together: list[nn.Module] = []
+        named: list[nn.Parameter] = []
+        for pattern in entry:
+            own = [p for name, p in network.named_parameters(recurse=False) if fnmatchcase(name, pattern)]
+            named += own
+            together += [] if own else _matching(network, pattern, names)
+        found.append(_block(together, named, names))
+    return found
+
+
+def _matching(network: nn.Module, pattern: str, names: dict[int, str]) -> list[nn.Module]:
+    """Return the outermost modules whose name matches, in their order."""
+    found: list[nn.Module] = []
+    inside: set[int] = set()
+    for name, module in network.named_modules():
+        if name and id(module) not in inside and fnmatchcase(name, pattern):
+            found.append(module)
+            inside |= {id(part) for part in module.modules()}
+    if not found:
+        near = difflib.get_close_matches(pattern, list(names.values()), n=3, cutoff=0.0)
+        raise ValueError(
+            f"blocks: {pattern!r} matches no module; nearest: {', '.join(filter(None, near)) or 'none'}. "
+            f"Patterns are shell-style: 'layers.*'. {_listing(network)}"
+        )
+    return found
+
+
+def _check(network: nn.Module, blocks: list[Block]) -> None:
+    home: dict[int, Block] = {}
+    for block in blocks:
+        if not block.modules or not block.parameters:
+            raise ValueError(f"blocks: {block.name} has no parameters to train. {_listing(network)}")
+        for module in {id(part): part for top in block.modules for part in top.modules()}.values():
+            other = home.setdefault(id(module), block)
+            if other is not block:
+                raise ValueError(
+                    f"blocks: {other.name} and {block.name} overlap (both have a {type(module).__name__}). Every module "
+                    f"belongs to one block. {_listing(network)}"
+                )
+
+
+def _example(network: nn.Module) -> str:
+    names = [name for name, child in network.named_children() if any(True for _ in child.parameters())]
+    return ", ".join(f"'{name}.*'" if list(network.get_submodule(name).children()) else f"'{name}'" for name in names)
+
+
+def _listing(network: nn.Module) -> str:
+    names = [name for name, module in network.named_modules() if name and any(True for _ in module.parameters())]
+    shown = ", ".join(names[:40])
+    return f"Modules with parameters: {shown or 'none'}{', ...' if len(names) > 40 else ''}."
+
+
+# --- looking at a forward pass ------------------------------------------------------------------------------------
+
+Look = Callable[[int, Tensor], Tensor]
+
+
+def _first_only(change: Callable[[Tensor], Tensor], values: Any, what: str) -> Any:
+    """Apply ``change`` to the first tensor in ``values`` (nested tuples, lists or dicts), and return the whole."""
+    seen = 0
+
+    def changed(tensor: Tensor) -> Tensor:
+        nonlocal seen
+        seen += 1
+        return change(tensor) if seen == 1 else tensor
+
+    made = tree_map_only(Tensor, changed, values)
+    if not seen:
+        raise ValueError(f"blocks: no tensor {what}.")
+    return made
+
+
+@contextlib.contextmanager
+def watched(blocks: Sequence[Block], *, enter: Look, leave: Look) -> Iterator[list[int]]:
+    """Let ``enter(j, x)`` change what enters block ``j`` and ``leave(j, z)`` what leaves it, and yield who has run.
+
+    Only the first tensor of inputs and outputs is shown; all other tensors that enter a block (masks, skip
+    connections) are detached. Without a graph to begin with, that is no change.
+
+    Args:
+        blocks: the blocks; each may run once.
+        enter: called before the first module of a block.
+        leave: called after its last module.
+
+    Yields:
+        the indices of the blocks that have run, in that order.
+
+    Raises:
+        RuntimeError: from within the forward pass, if a block runs twice.
+    """
+    ran: list[int] = []
+
+    def before(index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:  # noqa: ARG001  # a hook's signature
+        args, kwargs = tree_map_only(Tensor, torch.Tensor.detach, (args, kwargs))
+        return _first_only(partial(enter, index), (args, kwargs), f"enters {blocks[index].name}")
+
+    def after(index: int, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  # a hook's signature
+        if index in ran:
+            raise RuntimeError(
+                f"Block {blocks[index].name} runs twice in one forward pass: blocks are cut for one pass. Make what "
+                "runs several times a part of one block."
+            )
+        ran.append(index)
+        return _first_only(partial(leave, index), output, f"leaves {blocks[index].name}")
+
+    handles = []
+    try:
+        for index, block in enumerate(blocks):
+            first, last = block.modules[0], block.modules[-1]
+            handles.append(first.register_forward_pre_hook(partial(before, index), with_kwargs=True))
+            handles.append(last.register_forward_hook(partial(after, index)))
+        yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def find_network(module: nn.Module, name: str | None = None) -> tuple[str, nn.Module]:
+    """Return name and module of the network in ``module``: what maps inputs to outputs, one call a step.
+
+    Args:
+        module: a LightningModule, or any module.
+        name: the network's name, ``""`` for ``module`` itself. None takes the only child with parameters.
+
+    Raises:
+        ValueError: if there is no such module, or more than one to choose from.
+
+    Examples:
+        >>> find_network(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))[0]
+        '0'
+    """
+    children = [n for n, child in module.named_children() if any(True for _ in child.parameters())]
+    if name is None:
+        if len(children) != 1 or module._parameters:
+            child = f", network={children[0]!r}" if children else ""
+            raise ValueError(
+                f"network: {type(module).__name__} has {len(children)} children with parameters "
+                f"({', '.join(children) or 'none'}). Name the one that maps inputs to outputs{child}, or the module "
+                "itself, network=''."
+            )
+        name = children[0]
+    try:
+        return name, module.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"network={name!r} is no part of {type(module).__name__}; its children with parameters: "
+            f"{', '.join(children) or 'none'}."
+        ) from None
