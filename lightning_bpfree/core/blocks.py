@@ -55,7 +55,7 @@ def cut(network: nn.Module, blocks: Blocks = 1) -> Cut:
               before them. The last layer, which makes the network's output, belongs to no block.
             - ``[n1, n2, ...]``: blocks of so many layers. They may also cover the last layer.
             - ``["features.*", "head"]``: shell-style patterns on module names. Every outermost module that matches is
-              a block of its own; a list of patterns (``[["embed", "layer.0"], "layer.1"]``) makes one block. In such a
+              a block of its own, if it is a layer; a list of patterns (``[["embed", "layer.0"], "layer.1"]``) makes one block. In such a
               list a pattern may also name a parameter that stands directly in the network (``"position"``).
             - a function from the network to a list of lists of its modules.
 
@@ -122,17 +122,20 @@ def _layers(network: nn.Module) -> list[list[nn.Module]]:
             f"{type(network).__name__} does not show the order of its layers (it is no nn.Sequential): name its blocks "
             f"by patterns, such as blocks=[{_example(network)}]. {_listing(network)}"
         )
+    return _joined(chain)
+
+
+def _joined(modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """Return the modules in lists of one layer each; the others join the layer before them, or the first layer."""
     layers: list[list[nn.Module]] = []
     head: list[nn.Module] = []
-    for part in chain:
+    for part in modules:
         if is_layer(part):
             layers.append([*head, part])
             head = []
-        elif layers:
-            layers[-1].append(part)
         else:
-            head.append(part)  # what runs before the first layer belongs to it
-    return layers
+            (layers[-1] if layers else head).append(part)
+    return layers or [head]
 
 
 def _automatic(network: nn.Module, size: int, names: dict[int, str]) -> list[Block]:
@@ -141,8 +144,8 @@ def _automatic(network: nn.Module, size: int, names: dict[int, str]) -> list[Blo
     layers = _layers(network)
     if len(layers) < 2:
         raise ValueError(
-            f"blocks={size}: {type(network).__name__} has {len(layers)} layer(s) with weights; a cut needs one block and "
-            "the last layer."
+            f"blocks={size}: {type(network).__name__} has {len(layers)} layer(s) with weights; a cut needs one block "
+            "and the last layer."
         )
     chunks = [layers[start : min(start + size, len(layers) - 1)] for start in range(0, len(layers) - 1, size)]
     return [_block([part for layer in chunk for part in layer], [], names) for chunk in chunks]
@@ -169,8 +172,7 @@ def _by_patterns(network: nn.Module, blocks: Sequence[str | Sequence[str]], name
     found = []
     for entry in blocks:
         if isinstance(entry, str):
-            modules = _matching(network, entry, names)
-            found += [_block([module], [], names) for module in modules]
+            found += [_block(modules, [], names) for modules in _joined(_matching(network, entry, names))]
             continue
         together: list[nn.Module] = []
         named: list[nn.Parameter] = []
@@ -208,8 +210,8 @@ def _check(network: nn.Module, blocks: list[Block]) -> None:
             other = home.setdefault(id(module), block)
             if other is not block:
                 raise ValueError(
-                    f"blocks: {other.name} and {block.name} overlap (both have a {type(module).__name__}). Every module "
-                    f"belongs to one block. {_listing(network)}"
+                    f"blocks: {other.name} and {block.name} overlap (both have a {type(module).__name__}). Every "
+                    f"module belongs to one block. {_listing(network)}"
                 )
 
 

@@ -33,8 +33,8 @@ def labels_of(batch: Any, rows: int, num_classes: int, pick: LabelsOf | None = N
         labels = batch[1]
     else:
         raise ValueError(
-            f"labels: the batch is a {type(batch).__name__}, not a pair (inputs, labels); pass a function that takes the "
-            "labels out of it, labels=lambda batch: batch['label']."
+            f"labels: the batch is a {type(batch).__name__}, not a pair (inputs, labels); pass a function that "
+            "takes the labels out of it, labels=lambda batch: batch['label']."
         )
     if not isinstance(labels, Tensor) or labels.shape != (rows,) or labels.is_floating_point():
         found = (
@@ -45,7 +45,7 @@ def labels_of(batch: Any, rows: int, num_classes: int, pick: LabelsOf | None = N
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise ValueError(
-            f"labels: values from {low} to {high} in a batch, but there are {num_classes} classes: labels run from 0 to "
-            f"{num_classes - 1}. Set num_classes, or relabel."
+            f"labels: values from {low} to {high} in a batch, but there are {num_classes} classes: labels run from "
+            f"0 to {num_classes - 1}. Set num_classes, or relabel."
         )
     return labels
