@@ -55,8 +55,8 @@ def cut(network: nn.Module, blocks: Blocks = 1) -> Cut:
               before them. The last layer, which makes the network's output, belongs to no block.
             - ``[n1, n2, ...]``: blocks of so many layers. They may also cover the last layer.
             - ``["features.*", "head"]``: shell-style patterns on module names. Every outermost module that matches is
-              a block of its own, if it is a layer; a list of patterns (``[["embed", "layer.0"], "layer.1"]``) makes one block. In such a
-              list a pattern may also name a parameter that stands directly in the network (``"position"``).
+              a block of its own, if it is a layer; a list of patterns (``[["embed", "layer.0"], "layer.1"]``) makes one
+              block. In such a list a pattern may also name a parameter outside of layers (``"position"``).
             - a function from the network to a list of lists of its modules.
 
     Raises:
@@ -177,9 +177,10 @@ def _by_patterns(network: nn.Module, blocks: Sequence[str | Sequence[str]], name
         together: list[nn.Module] = []
         named: list[nn.Parameter] = []
         for pattern in entry:
-            own = [p for name, p in network.named_parameters(recurse=False) if fnmatchcase(name, pattern)]
-            named += own
-            together += [] if own else _matching(network, pattern, names)
+            own = [p for name, p in network.named_parameters() if fnmatchcase(name, pattern)]
+            matches_a_module = any(fnmatchcase(name, pattern) for name in names.values())
+            named += [] if matches_a_module else own
+            together += _matching(network, pattern, names) if matches_a_module or not own else []
         found.append(_block(together, named, names))
     return found
 
