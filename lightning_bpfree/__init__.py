@@ -7,6 +7,7 @@
 
 from lightning_bpfree.callbacks.gradient_alignment import GradientAlignment as GradientAlignment
 from lightning_bpfree.rules.backprop import Backprop as Backprop
+from lightning_bpfree.rules.forward_forward import ForwardForward as ForwardForward
 from lightning_bpfree.rules.forward_gradient import ForwardGradient as ForwardGradient
 from lightning_bpfree.rules.training_rule import TrainingRule as TrainingRule
 from lightning_bpfree.rules.zeroth_order import ZerothOrder as ZerothOrder

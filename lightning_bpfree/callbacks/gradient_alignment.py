@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_bpfree.core.params import Params, dot, norm
@@ -55,6 +55,12 @@ class GradientAlignment(Callback):
             raise MisconfigurationException(
                 "GradientAlignment compares a training rule with backprop, and no rule is among the callbacks: add one."
             )
+        if not rules[0].estimates_user_loss:
+            rank_zero_info(
+                f"GradientAlignment measures nothing: {type(rules[0]).__name__} follows losses of its own, not the "
+                "gradient of the module's loss."
+            )
+            return
         logged = trainer.log_every_n_steps  # type: ignore[attr-defined]
         self._every = self.every_n_steps or logged or 1
         if logged and self._every % logged:

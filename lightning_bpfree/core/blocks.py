@@ -232,14 +232,14 @@ def _listing(network: nn.Module) -> str:
 Look = Callable[[int, Tensor], Tensor]
 
 
-def _first_only(change: Callable[[Tensor], Tensor], values: Any, what: str) -> Any:
-    """Apply ``change`` to the first tensor in ``values`` (nested tuples, lists or dicts), and return the whole."""
+def _shown(change: Callable[[Tensor], Tensor], values: Any, what: str, *, others: Callable[[Tensor], Tensor]) -> Any:
+    """Apply ``change`` to the first tensor in ``values`` (nested tuples, lists or dicts), ``others`` to the others."""
     seen = 0
 
     def changed(tensor: Tensor) -> Tensor:
         nonlocal seen
         seen += 1
-        return change(tensor) if seen == 1 else tensor
+        return change(tensor) if seen == 1 else others(tensor)
 
     made = tree_map_only(Tensor, changed, values)
     if not seen:
@@ -251,8 +251,7 @@ def _first_only(change: Callable[[Tensor], Tensor], values: Any, what: str) -> A
 def watched(blocks: Sequence[Block], *, enter: Look, leave: Look) -> Iterator[list[int]]:
     """Let ``enter(j, x)`` change what enters block ``j`` and ``leave(j, z)`` what leaves it, and yield who has run.
 
-    Only the first tensor of inputs and outputs is shown; all other tensors that enter a block (masks, skip
-    connections) are detached. Without a graph to begin with, that is no change.
+    Only the first tensor of inputs and outputs is shown; all others (masks, skip connections, caches) are detached.
 
     Args:
         blocks: the blocks; each may run once.
@@ -268,8 +267,8 @@ def watched(blocks: Sequence[Block], *, enter: Look, leave: Look) -> Iterator[li
     ran: list[int] = []
 
     def before(index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:  # noqa: ARG001  # a hook's signature
-        args, kwargs = tree_map_only(Tensor, torch.Tensor.detach, (args, kwargs))
-        return _first_only(partial(enter, index), (args, kwargs), f"enters {blocks[index].name}")
+        what = f"enters {blocks[index].name}"
+        return _shown(partial(enter, index), (args, kwargs), what, others=torch.Tensor.detach)
 
     def after(index: int, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  # a hook's signature
         if index in ran:
@@ -278,7 +277,7 @@ def watched(blocks: Sequence[Block], *, enter: Look, leave: Look) -> Iterator[li
                 "runs several times a part of one block."
             )
         ran.append(index)
-        return _first_only(partial(leave, index), output, f"leaves {blocks[index].name}")
+        return _shown(partial(leave, index), output, f"leaves {blocks[index].name}", others=torch.Tensor.detach)
 
     handles = []
     try:

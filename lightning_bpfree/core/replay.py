@@ -183,6 +183,16 @@ class Replay:
         """Declare the present state to be the one that :meth:`finish` leaves behind."""
         self._after = [part.save() for part in self.parts]
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within an evaluation, compute something that moves neither buffers nor anything else."""
+        state = [part.save() for part in self.parts]
+        try:
+            with self.buffers.copies():
+                yield
+        finally:
+            self._load(state)
+
     def finish(self) -> None:
         """Leave the kept state behind; without one, the state before the first evaluation."""
         state = self._before if self._after is None else self._after

@@ -23,10 +23,12 @@ class Estimate(NamedTuple):
         loss: the scalar that is reported; it carries a graph when ``gradients`` is None.
         gradients: named gradients, or a function that makes them late, called with a scalar to multiply them by (or
             None). None leaves the work to autograd, which differentiates ``loss``.
+        metrics: what the rule has to say of the step beside, logged as ``bpfree/<rule>/<name>``.
     """
 
     loss: Tensor
     gradients: Gradients | None = None
+    metrics: Mapping[str, Tensor | float] = {}
 
     def resolved(self, scale: Tensor | None = None) -> Params:
         """Return the named gradients times ``scale``; only for an estimate that brings gradients."""
@@ -150,6 +152,12 @@ class Step:
         """
         with self.slots.replaced(params), self._traceless():
             return loss_of(self._evaluate())
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within an evaluation, compute something that leaves no trace in buffers, random streams, logs and metrics."""
+        with contextlib.nullcontext() if self._replay is None else self._replay.aside(), self._quiet():
+            yield
 
     @contextlib.contextmanager
     def _traceless(self) -> Iterator[None]:

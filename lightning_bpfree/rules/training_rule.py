@@ -65,6 +65,8 @@ class TrainingRule(Callback, ABC):
     """Whether the estimate is a function of the numbers on which ranks agree by ``Step.measure``."""
     reevaluates: ClassVar[bool] = True
     """Whether the rule evaluates the training step more than once a batch."""
+    estimates_user_loss: ClassVar[bool] = True
+    """Whether the estimate is one of the gradient of the user's loss; rules with losses of their own say False."""
 
     def __init__(
         self,
@@ -205,7 +207,8 @@ class TrainingRule(Callback, ABC):
             return inject(torch.full((), torch.nan, device=module.device), zeros_for, lambda _: map(zeros, zeros_for))
         if not step.recorded:
             raise RuntimeError(f"{type(self).__name__}.estimate made no recorded evaluation: call step.loss() once.")
-        self._log(trainer, module, {"bpfree/loss": estimate.loss.detach()})
+        own = {f"bpfree/{type(self).__module__.rpartition('.')[2]}/{k}": v for k, v in estimate.metrics.items()}
+        self._log(trainer, module, {"bpfree/loss": estimate.loss.detach(), **own})
         self._estimates += 1
         return handed_over(step, estimate, zeros_for)
 

@@ -1,0 +1,61 @@
+"""Learning rates of blocks, as factors on what any optimizer does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class BlockRates:
+    """Scales what a step of the optimizer changes, parameter by parameter.
+
+    For optimizers whose step is proportional to the learning rate (SGD with momentum, Adam, AdamW), it is as if the
+    parameters had a learning rate of their own, whatever the scheduler does to the common one.
+
+    Args:
+        factors: parameters, and the factor on their learning rate, >= 0.
+
+    Raises:
+        ValueError: for a negative factor.
+
+    Examples:
+        >>> w = nn.Parameter(torch.zeros(1))
+        >>> optimizer = torch.optim.SGD([w], lr=1.0)
+        >>> BlockRates([([w], 0.5)]).attach([optimizer])
+        >>> w.grad = torch.ones(1)
+        >>> optimizer.step()
+        >>> w.item()
+        -0.5
+    """
+
+    def __init__(self, factors: Sequence[tuple[Sequence[nn.Parameter], float]]) -> None:
+        for _, factor in factors:
+            if not 0 <= factor < float("inf"):
+                raise ValueError(f"learning_rates: a factor of {factor}; give numbers of at least 0.")
+        self.factors = [(parameter, factor) for listed, factor in factors for parameter in listed if factor != 1]
+        self._before: list[torch.Tensor] = []
+        self._handles: list[Any] = []
+
+    def attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Listen to the steps of ``optimizers``."""
+        for optimizer in optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._remember))
+            self._handles.append(optimizer.register_step_post_hook(self._scale))
+
+    def detach(self) -> None:
+        """Stop listening."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _remember(self, *_: Any) -> None:
+        self._before = [parameter.detach().clone() for parameter, _ in self.factors]
+
+    @torch.no_grad()
+    def _scale(self, *_: Any) -> None:
+        for (parameter, factor), before in zip(self.factors, self._before, strict=True):
+            parameter.copy_(before + factor * (parameter - before))
+        self._before = []
