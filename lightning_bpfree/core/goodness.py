@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,28 @@ def goodness(activity: Tensor, kind: Goodness = "sum") -> Tensor:
         >>> goodness(torch.tensor([[1.0, 2.0]])), goodness(torch.tensor([[1.0, 2.0]]), "mean")
         (tensor([5.]), tensor([2.5000]))
     """
-    squares = widen(activity).flatten(1).square()
-    return squares.sum(1) if kind == "sum" else squares.mean(1)
+    flat = widen(activity).flatten(1)
+    total: Tensor = _SumOfSquares.apply(flat)
+    if kind == "mean":
+        total = total / flat.shape[1]
+    return total
+
+
+class _SumOfSquares(torch.autograd.Function):
+    """Keeps no squares in memory, and goes back in one product: goodness is taken at the output of every block."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor) -> Tensor:
+        ctx.save_for_backward(flat)
+        total: Tensor = torch.linalg.vector_norm(flat, dim=1).square()
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (flat,) = ctx.saved_tensors
+        made: Tensor = flat * (2 * grad).unsqueeze(1)
+        return made
 
 
 def rescaled(activity: Tensor, length: Length = "rms") -> Tensor:
@@ -45,7 +65,7 @@ def rescaled(activity: Tensor, length: Length = "rms") -> Tensor:
         >>> rescaled(torch.tensor([[3.0, 4.0]]), "unit")
         tensor([[0.6000, 0.8000]])
     """
-    if length == "none":
+    if length == "none" or not activity.is_floating_point():  # numbers of tokens have no length
         return activity
     flat = widen(activity).flatten(1)
     size = torch.linalg.vector_norm(flat, dim=1)

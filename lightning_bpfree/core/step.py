@@ -36,7 +36,10 @@ class Estimate(NamedTuple):
             raise ValueError("this estimate leaves its gradients to autograd")
         if not isinstance(self.gradients, dict):
             return self.gradients(scale)
-        return self.gradients if scale is None else {name: grad * scale for name, grad in self.gradients.items()}
+        # A copy of the parameters is saved where looking at the scale makes no device wait.
+        if scale is None or (scale.device.type == "cpu" and bool(scale == 1)):
+            return self.gradients
+        return {name: grad * scale for name, grad in self.gradients.items()}
 
 
 class SkipBatchError(Exception):

@@ -30,7 +30,7 @@ class Backprop(TrainingRule):
         "author={Rumelhart, David E. and Hinton, Geoffrey E. and Williams, Ronald J.}, "
         "journal={Nature}, volume={323}, year={1986}}"
     )
-    reevaluates: ClassVar[bool] = False
+    reevaluates: bool = False
 
     def estimate(self, step: Step) -> Estimate:
         """Return the loss with its graph, for autograd to differentiate."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -18,9 +19,10 @@ from lightning_bpfree.core.labels import LabelsOf
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.step import Estimate, Step
 from lightning_bpfree.rules.block_rates import BlockRates
-from lightning_bpfree.rules.goodness_network import GoodnessNetwork
+from lightning_bpfree.rules.goodness_network import EMBEDDING, GoodnessNetwork
 from lightning_bpfree.rules.goodness_pass import GoodnessPass, PeerNormalization
 from lightning_bpfree.rules.goodness_settings import GoodnessSettings
+from lightning_bpfree.rules.own_modules import OwnModules
 from lightning_bpfree.rules.training_rule import TrainingRule
 
 
@@ -61,6 +63,7 @@ class ForwardForward(TrainingRule):
         epochs_per_block: of the greedy schedule; None shares ``max_epochs`` out evenly.
         learning_rates: factors on the optimizer's learning rate, one a block; None for 1.
         peer_normalization: strength of the pull of every unit's mean activity towards its layer's, >= 0; Hinton: 0.03.
+        embedding_lr: learning rate (Adam) of ``label="embedding"``.
         num_classes: number of labels; None takes the width of the network's last layer.
         labels: takes the labels out of a batch that is no pair (inputs, labels).
         **settings: see :class:`TrainingRule`.
@@ -100,6 +103,7 @@ class ForwardForward(TrainingRule):
         epochs_per_block: int | None = None,
         learning_rates: Sequence[float] | None = None,
         peer_normalization: float = 0.0,
+        embedding_lr: float = 0.01,
         num_classes: int | None = None,
         labels: LabelsOf | None = None,
         params: str | Sequence[str] | None = None,
@@ -113,7 +117,10 @@ class ForwardForward(TrainingRule):
         self.peer_normalization, self.num_classes, self.labels = peer_normalization, num_classes, labels
         fields = [field.name for field in dataclasses.fields(GoodnessSettings)]
         self._settings = GoodnessSettings(**{name: getattr(self, name) for name in fields})
+        self.reevaluates = prediction == "readout" or negatives == "hard"
         self._peers = PeerNormalization(peer_normalization) if peer_normalization else None
+        self.embedding_lr = embedding_lr
+        self._own = OwnModules("adam", embedding_lr) if label == "embedding" else None
         self._network: GoodnessNetwork | None = None
         self._rates: BlockRates | None = None
         self._rank, self._greedy = 0, 0
@@ -149,7 +156,7 @@ class ForwardForward(TrainingRule):
                 f"learning_rates={list(self.learning_rates)}: give one factor for each of the {len(parts.blocks)} "
                 f"blocks ({', '.join(block.name for block in parts.blocks)})."
             )
-        return GoodnessNetwork(network, parts, self._settings)
+        return GoodnessNetwork(network, parts, self._settings, self._own, self.record.seed or 0)
 
     @property
     def parts(self) -> Cut:
@@ -221,6 +228,8 @@ class ForwardForward(TrainingRule):
                 f"ForwardForward: the training step never called {self.network or 'its network'}: name the submodule "
                 "that maps inputs to scores, network=...."
             )
+        if self._own is not None and work.embedding_gradient is not None:
+            self._own.add_gradients(EMBEDDING, [work.embedding_gradient])
         gradients = {**_of_the_rest(loss, step, set(work.gradients), self.parts), **work.gradients}
         self._untrained = [slot.parameter for slot in step.trained if slot.name not in gradients]
         zeros = {slot.name: torch.zeros_like(slot.parameter) for slot in step.trained if slot.name not in gradients}
@@ -230,6 +239,10 @@ class ForwardForward(TrainingRule):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Keep parameters without a loss untouched: blocks that wait, and a last layer that is not used."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self._own is not None:
+            ranks = trainer.world_size
+            mean = partial(trainer.strategy.reduce, reduce_op="mean")
+            self._own.step(mean if ranks > 1 else None)
         if self.active(trainer.current_epoch):
             for parameter in self._untrained:
                 parameter.grad = None  # a gradient of zero would still move it, by momentum or weight decay
@@ -259,13 +272,17 @@ class ForwardForward(TrainingRule):
     # --- checkpoints ---
 
     def rule_state(self) -> dict[str, Any]:
-        """Return the running means of peer normalisation."""
-        return {"peers": {} if self._peers is None else {name: mean.cpu() for name, mean in self._peers.means.items()}}
+        """Return the running means of peer normalisation, and the label embedding."""
+        peers = {} if self._peers is None else self._peers.means
+        own = None if self._own is None else self._own.state_dict()
+        return {"peers": {name: mean.clone() for name, mean in peers.items()}, "own": own}
 
     def load_rule_state(self, state: dict[str, Any]) -> None:
-        """Take the running means back."""
+        """Take running means and label embedding back."""
         if self._peers is not None:
             self._peers.means = dict(state["peers"])
+        if self._own is not None and state["own"] is not None:
+            self._own.load_state_dict(state["own"])
 
 
 def _of_the_rest(loss: Tensor, step: Step, done: set[str], parts: Cut) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from torch.utils._pytree import tree_map_only
 from lightning_bpfree.core.blocks import Cut, watched
 from lightning_bpfree.core.goodness import goodness, rescaled
 from lightning_bpfree.core.negatives import overlaid
+from lightning_bpfree.nn.label_embedding import LabelEmbedding
+from lightning_bpfree.rules.own_modules import OwnModules
 
 if TYPE_CHECKING:
     from lightning_bpfree.rules.goodness_settings import GoodnessSettings
@@ -20,6 +23,7 @@ LabelInput = Callable[[Tensor, Tensor | None], Tensor]
 Negatives = Callable[[Tensor, Tensor], Tensor]
 TrainingPass = Callable[["GoodnessNetwork", Tensor, "Call"], Tensor]
 
+EMBEDDING = "label_embedding"
 ROWS_AT_ONCE = 8192  # of the labels folded into the batch: enough to fill a device, little enough to fit
 
 
@@ -43,6 +47,24 @@ class _LastBlockReached(Exception):  # noqa: N818  # no error: it leaves a forwa
     pass
 
 
+class _Embedding:
+    """Makes the label embedding when the shape of what enters the first block is known."""
+
+    def __init__(self, own: OwnModules, num_classes: int, seed: int) -> None:
+        self.own, self.num_classes, self.seed = own, num_classes, seed
+
+    def __call__(self, x: Tensor) -> LabelEmbedding:
+        if not x.is_floating_point():
+            raise ValueError(
+                f"label='embedding': the first block gets {x.dtype}, to which nothing can be added. Begin the first "
+                "block behind the token embedding, or pass a function (inputs, labels) -> inputs."
+            )
+        build = partial(LabelEmbedding, self.num_classes, x.shape[1:])
+        module = self.own.get(EMBEDDING, build, self.seed, x.device)
+        assert isinstance(module, LabelEmbedding)
+        return module
+
+
 class GoodnessNetwork:
     """Stands in for ``network.forward``: returns scores of shape ``(B, num_classes)``.
 
@@ -50,8 +72,8 @@ class GoodnessNetwork:
         network: the network.
         parts: its blocks, and the readout.
         settings: how it is read.
-        embedding: for ``label="embedding"``: returns what is added to the first block's input, shape ``(C, *shape)``,
-            given that shape.
+        own: holds the label embedding, if there is one.
+        seed: of the embedding's start.
     """
 
     def __init__(
@@ -59,10 +81,12 @@ class GoodnessNetwork:
         network: nn.Module,
         parts: Cut,
         settings: GoodnessSettings,
-        embedding: Callable[[Tensor], Tensor] | None = None,
+        own: OwnModules | None = None,
+        seed: int = 0,
     ) -> None:
-        self.network, self.parts, self.settings, self.embedding = network, parts, settings, embedding
+        self.network, self.parts, self.settings = network, parts, settings
         self.num_classes = settings.num_classes or _last_width(network)
+        self.label_embedding = None if own is None else _Embedding(own, self.num_classes, seed)
         self.training_pass: TrainingPass | None = None
         self._own = network.__dict__.get("forward")
 
@@ -157,10 +181,7 @@ class GoodnessNetwork:
         def enter(index: int, x: Tensor) -> Tensor:
             entered(index, x)
             x = rescaled(x.detach(), self.settings.length)
-            if index == 0 and self.embedding is not None:
-                table = self.embedding(x)
-                x = x + (table.mean(0) if labels is None else table[labels]).to(x.dtype)
-            return x
+            return x if index or self.label_embedding is None else self.label_embedding(x)(x, labels)
 
         def left(index: int, activity: Tensor) -> Tensor:
             made = leave(index, activity)
@@ -184,6 +205,12 @@ class GoodnessNetwork:
                 "which they run."
             )
         return output
+
+    def own_parameters(self) -> list[Tensor]:
+        """Return what the rule trains beside the network: the label embedding, once it has been made."""
+        if self.label_embedding is None or EMBEDDING not in self.label_embedding.own:
+            return []
+        return list(self.label_embedding.own[EMBEDDING].parameters())
 
     def cost(self) -> float:
         """Return what a training step costs in forward passes, by the sizes of the weights."""

@@ -86,7 +86,6 @@ class GoodnessPass:
         self.generator = torch.Generator().manual_seed(mix(step.seed, rank))
         self.gradients: Params = {}
         self.metrics: dict[str, Tensor] = {}
-        self.embedding: nn.Parameter | None = None
         self.embedding_gradient: Tensor | None = None
         self.calls = 0
 
@@ -111,10 +110,8 @@ class GoodnessPass:
     def _contrast(
         self, network: GoodnessNetwork, inputs: Tensor, labels: Tensor | None, call: Call, scores: Tensor | None
     ) -> Tensor:
-        negative, wrong = self._negative(network, inputs, labels, call, scores)
-        positive = inputs if self.settings.label == "none" else network.labelled(inputs, labels)
+        wrong, both = self._both(network, inputs, labels, call, scores)
         rows = None if labels is None else torch.cat([labels, labels if wrong is None else wrong])
-        both = torch.cat([positive.detach(), negative.detach()])
         found = self._through_blocks(network, both, rows, call.times(len(inputs), 2))
         made = network.total(found) if len(found) > self.settings.first_block else found[-1]
         scores = made.new_zeros(len(inputs), network.num_classes)
@@ -125,6 +122,14 @@ class GoodnessPass:
                 scores.scatter_(1, wrong[:, None], of_negative[:, None])
             scores.scatter_(1, labels[:, None], of_positive[:, None])
         return scores
+
+    def _both(
+        self, network: GoodnessNetwork, inputs: Tensor, labels: Tensor | None, call: Call, scores: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return the wrong labels, if negatives are made by labels, and positive and negative inputs in one batch."""
+        negative, wrong = self._negative(network, inputs, labels, call, scores)
+        positive = inputs if self.settings.label == "none" else network.labelled(inputs, labels)
+        return wrong, torch.cat([positive.detach(), negative.detach()])
 
     def _negative(
         self, network: GoodnessNetwork, inputs: Tensor, labels: Tensor | None, call: Call, scores: Tensor | None
@@ -173,7 +178,8 @@ class GoodnessPass:
             found.append(good.detach())
             if index in self.trained_blocks:
                 loss = self._block_loss(blocks[index], index, good, activity, total_inputs.pop(index, None), kind)
-                self._differentiate(blocks[index], index, loss)
+                own = network.own_parameters() if index == 0 else []
+                self._differentiate(blocks[index], own, loss)
             return activity.detach()
 
         try:
@@ -203,18 +209,17 @@ class GoodnessPass:
             loss = loss + self.peers.loss(block.name, ours, seen, unit_dimension(last_layer(block)))
         return loss
 
-    def _differentiate(self, block: Block, index: int, loss: Tensor) -> None:
+    def _differentiate(self, block: Block, own: list[Tensor], loss: Tensor) -> None:
         """Add the gradient of one block's loss; its graph ends here, and so does its memory."""
         trained = [parameter for parameter in block.parameters if id(parameter) in self.names]
-        wanted = trained + ([self.embedding] if index == 0 and self.embedding is not None else [])
-        if not wanted or not loss.requires_grad:
+        if not loss.requires_grad or not trained + own:
             return
-        grads = torch.autograd.grad(loss, wanted, allow_unused=True)
-        for parameter, grad in zip(trained, grads, strict=False):
+        grads = torch.autograd.grad(loss, [*trained, *own], allow_unused=True)
+        for parameter, grad in zip(trained, grads[: len(trained)], strict=True):
             if grad is not None:
                 name = self.names[id(parameter)]
                 self.gradients[name] = self.gradients[name] + grad if name in self.gradients else grad
-        if len(wanted) > len(trained):
+        if own:
             self.embedding_gradient = grads[-1]
 
     def _refuse_a_graph(self, index: int, x: Tensor) -> None:

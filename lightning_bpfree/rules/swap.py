@@ -90,7 +90,8 @@ def handed_over(step: Step, estimate: Estimate, zeros_for: list[Tensor]) -> Any:
             for slot in step.trained:
                 for row in _padding_rows(slot):
                     made[slot.name][row] = 0.0
-            return [*(made[name] for name in names), *map(zeros, zeros_for)]
+            # Taken out of the dict: autograd keeps a gradient that nobody else holds, and copies the others.
+            return [*(made.pop(name) for name in names), *map(zeros, zeros_for)]
 
         # A loss from NumPy may be on another device and of another type than the parameters: Lightning does not mind,
         # but DDP and gradient scalers do.

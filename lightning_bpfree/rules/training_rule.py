@@ -63,7 +63,7 @@ class TrainingRule(Callback, ABC):
     citation: ClassVar[str] = ""
     exchanges_scalars: bool = False
     """Whether the estimate is a function of the numbers on which ranks agree by ``Step.measure``."""
-    reevaluates: ClassVar[bool] = True
+    reevaluates: bool = True
     """Whether the rule evaluates the training step more than once a batch."""
     estimates_user_loss: ClassVar[bool] = True
     """Whether the estimate is one of the gradient of the user's loss; rules with losses of their own say False."""

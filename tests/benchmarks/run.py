@@ -114,7 +114,7 @@ def estimator(rule: bpf.TrainingRule, module: pl.LightningModule, data: list[tor
     def step() -> None:
         slots, buffers, metrics, quiet, streams = view
         replay = Replay([streams, metrics], buffers)
-        made = Step(module, lambda: module.training_step(data, 0), slots, 7, replay=replay, quiet=quiet)
+        made = Step(module, lambda: module.training_step(data, 0), slots, 7, args=(data, 0), replay=replay, quiet=quiet)
         loss = handed_over(made, rule.estimate(made), [])
         made.finish()
         module.zero_grad()
@@ -329,6 +329,27 @@ def bytes_on_the_wire(num: int = 8) -> list[dict[str, object]]:
 PARTS = {f.__name__: f for f in (bytes_on_the_wire, memory, backprop_overhead, baselines, forward_gradient_one, forward_gradient_many, zeroth_order, cosine)}  # fmt: skip
 
 
+def write(rows: list[dict[str, object]], command: str, out: Path | None, **versions: str) -> None:
+    """Write rows with everything that is needed to measure them again."""
+    result = {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "seed": 0,
+        "device": f"CPU, one thread, {platform.machine()}",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "lightning_bpfree": bpf.__version__,
+            **versions,
+        },
+        "rows": rows,
+    }
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     """Run the chosen parts and write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -338,22 +359,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = [made for name in chosen.only for made in PARTS[name]()]
-    result = {
-        "command": "python tests/benchmarks/run.py --out docs/results/benchmarks.json",
-        "date": datetime.date.today().isoformat(),
-        "seed": 0,
-        "device": f"CPU, one thread, {platform.machine()}",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-            "lightning_bpfree": bpf.__version__,
-        },
-        "rows": rows,
-    }
-    if chosen.out is not None:
-        chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        chosen.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(rows, "python tests/benchmarks/run.py --out docs/results/benchmarks.json", chosen.out)
     missed = [str(made["name"]) for made in rows if made["reached"] is False]
     print(f"missed: {', '.join(missed) or 'none'}")
     sys.exit(0)

@@ -1,0 +1,189 @@
+"""Modules of a rule's own, beside the user's: heads of local losses, embeddings of labels."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Build = Callable[[], nn.Module]
+OwnOptimizer = Literal["adam", "sgd"]
+
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+}
+
+
+def made(build: Build, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return a new module whose start is a function of ``seed`` alone; no global random stream moves.
+
+    It is in evaluation mode, so that using it moves no stream either (dropout) and no sample sees another (BatchNorm).
+
+    Args:
+        build: makes the module.
+        seed: of its initialisation, drawn on the CPU in float32 whatever the device.
+        device: where the module goes.
+        dtype: type of its parameters and buffers.
+
+    Examples:
+        >>> one, two = (made(lambda: nn.Linear(2, 1), 7, torch.device("cpu")) for _ in range(2))
+        >>> torch.equal(one.weight, two.weight)
+        True
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _plain_defaults():
+        torch.manual_seed(seed)
+        module = build()
+    return module.to(device, dtype).eval()
+
+
+@contextlib.contextmanager
+def _plain_defaults() -> Iterator[None]:
+    default = torch.get_default_dtype()  # Lightning changes it under true half and double precision
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+class OwnModules:
+    """Modules that a rule makes late, trains itself, and saves with its own state.
+
+    They are no part of the user's module: neither its state dict nor its optimizer knows of them. A rule asks for a
+    module when the shapes are known (:meth:`get`), hands over gradients as micro-batches come (:meth:`add_gradients`),
+    and steps when the user's optimizer does (:meth:`step`, from ``on_before_optimizer_step``). Its ``rule_state`` and
+    ``load_rule_state`` pass on :meth:`state_dict` and :meth:`load_state_dict`; what is loaded waits for modules that
+    are not made yet.
+
+    Args:
+        optimizer: ``"adam"``, or ``"sgd"`` with momentum 0.9; one for each module.
+        lr: learning rate, > 0.
+
+    Raises:
+        ValueError: for an unknown optimizer, or a learning rate that is not positive.
+
+    Examples:
+        >>> own = OwnModules("sgd", lr=0.5)
+        >>> scale = own.get("scale", lambda: nn.Linear(1, 1, bias=False), seed=0, device=torch.device("cpu"))
+        >>> before = scale.weight.item()
+        >>> own.add_gradients("scale", [torch.tensor([[1.0]])])
+        >>> own.add_gradients("scale", [torch.tensor([[3.0]])])  # another micro-batch
+        >>> own.step()
+        >>> round(before - scale.weight.item(), 4)  # the learning rate times the mean
+        1.0
+    """
+
+    def __init__(self, optimizer: OwnOptimizer = "adam", lr: float = 1e-3) -> None:
+        if optimizer not in _OPTIMIZERS:
+            raise ValueError(f"optimizer={optimizer!r}: choose 'adam' or 'sgd'.")
+        if not 0 < lr < float("inf"):
+            raise ValueError(f"lr={lr!r}: give a positive learning rate, such as 1e-3.")
+        self.optimizer, self.lr = optimizer, lr
+        self._modules: dict[str, nn.Module] = {}
+        self._optimizers: dict[str, torch.optim.Optimizer] = {}
+        self._sums: dict[str, tuple[list[Tensor | None], int]] = {}
+        self._saved: dict[str, dict[str, Any]] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._modules
+
+    def __getitem__(self, key: str) -> nn.Module:
+        return self._modules[key]
+
+    def get(
+        self, key: str, build: Build, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> nn.Module:
+        """Return the module called ``key``, made at the first call: from what was loaded, or else from ``seed``.
+
+        Args:
+            key: its name.
+            build: makes a new one.
+            seed: of its initialisation; equal on all ranks, so that their modules are.
+            device: where it is needed; a module that is elsewhere moves, with the state of its optimizer.
+            dtype: type of its parameters.
+
+        Raises:
+            ValueError: if what was loaded does not fit into what ``build`` makes.
+        """
+        module = self._modules.get(key)
+        if module is not None and _is_on(module, device, dtype):
+            return module
+        if module is not None:
+            self._saved[key] = self._state_of(key)
+        module = made(build, seed, device, dtype)
+        saved = self._saved.get(key)
+        try:
+            module.load_state_dict(module.state_dict() if saved is None else saved["module"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"The checkpoint's {key} does not fit the one that is made now: resume with the arguments that the "
+                f"checkpoint was made with. {error}"
+            ) from error
+        self._modules[key] = module
+        self._optimizers.pop(key, None)
+        self._saved.pop(key, None)
+        if saved is not None and saved["optimizer"] is not None:
+            self._optimizer_of(key).load_state_dict(copy.deepcopy(saved["optimizer"]))
+        return module
+
+    def add_gradients(self, key: str, gradients: Sequence[Tensor | None]) -> None:
+        """Add the gradients of one micro-batch, in the order of the module's parameters; None counts as zero."""
+        total, times = self._sums.get(key, ([None] * len(gradients), 0))
+        self._sums[key] = [_sum(a, b) for a, b in zip(total, gradients, strict=True)], times + 1
+
+    def step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Move the modules that got gradients along the mean of these, and forget them.
+
+        Args:
+            reduce: takes the mean of a tensor over ranks; None on one.
+        """
+        for key, (total, times) in self._sums.items():
+            for parameter, gradient in zip(self._modules[key].parameters(), total, strict=True):
+                if gradient is not None:
+                    mean = (gradient / times).to(parameter.dtype)
+                    parameter.grad = mean if reduce is None else reduce(mean)
+            self._optimizer_of(key).step()
+            self._optimizer_of(key).zero_grad()
+        self._sums.clear()
+
+    def _optimizer_of(self, key: str) -> torch.optim.Optimizer:
+        if key not in self._optimizers:
+            self._optimizers[key] = _OPTIMIZERS[self.optimizer](self._modules[key].parameters(), lr=self.lr)
+        return self._optimizers[key]
+
+    def _state_of(self, key: str) -> dict[str, Any]:
+        optimizer = self._optimizers.get(key)
+        return {
+            "module": {name: tensor.detach().clone() for name, tensor in self._modules[key].state_dict().items()},
+            "optimizer": None if optimizer is None else copy.deepcopy(optimizer.state_dict()),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of all modules and of their optimizers' states, in tensors, numbers, lists and dicts.
+
+        Gradients that wait for a step are not among them, as Lightning saves none of the user's.
+        """
+        return {**self._saved, **{key: self._state_of(key) for key in self._modules}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned, for the time when the modules are asked for again."""
+        for held in (self._modules, self._optimizers, self._sums):
+            held.clear()
+        self._saved = dict(state)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _is_on(module: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    first = next(iter(module.parameters()), None)
+    return first is None or (first.device == device and first.dtype == dtype)
