@@ -232,7 +232,13 @@ def _listing(network: nn.Module) -> str:
 Look = Callable[[int, Tensor], Tensor]
 
 
-def _shown(change: Callable[[Tensor], Tensor], values: Any, what: str, *, others: Callable[[Tensor], Tensor]) -> Any:
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def on_first_tensor(
+    change: Callable[[Tensor], Tensor], values: Any, what: str, *, others: Callable[[Tensor], Tensor] = _same
+) -> Any:
     """Apply ``change`` to the first tensor in ``values`` (nested tuples, lists or dicts), ``others`` to the others."""
     seen = 0
 
@@ -268,7 +274,7 @@ def watched(blocks: Sequence[Block], *, enter: Look, leave: Look) -> Iterator[li
 
     def before(index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:  # noqa: ARG001  # a hook's signature
         what = f"enters {blocks[index].name}"
-        return _shown(partial(enter, index), (args, kwargs), what, others=torch.Tensor.detach)
+        return on_first_tensor(partial(enter, index), (args, kwargs), what, others=torch.Tensor.detach)
 
     def after(index: int, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  # a hook's signature
         if index in ran:
@@ -277,7 +283,8 @@ def watched(blocks: Sequence[Block], *, enter: Look, leave: Look) -> Iterator[li
                 "runs several times a part of one block."
             )
         ran.append(index)
-        return _shown(partial(leave, index), output, f"leaves {blocks[index].name}", others=torch.Tensor.detach)
+        what = f"leaves {blocks[index].name}"
+        return on_first_tensor(partial(leave, index), output, what, others=torch.Tensor.detach)
 
     handles = []
     try:
@@ -322,3 +329,6 @@ def find_network(module: nn.Module, name: str | None = None) -> tuple[str, nn.Mo
             f"network={name!r} is no part of {type(module).__name__}; its children with parameters: "
             f"{', '.join(children) or 'none'}."
         ) from None
+
+
+_first_only = on_first_tensor

@@ -44,8 +44,8 @@ def overlaid(inputs: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
     if labels is None:
         made[:, :, :num_classes] = low + (high - low) / num_classes
     else:
-        marks = F.one_hot(labels, num_classes).to(inputs.dtype).unsqueeze(1)
-        made[:, :, :num_classes] = low + (high - low) * marks
+        marks = F.one_hot(labels, num_classes).bool().unsqueeze(1)
+        made[:, :, :num_classes] = torch.where(marks, high, low)
     return made.reshape(shape)
 
 
