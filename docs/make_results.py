@@ -49,34 +49,74 @@ def provenance(found, command, extra=""):
 
 
 def comparison_part(name, found, page):
-    """Return a table per budget, the figure, the tuned values and where it all comes from."""
-    blocks = []
-    for budget, rows in found["summary"].items():
-        metric = found["metric"]
-        head = ["rule", metric, "gap to backprop", "forward passes", "seconds", "peak MiB", "cosine to backprop"]
-        lines = []
-        for row in rows:
-            spread = "" if row["ci95"] is None else f" ± {row['ci95']:.4f}"
-            result = "failed" if row["mean"] is None else f"{row['mean']:.4f}{spread}"
-            gap = "–" if row["gap"] is None else f"{row['gap']:+.4f}"
-            costs = [number(row[key]) for key in ("forward_evals", "seconds", "peak_memory_mib", "mean_cosine")]
-            lines.append([f"`{row['label']}`", result, gap, *costs])
-        blocks.append(f"**`{metric}` after {TITLES.get(budget, budget)}**")
-        blocks.append(table(head, lines))
-        blocks += [f"`{row['label']}`: {row['error'].splitlines()[0]}" for row in rows if row["error"]]
+    """Return the tables, the figure, the tuned values and where it all comes from."""
+    varied = "vary" in found
+    blocks = condition_tables(found) if varied else budget_tables(found)
     figure = os.path.relpath(IMAGES / f"{name}.png", page.parent)
-    blocks.append(f"![{found['metric']} of every rule, with confidence intervals]({figure})")
-    chosen = [f"`{rule['label']}`: {rule['chosen']}" for rule in found["rules"] if rule.get("chosen")]
+    over = f" over {found['vary']['key']}" if varied else ""
+    blocks.append(f"![{found['metric']} of every rule{over}, with confidence intervals]({figure})")
+    rules = found["conditions"][0]["rules"] if varied else found["rules"]
+    chosen = [f"`{rule['label']}`: {rule['chosen']}" for rule in rules if rule.get("chosen")]
     if chosen:
-        blocks.append(f"Tuned by {found['tuning_metric']} on seed {found['tuning_seed']}: {'; '.join(chosen)}.")
-    measured = [rule for rule in found["rules"] if rule.get("device")]
-    memory = f"; peak memory {measured[0]['peak_memory_kind']}" if measured else ""
+        at = f", at `{found['vary']['values'][0]}` alone" if varied else ""
+        blocks.append(f"Tuned by {found['tuning_metric']} on seed {found['tuning_seed']}{at}: {'; '.join(chosen)}.")
+    measured = [rule for rule in rules if rule.get("device")]
+    memory = f"; peak memory {measured[0]['peak_memory_kind']}" if measured and not varied else ""
     device = f", {measured[0]['device']}, {found['machine']['threads']} thread(s)" if measured else ""
     seeds = len(found["seeds"])
     intervals = "mean ± half width of the 95 % confidence interval" if seeds > 1 else "no interval"
     blocks.append(f"{seeds} seed{'s' * (seeds > 1)}, {intervals}{memory}.")
     blocks.append(provenance(found, shlex.join(found["command"]), device))
     return "\n\n".join(blocks) + "\n"
+
+
+def budget_tables(found):
+    """Return a table per budget, a rule a row."""
+    blocks = []
+    for budget, rows in found["summary"].items():
+        metric = found["metric"]
+        head = ["rule", metric, "gap to backprop", "forward passes", "seconds", "peak MiB", "cosine to backprop"]
+        lines = []
+        for row in rows:
+            gap = "–" if row["gap"] is None else f"{row['gap']:+.4f}"
+            costs = [number(row[key]) for key in ("forward_evals", "seconds", "peak_memory_mib", "mean_cosine")]
+            lines.append([f"`{row['label']}`", result(row), gap, *costs])
+        blocks.append(f"**`{metric}` after {TITLES.get(budget, budget)}**")
+        blocks.append(table(head, lines))
+        blocks += [f"`{row['label']}`: {row['error'].splitlines()[0]}" for row in rows if row["error"]]
+    return blocks
+
+
+def condition_tables(found):
+    """Return two tables per budget, of the metric and of how much worse it is than under the first condition."""
+    blocks, metric, values = [], found["metric"], found["vary"]["values"]
+    head = ["rule", *(f"`{value}`" for value in values)]
+    for budget, cells in found["summary"].items():
+        after, rows = TITLES.get(budget, budget), {}
+        for cell in cells:
+            rows.setdefault(f"`{cell['label']}`", {})[cell["condition"]] = cell
+        blocks.append(f"**`{metric}` after {after}, by `{found['vary']['key']}`**")
+        lines = [[label, *(result(row.get(value)) for value in values)] for label, row in rows.items()]
+        blocks.append(table(head, lines))
+        blocks.append(f"**How much worse than at `{values[0]}` after {after}, paired by seed**")
+        lines = [[label, *(drop(row.get(value)) for value in values[1:])] for label, row in rows.items()]
+        blocks.append(table([head[0], *head[2:]], lines))
+        failed = [cell for cell in cells if cell["error"]]
+        blocks += [f"`{cell['label']}`, `{cell['condition']}`: {cell['error'].splitlines()[0]}" for cell in failed]
+    return blocks
+
+
+def result(row):
+    """Return the metric of a rule with its interval; a dash for a rule that has not been trained."""
+    if row is None or row["mean"] is None:
+        return "–" if row is None else "failed"
+    return f"{row['mean']:.4f}" + ("" if row["ci95"] is None else f" ± {row['ci95']:.4f}")
+
+
+def drop(cell):
+    if cell is None or cell["drop"] is None:
+        return "–"
+    return f"{cell['drop']:+.4f}" + ("" if cell["drop_ci95"] is None else f" ± {cell['drop_ci95']:.4f}")
 
 
 def benchmarks_part(found, text):
@@ -125,9 +165,19 @@ def stale_figures():
 
 def draw(figure, path, digest):
     """Draw the metric of every rule with its confidence interval, one panel per budget."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if "vary" in found:
+        from lightning_bpfree.cli.compare_conditions import figure as over_conditions
+
+        drawing = over_conditions(found)
+    else:
+        drawing = by_rule(found)
+    drawing.savefig(figure, metadata={"Source": digest, "Software": None})
+
+
+def by_rule(found):
     from matplotlib.figure import Figure
 
-    found = json.loads(path.read_text(encoding="utf-8"))
     summary = found["summary"]
     height = 0.9 + 0.34 * len(found["rules"])
     drawing = Figure(figsize=(7.2, height * len(summary)), layout="constrained", dpi=150)
@@ -144,7 +194,7 @@ def draw(figure, path, digest):
         axes.grid(axis="x", color="0.9")
         axes.set_title(f"after {TITLES.get(budget, budget)}", fontsize=10)
     panels[-1].set_xlabel(f"{found['metric']}, mean and 95 % confidence interval over {len(found['seeds'])} seeds")
-    drawing.savefig(figure, metadata={"Source": digest, "Software": None})
+    return drawing
 
 
 def main(arguments=None):

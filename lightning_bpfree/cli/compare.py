@@ -5,19 +5,47 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_bpfree.cli.compare_plan import Contender, contenders, settings, tuning_grid
-from lightning_bpfree.cli.compare_results import plot, show, write
+from lightning_bpfree.cli import compare_conditions, compare_results
+from lightning_bpfree.cli.compare_plan import Contender, contenders, settings, tuning_grid, variation
 from lightning_bpfree.cli.preconditions import CommandError, require, require_writable
 from lightning_bpfree.cli.tables import console
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
 Event = dict[str, Any]
+
+
+class Part(NamedTuple):
+    """A comparison of all rules: the whole of it, or under one value of a key that is varied.
+
+    Args:
+        plan: settings for the processes of the rules.
+        results: where ``rules`` go.
+        folder: for the configurations and logs of the rules.
+        name: the value; empty if nothing is varied.
+    """
+
+    plan: dict[str, Any]
+    results: dict[str, Any]
+    folder: Path
+    name: str
+
+    @property
+    def runs(self) -> int:
+        """How many trainings a rule has."""
+        grid = self.plan["grid"]
+        trials = math.prod(len(values) for values in grid.values()) if grid else 0
+        return trials + len(self.plan["seeds"]) * len(self.plan["budgets"])
 
 
 def compare(plan: dict[str, Any], rules: Sequence[Contender], out: Path) -> dict[str, Any]:
@@ -28,12 +56,35 @@ def compare(plan: dict[str, Any], rules: Sequence[Contender], out: Path) -> dict
         rules: the rules, backprop first.
         out: folder of the results.
     """
+    comparison: dict[str, Any] = {**plan, "conditions": []} if "vary" in plan else {**plan, "rules": []}
+    parts, files, done = _parts(plan, comparison, out / "rules"), _files(plan), 0
+    files.write(comparison, out)
+    with _progress() as progress:
+        task = progress.add_task("compare", total=sum(part.runs for part in parts) * len(rules))
+        for part in parts:
+            if part.results is not comparison:
+                comparison["conditions"].append(part.results)
+            for contender in rules:
+                for event in _rule_in(part, contender, parts[0]):
+                    if event["kind"] == "begin":
+                        what = ", ".join(filter(None, (part.name, event["what"])))
+                        progress.update(task, description=f"{contender.label}: {what}")
+                    elif event["kind"] in ("run", "trial"):
+                        progress.advance(task)
+                done += part.runs
+                progress.update(task, completed=done)
+                files.write(comparison, out)
+    return comparison
+
+
+def _files(plan: dict[str, Any]) -> ModuleType:
+    """Return what writes and shows a comparison."""
+    return compare_conditions if "vary" in plan else compare_results
+
+
+def _progress() -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    comparison: dict[str, Any] = {**plan, "rules": []}
-    trials = math.prod(len(values) for values in plan["grid"].values()) if plan["grid"] else 0
-    runs = trials + len(plan["seeds"]) * len(plan["budgets"])
-    write(comparison, out)
     texts = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -41,26 +92,43 @@ def compare(plan: dict[str, Any], rules: Sequence[Contender], out: Path) -> dict
         TextColumn("runs"),
         TimeElapsedColumn(),
     )
-    with Progress(*texts, console=console()) as progress:
-        task = progress.add_task("compare", total=runs * len(rules))
-        for index, contender in enumerate(rules):
-            comparison["rules"].append({"label": contender.label, "trials": [], "runs": [], "error": None})
-            for event in rule_events(plan, contender, _forward_budgets(comparison), out):
-                _take(comparison["rules"][-1], event)
-                if event["kind"] == "begin":
-                    progress.update(task, description=f"{contender.label}: {event['what']}")
-                elif event["kind"] in ("run", "trial"):
-                    progress.advance(task)
-            progress.update(task, completed=runs * (index + 1))
-            write(comparison, out)
-    return comparison
+    return Progress(*texts, console=console())
 
 
-def _forward_budgets(comparison: dict[str, Any]) -> dict[str, float]:
+def _parts(plan: dict[str, Any], comparison: dict[str, Any], folder: Path) -> list[Part]:
+    """Return the comparison itself, or one for each value of the varied key, of which the first alone is tuned."""
+    if "vary" not in plan:
+        return [Part(plan, comparison, folder, "")]
+    parts = []
+    for place, value in enumerate(plan["vary"]["values"]):
+        own = {**plan, "values": {plan["vary"]["key"]: value}, "grid": {} if place else plan["grid"]}
+        name = f"{place + 1}-" + re.sub(r"[^\w.+-]+", "_", value)
+        parts.append(Part(own, {"value": value, "rules": []}, folder / name, value))
+    return parts
+
+
+def _rule_in(part: Part, contender: Contender, first: Part) -> Iterator[Event]:
+    """Train a rule with what it was tuned to in the first part, put what it reports into ``part``, and yield it."""
+    result: dict[str, Any] = {"label": contender.label, "trials": [], "runs": [], "error": None}
+    budgets, plan = _forward_budgets(part.results), part.plan
+    part.results["rules"].append(result)
+    if part is not first and first.plan["grid"]:
+        tuned = first.results["rules"][len(part.results["rules"]) - 1]
+        if "chosen" not in tuned:
+            result["error"] = f"not tuned: {tuned['error']}"
+            return
+        result["chosen"] = tuned["chosen"]
+        plan = {**plan, "values": {**plan["values"], **tuned["chosen"]}}
+    for event in rule_events(plan, contender, budgets, part.folder):
+        _take(result, event)
+        yield event
+
+
+def _forward_budgets(results: dict[str, Any]) -> dict[str, float]:
     """Return how many forward passes backprop has used, by seed; empty before it has been trained."""
     return {
         str(run["seed"]): run["forward_evals"]
-        for rule in comparison["rules"]
+        for rule in results["rules"]
         if rule.get("rule") == "Backprop"
         for run in rule["runs"]
         if run["error"] is None
@@ -82,10 +150,9 @@ def _take(result: dict[str, Any], event: Event) -> None:
         raise CommandError(fields["message"])
 
 
-def rule_events(plan: dict[str, Any], contender: Contender, budgets: dict[str, float], out: Path) -> Iterator[Event]:
+def rule_events(plan: dict[str, Any], contender: Contender, budgets: dict[str, float], folder: Path) -> Iterator[Event]:
     """Run one rule's process, and yield what it reports; a crash is reported too."""
-    folder = out / "rules"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     config, log = folder / f"{contender.label}.yaml", folder / f"{contender.label}.log"
     config.write_text(contender.config, encoding="utf-8")
     spec = {**plan, "config": str(config), "forward_budgets": budgets}
@@ -138,6 +205,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=V1,V2",
         help="grid for every rule, such as model.init_args.lr=0.01,0.1; the best by the validation metric is taken",
     )
+    add(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="repeat it all for every value, such as data.init_args.corruption=none,gaussian; tuned at the first",
+    )
     add("--metric", default="test_acc", help="default: test_acc; tuned by its namesake with val for test")
     add("--epochs", type=int, metavar="N", help="in place of the base's trainer.max_epochs")
     return parser
@@ -150,12 +224,15 @@ def run(arguments: Sequence[str]) -> int:
     if options.epochs is not None:
         overrides.append(f"--trainer.max_epochs={options.epochs}")
     rules = contenders(options, overrides)
-    grid = tuning_grid(options, rules[0].config)
+    grid, vary = tuning_grid(options, rules[0].config), variation(options, rules[0].config)
     require_writable(options.out, "--out DIR")
-    comparison = compare(settings(options, grid, arguments), rules, options.out)
-    plot(comparison, options.out / "comparison.png")
-    show(comparison)
+    plan = settings(options, grid, arguments)
+    comparison = compare(plan if vary is None else {**plan, "vary": vary}, rules, options.out)
+    files = _files(comparison)
+    files.plot(comparison, options.out / "comparison.png")
+    files.show(comparison)
     for name in ("comparison.json", "comparison.csv", "comparison.png"):
         console().print(str(options.out / name), soft_wrap=True, highlight=False, markup=False)
-    succeeded = any(run["error"] is None for rule in comparison["rules"] for run in rule["runs"])
+    parts = comparison["conditions"] if vary else [comparison]
+    succeeded = any(run["error"] is None for part in parts for rule in part["rules"] for run in rule["runs"])
     return 0 if succeeded else 1

@@ -93,19 +93,47 @@ def _kind(callback: Any) -> type:
 
 def tuning_grid(options: argparse.Namespace, config: str) -> dict[str, list[str]]:
     """Return the values of each tuned key, having parsed each of them with a configuration."""
-    grid: dict[str, list[str]] = {}
-    for entry in options.tune:
-        key, equals, values = entry.partition("=")
-        grid[key] = [value for value in values.split(",") if value]
-        if not equals or not grid[key]:
-            raise CommandError(f"--tune {entry}: give KEY=V1,V2,..., such as model.init_args.lr=0.01,0.1.")
+    grid = dict(_key_and_values("--tune", entry, "model.init_args.lr=0.01,0.1") for entry in options.tune)
+    _parse(grid, config)
+    return grid
+
+
+def variation(options: argparse.Namespace, config: str) -> dict[str, Any] | None:
+    """Return the key that is varied and its values, having parsed each of them; None if nothing is varied.
+
+    Raises:
+        CommandError: they cannot be used, or are tuned as well.
+    """
+    if not options.vary:
+        return None
+    if len(options.vary) > 1:
+        raise CommandError(f"--vary is given {len(options.vary)} times; vary one key in a comparison.")
+    entry = options.vary[0]
+    key, values = _key_and_values("--vary", entry, "data.init_args.corruption=none,gaussian")
+    if len(values) < 2 or len(set(values)) < len(values):
+        raise CommandError(f"--vary {entry}: give two or more values, each once; the first is compared with.")
+    if any(tuned.partition("=")[0] == key for tuned in options.tune):
+        raise CommandError(f"--vary {entry}: {key} is tuned as well; take it out of --vary or of --tune.")
+    _parse({key: values}, config)
+    return {"key": key, "values": values}
+
+
+def _key_and_values(option: str, entry: str, example: str) -> tuple[str, list[str]]:
+    key, equals, rest = entry.partition("=")
+    values = [value for value in rest.split(",") if value]
+    if not key or not equals or not values:
+        raise CommandError(f"{option} {entry}: give KEY=V1,V2,..., such as {example}.")
+    return key, values
+
+
+def _parse(grid: dict[str, list[str]], config: str) -> None:
+    """Raise CommandError if a configuration cannot take a value of ``grid``."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(config, encoding="utf-8")
         for key, values in grid.items():
             for value in values:
                 Blueprint(["-c", str(file), f"--{key}={value}"])
-    return grid
 
 
 def settings(options: argparse.Namespace, grid: dict[str, list[str]], argv: Sequence[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,27 +138,38 @@ def _cells(row: Row) -> list[str]:
 
 
 def write(comparison: dict[str, Any], folder: Path) -> None:
-    """Write comparison.json, with a summary, and comparison.csv, with a line per run; whole or not at all."""
+    """Write comparison.json, with a summary, and comparison.csv, with a line per run; each whole or not at all."""
     summary = {budget: [row._asdict() for row in rows(comparison, budget)] for budget in comparison["budgets"]}
-    text = json.dumps({**comparison, "summary": summary}, indent=2, allow_nan=False)
-    _replace(folder / "comparison.json", text + "\n")
-    fields = ["budget", "rule", "seed", comparison["metric"], "steps", "forward_evals", "seconds", "peak_memory_mib"]
+    write_json({**comparison, "summary": summary}, folder)
+    write_csv(comparison["metric"], run_lines(comparison["rules"]), folder)
+
+
+def write_json(found: dict[str, Any], folder: Path) -> None:
+    """Write comparison.json."""
+    text = json.dumps(found, indent=2, allow_nan=False)
+    temporary = folder / "comparison.json.tmp"
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(folder / "comparison.json")
+
+
+def run_lines(rules: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a line of comparison.csv for each run."""
+    for rule in rules:
+        for run in rule["runs"]:
+            own = {"rule": rule["label"], "peak_memory_mib": rule.get("peak_memory_mib")}
+            yield {**run.get("metrics", {}), **run, **own}
+
+
+def write_csv(metric: str, lines: Iterable[dict[str, Any]], folder: Path, first: Sequence[str] = ()) -> None:
+    """Write comparison.csv, with the columns ``first`` before the others."""
+    fields = [*first, "budget", "rule", "seed", metric, "steps", "forward_evals", "seconds", "peak_memory_mib"]
     fields += ["mean_cosine", "reused", "error"]
     temporary = folder / "comparison.csv.tmp"
     with temporary.open("w", newline="", encoding="utf-8") as file:
-        lines = csv.DictWriter(file, fields, extrasaction="ignore")
-        lines.writeheader()
-        for rule in comparison["rules"]:
-            for run in rule["runs"]:
-                own = {"rule": rule["label"], "peak_memory_mib": rule.get("peak_memory_mib")}
-                lines.writerow({**run.get("metrics", {}), **run, **own})
+        writer = csv.DictWriter(file, fields, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(lines)
     temporary.replace(folder / "comparison.csv")
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def plot(comparison: dict[str, Any], path: Path) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -57,20 +59,27 @@ class Contest:
             self._budgets(blueprint, seed, profiled)
 
     def _blueprint(self, values: dict[str, str]) -> Blueprint:
+        values = {**self.spec.get("values", {}), **values}  # the former where a key is varied
         return Blueprint(["-c", self.spec["config"], *(f"--{key}={value}" for key, value in values.items())])
 
     def _tuned(self) -> dict[str, str]:
-        """Return the values of the grid with the best validation metric, on a seed that is used for nothing else."""
+        """Return the values of the grid with the best validation metric, on a seed that is used for nothing else.
+
+        Of those with the same metric the one with the least loss is taken, and then the first.
+        """
         grid, metric, sign = self.spec["grid"], self.spec["tuning_metric"], 1 if self.spec["larger_is_better"] else -1
-        best: tuple[float, dict[str, str]] | None = None
+        best: tuple[tuple[float, float], dict[str, str]] | None = None
         for combination in itertools.product(*grid.values()):
             values = dict(zip(grid, combination, strict=True))
             self.send("begin", what=f"tune {_written(values)}")
             trial = _attempted(partial(self._trial, values))
             value = _metric(trial, metric)
             self.send("trial", values=values, metric=metric, value=value, error=trial["error"])
-            if value is not None and (best is None or sign * value > best[0]):
-                best = (sign * value, values)
+            if value is None:
+                continue
+            rank = (sign * value, -_loss_beside(metric, trial["metrics"]))
+            if best is None or rank > best[0]:
+                best = (rank, values)
         if best is None:
             raise RefusedError(f"no trial of the tuning grid has given {metric}; the last: {trial['error']}")
         self.send("chosen", values=best[1])
@@ -136,6 +145,13 @@ def _metric(result: Result, metric: str) -> float | None:
         raise MetricMissingError(f"the module does not log the metric {metric}; it logs: {known}")
     value: float | None = result["metrics"][metric]
     return value
+
+
+def _loss_beside(metric: str, metrics: dict[str, float | None]) -> float:
+    """Return the loss that is named like an accuracy: `val_loss` for `val_acc`; infinity where there is none."""
+    name = re.sub("acc(uracy)?", "loss", metric, count=1)
+    loss = metrics.get(name) if name != metric else None
+    return math.inf if loss is None else loss
 
 
 def _written(values: dict[str, str]) -> str:

@@ -11,6 +11,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_bpfree.demos.corruption import Corruption, CorruptionName, Pixels, chosen_corruption
+
 _T = TypeVar("_T")
 Arrays = tuple[Tensor, Tensor, Tensor, Tensor]  # training inputs, training labels, test inputs, test labels
 
@@ -76,12 +78,16 @@ class InMemoryDataModule(LightningDataModule):
         drop_last: Whether a last training batch smaller than `batch_size` is left out.
         num_workers: Worker processes of each loader; 0, in the main process, is fastest here.
         train_size: Use only the first so many samples of the shuffled training split; None: all.
+        corruption: What is done to the training samples in use, and to nothing else: the name of a ready-made
+            corruption, which is a third of the training set each, or ``paper``, or a :class:`Corruption` with shares
+            of your own; None: nothing.
 
     Attributes:
         num_classes: Number of classes.
         in_shape: Shape (C, H, W) of one image, also where `flatten` is set.
         num_features: C * H * W.
-        mean: Mean of the training samples in use, before standardisation; NaN until :meth:`setup`.
+        mean: Mean of the training samples in use, before standardisation and corruption, so that inputs for validation
+            and test are the same under every corruption; NaN until :meth:`setup`.
         std: Their standard deviation; NaN until :meth:`setup`.
 
     Raises:
@@ -100,6 +106,7 @@ class InMemoryDataModule(LightningDataModule):
         drop_last: bool = False,
         num_workers: int = 0,
         train_size: int | None = None,
+        corruption: CorruptionName | Corruption | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -114,6 +121,7 @@ class InMemoryDataModule(LightningDataModule):
             raise ValueError(f"num_workers is {num_workers}; give 0 (load in the main process) or more.")
         self.batch_size, self.val_fraction, self.seed, self.flatten = batch_size, val_fraction, seed, flatten
         self.drop_last, self.num_workers, self.train_size = drop_last, num_workers, train_size
+        self.corruption = chosen_corruption(corruption)
         self.num_features = math.prod(self.in_shape)
         self.mean = self.std = math.nan
         self._splits: dict[str, BatchDataset] = {}
@@ -134,12 +142,14 @@ class InMemoryDataModule(LightningDataModule):
         # 1.0 for constant data: nothing to scale, and no division by zero.
         self.mean, self.std = float(mean), float(std) or 1.0
         shape = (self.num_features,) if self.flatten else self.in_shape
+        pixels = Pixels(float(x.min()), float(x.max()), self.mean)
+        images, classes = x[train].float().reshape(-1, *self.in_shape), y[train].long()
 
         def standardised(inputs: Tensor, labels: Tensor) -> BatchDataset:
             return BatchDataset(((inputs.float() - self.mean) / self.std).reshape(-1, *shape), labels.long())
 
         self._splits = {
-            "train": standardised(x[train], y[train]),
+            "train": standardised(*self.corruption.apply(images, classes, self.num_classes, pixels)),
             "val": standardised(x[val], y[val]),
             "test": standardised(test_x, test_y),
         }
@@ -156,6 +166,7 @@ class InMemoryDataModule(LightningDataModule):
                 f"give at most {n_train}, or None for all."
             )
         used = self.train_size or n_train
+        used += self.corruption.added(used)
         if self.drop_last and self.batch_size > used:
             raise ValueError(
                 f"batch_size is {self.batch_size} with drop_last=True, but there are {used} training samples, "

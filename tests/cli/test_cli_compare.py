@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparing import run_in_process, written
 
 from lightning_bpfree.cli import compare as command
 from lightning_bpfree.cli import compare_worker, main
@@ -25,23 +25,12 @@ Overlay = Callable[..., str]
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Runs rules in this process, for starting another takes seconds; returns what they were told."""
-    specs: list[Any] = []
-
-    def events(plan: dict[str, Any], contender: Any, budgets: Any, out: Path) -> Iterator[Any]:
-        config = out / f"{contender.label}.yaml"
-        config.write_text(contender.config)
-        specs.append({**plan, "config": str(config), "forward_budgets": budgets})
-        reported: list[Any] = []
-        compare_worker.work(specs[-1], lambda kind, **fields: reported.append({"kind": kind, **fields}))
-        yield from json.loads(json.dumps(reported, allow_nan=False))
-
-    monkeypatch.setattr(command, "rule_events", events)
-    return specs
+    """Runs rules in this process; see :func:`run_in_process`."""
+    return run_in_process(monkeypatch)
 
 
 def results(out: str = "out") -> Any:
-    found = json.loads((Path(out) / "comparison.json").read_text())
+    found = written(out)
     return found, {rule["label"]: rule for rule in found["rules"]}
 
 
