@@ -34,6 +34,8 @@ CASES: dict[str, tuple[Callable[[], bpf.TrainingRule], dict[str, Any]]] = {
     "four_directions": (partial(bpf.ForwardGradient, 4, chunk_size=1), {}),
     "zeroth_order": (partial(bpf.ZerothOrder, 2), {}),
     "accumulated": (partial(bpf.ZerothOrder, 2), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
+    "forward_forward": (partial(bpf.ForwardForward, label="embedding", peer_normalization=0.03), {}),
+    "readout": (partial(bpf.ForwardForward, prediction="readout", negatives="hard", schedule="greedy"), {}),
     "stopped_rule": (partial(bpf.ForwardGradient, 2, chunk_size=1, stop_epoch=2), {}),
 }
 

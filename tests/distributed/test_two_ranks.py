@@ -64,6 +64,11 @@ def ddp(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    return run("local", tmp_path_factory.mktemp("local"))
+
+
+@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return run("data", tmp_path_factory.mktemp("data"))
 
@@ -294,3 +299,23 @@ def test_nan_in_one_share_skips_the_batch_on_all(rule, directions):
     ranks = finished(directions(f"nan_{rule}"))
     assert [outcome["record"][0]["skipped"] for outcome in ranks] == [1, 1]
     assert_bit_equal(ranks)
+
+
+# --- losses in blocks, under DDP ---
+
+
+@pytest.mark.parametrize("name", worker.LOCAL_RULES)
+def test_losses_in_blocks_equal_one_process_on_the_union_batch(name, local):
+    ranks = finished(local(name))
+    assert_bit_equal(ranks)
+    single = worker.local(name, 0, 1)
+    tolerance = {
+        "peers": {"rtol": 1e-2, "atol": 1e-3},  # running means are each rank's own: they follow its part of the data
+        "embedding": {"rtol": 1e-5, "atol": 1e-6},  # it is in float32
+    }.get(name, {"rtol": 1e-10, "atol": 1e-11})
+    for key, parameter in single["parameters"].items():
+        torch.testing.assert_close(ranks[0]["parameters"][key], parameter, **tolerance)
+    if single["own"] is not None:
+        for key, tensor in single["own"].items():
+            assert torch.equal(ranks[0]["own"][key], ranks[1]["own"][key])
+            torch.testing.assert_close(ranks[0]["own"][key], tensor, rtol=1e-4, atol=1e-6)  # it is in float32

@@ -1,6 +1,6 @@
 """What each of two ranks does; `test_two_ranks.py` runs this file once per strategy, and compares what the ranks wrote.
 
-    python worker.py ddp|data|directions|drift OUT_DIR
+    python worker.py ddp|local|data|directions|drift OUT_DIR
 
 Lightning starts rank 1 by running the file again. Every case writes `<case>.rank<r>.pt`: final parameters, losses, and
 the rule's counters, or the error that stopped it.
@@ -55,6 +55,32 @@ class Net(pl.LightningModule):
         if self.optimizer == "adamw":
             return torch.optim.AdamW(self.parameters(), lr=0.02, weight_decay=0.1)
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Whole(Net):
+    """The same as one network, for rules with a loss in every block; every batch has whole numbers of rows a rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+        del self.body, self.head
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def next_label(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Negative labels that do not depend on the rank."""
+    return (labels + 1) % 3
+
+
+LOCAL_RULES: dict[str, Callable[[], bpf.TrainingRule]] = {
+    "goodness": partial(bpf.ForwardForward, negatives=next_label),
+    "greedy": partial(bpf.ForwardForward, negatives=next_label, schedule="greedy"),
+    "readout": partial(bpf.ForwardForward, negatives=next_label, prediction="readout"),
+    "embedding": partial(bpf.ForwardForward, negatives=next_label, label="embedding"),
+    "peers": partial(bpf.ForwardForward, negatives=next_label, peer_normalization=0.03),
+}
 
 
 class Validated(Net):
@@ -220,6 +246,21 @@ DIRECTION_RULES: dict[str, Callable[[], bpf.TrainingRule]] = {
 }
 
 
+def local(name: str, rank: int, world: int, **settings: Any) -> dict[str, Any]:
+    """Train on this rank's part of every batch by losses in blocks; what the rule keeps beside is compared too."""
+    torch.manual_seed(SEED + rank)
+    rule = LOCAL_RULES[name]()
+    rule.seed = SEED  # else it is the random stream's, which differs between ranks and one process
+    outcome = fit(Whole().double(), split_rows(rank, world), rule, devices=world, max_epochs=2, **settings)
+    own = rule.rule_state()["own"]
+    return outcome | {"own": own and own["label_embedding"]["module"]}
+
+
+def local_cases() -> dict[str, Callable[[], dict[str, Any]]]:
+    """Rules with losses of their own, under plain DDP."""
+    return {name: partial(local, name, RANK, 2, strategy="ddp") for name in LOCAL_RULES}
+
+
 def ddp_cases() -> dict[str, Callable[[], dict[str, Any]]]:
     """All rules under plain DDP."""
     cases: dict[str, Callable[[], dict[str, Any]]] = {}
@@ -288,7 +329,7 @@ def drift_cases() -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
-CASES = {"ddp": ddp_cases, "data": data_cases, "directions": direction_cases, "drift": drift_cases}
+CASES = {"ddp": ddp_cases, "local": local_cases, "data": data_cases, "directions": direction_cases, "drift": drift_cases}
 
 
 def main(strategy: str, out: Path) -> None:
