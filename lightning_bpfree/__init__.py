@@ -6,6 +6,7 @@
 """
 
 from lightning_bpfree.callbacks.gradient_alignment import GradientAlignment as GradientAlignment
+from lightning_bpfree.nn.local_loss import LocalLoss as LocalLoss
 from lightning_bpfree.rules.backprop import Backprop as Backprop
 from lightning_bpfree.rules.forward_forward import ForwardForward as ForwardForward
 from lightning_bpfree.rules.forward_gradient import ForwardGradient as ForwardGradient

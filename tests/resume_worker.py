@@ -36,6 +36,7 @@ CASES: dict[str, tuple[Callable[[], bpf.TrainingRule], dict[str, Any]]] = {
     "accumulated": (partial(bpf.ZerothOrder, 2), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
     "forward_forward": (partial(bpf.ForwardForward, label="embedding", peer_normalization=0.03), {}),
     "readout": (partial(bpf.ForwardForward, prediction="readout", negatives="hard", schedule="greedy"), {}),
+    "local_guess": (partial(bpf.ForwardGradient, guess=bpf.LocalLoss("mlp", lr=0.01)), {}),
     "stopped_rule": (partial(bpf.ForwardGradient, 2, chunk_size=1, stop_epoch=2), {}),
 }
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 from conformance import PROPERTIES
 
-from lightning_bpfree import Backprop, ForwardForward, ForwardGradient, ZerothOrder
+from lightning_bpfree import Backprop, ForwardForward, ForwardGradient, LocalLoss, ZerothOrder
 
 ONE_BLOCK = [["inner", "frozen", "norm", "again", "drop"]]  # of `Tied`, in the order in which they run
 
@@ -14,6 +14,13 @@ RULES = {
     "forward_gradient_one": ForwardGradient,
     "forward_gradient_loop": partial(ForwardGradient, 3, chunk_size=1, orthogonal=True),
     "forward_gradient_vectorised": partial(ForwardGradient, 3, chunk_size=2, directions="rademacher"),
+    "local_guess_weights": partial(ForwardGradient, guess=LocalLoss(blocks=ONE_BLOCK, network="net", update="freeze")),
+    "local_guess_local": partial(
+        ForwardGradient,
+        guess=LocalLoss("mlp", blocks=ONE_BLOCK, network="net", update="reset"),
+        target="local",
+        space="activations",
+    ),
     "forward_forward_goodness": partial(ForwardForward, ONE_BLOCK, network="net"),
     "forward_forward_readout": partial(ForwardForward, ONE_BLOCK, network="net", prediction="readout"),
     "zeroth_order_central": partial(ZerothOrder, 2),
@@ -22,6 +29,10 @@ RULES = {
 
 # What a rule refuses, or does otherwise on purpose; tests of its own show how.
 EXCEPTIONS = {
+    ("local_guess_weights", "several_dataloaders"): "labels are those of one call",
+    ("local_guess_local", "several_dataloaders"): "labels are those of one call",
+    ("local_guess_weights", "the_signature_is_kept"): "needs labels",
+    ("local_guess_local", "the_signature_is_kept"): "needs labels",
     ("forward_forward_goodness", "several_dataloaders"): "one call of the network a step",
     ("forward_forward_readout", "several_dataloaders"): "one call of the network a step",
     ("forward_forward_goodness", "the_signature_is_kept"): "needs labels",

@@ -1,17 +1,13 @@
-"""Cutting a module into an ordered list of blocks, and looking at what enters and leaves them."""
+"""Cutting a module into an ordered list of blocks."""
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 Blocks = int | Sequence[int] | Sequence[str | Sequence[str]] | Callable[[nn.Module], Sequence[Sequence[nn.Module]]]
 
@@ -227,77 +223,6 @@ def _listing(network: nn.Module) -> str:
     return f"Modules with parameters: {shown or 'none'}{', ...' if len(names) > 40 else ''}."
 
 
-# --- looking at a forward pass ------------------------------------------------------------------------------------
-
-Look = Callable[[int, Tensor], Tensor]
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def on_first_tensor(
-    change: Callable[[Tensor], Tensor], values: Any, what: str, *, others: Callable[[Tensor], Tensor] = _same
-) -> Any:
-    """Apply ``change`` to the first tensor in ``values`` (nested tuples, lists or dicts), ``others`` to the others."""
-    seen = 0
-
-    def changed(tensor: Tensor) -> Tensor:
-        nonlocal seen
-        seen += 1
-        return change(tensor) if seen == 1 else others(tensor)
-
-    made = tree_map_only(Tensor, changed, values)
-    if not seen:
-        raise ValueError(f"blocks: no tensor {what}.")
-    return made
-
-
-@contextlib.contextmanager
-def watched(blocks: Sequence[Block], *, enter: Look, leave: Look) -> Iterator[list[int]]:
-    """Let ``enter(j, x)`` change what enters block ``j`` and ``leave(j, z)`` what leaves it, and yield who has run.
-
-    Only the first tensor of inputs and outputs is shown; all others (masks, skip connections, caches) are detached.
-
-    Args:
-        blocks: the blocks; each may run once.
-        enter: called before the first module of a block.
-        leave: called after its last module.
-
-    Yields:
-        the indices of the blocks that have run, in that order.
-
-    Raises:
-        RuntimeError: from within the forward pass, if a block runs twice.
-    """
-    ran: list[int] = []
-
-    def before(index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:  # noqa: ARG001  # a hook's signature
-        what = f"enters {blocks[index].name}"
-        return on_first_tensor(partial(enter, index), (args, kwargs), what, others=torch.Tensor.detach)
-
-    def after(index: int, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  # a hook's signature
-        if index in ran:
-            raise RuntimeError(
-                f"Block {blocks[index].name} runs twice in one forward pass: blocks are cut for one pass. Make what "
-                "runs several times a part of one block."
-            )
-        ran.append(index)
-        what = f"leaves {blocks[index].name}"
-        return on_first_tensor(partial(leave, index), output, what, others=torch.Tensor.detach)
-
-    handles = []
-    try:
-        for index, block in enumerate(blocks):
-            first, last = block.modules[0], block.modules[-1]
-            handles.append(first.register_forward_pre_hook(partial(before, index), with_kwargs=True))
-            handles.append(last.register_forward_hook(partial(after, index)))
-        yield ran
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def find_network(module: nn.Module, name: str | None = None) -> tuple[str, nn.Module]:
     """Return name and module of the network in ``module``: what maps inputs to outputs, one call a step.
 
@@ -329,6 +254,3 @@ def find_network(module: nn.Module, name: str | None = None) -> tuple[str, nn.Mo
             f"network={name!r} is no part of {type(module).__name__}; its children with parameters: "
             f"{', '.join(children) or 'none'}."
         ) from None
-
-
-_first_only = on_first_tensor

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_bpfree.core.blocks import Blocks
 from lightning_bpfree.core.combination import Combination
 from lightning_bpfree.core.directions import Directions, Distribution, check_directions
 from lightning_bpfree.core.forward_ad import (
@@ -25,17 +24,15 @@ from lightning_bpfree.core.forward_ad import (
     supported_kernels,
     unsupported_layers,
 )
+from lightning_bpfree.core.labels import LabelsOf
 from lightning_bpfree.core.params import ParameterSlots, Params, widen
 from lightning_bpfree.core.step import Estimate, Step
+from lightning_bpfree.nn.local_loss import LocalLoss
+from lightning_bpfree.rules.block_passes import DUAL_COST
+from lightning_bpfree.rules.chunks import along_many, along_one, chosen_chunk
+from lightning_bpfree.rules.guided import guided
+from lightning_bpfree.rules.local_guess import Scope, Space
 from lightning_bpfree.rules.training_rule import TrainingRule
-
-DUAL_COST = 3.0  # forward passes: W x, dW x and W dx
-LARGEST_AUTO_CHUNK = 8  # 2.125 instead of 3 forwards a direction; more chunk saves little and costs memory
-
-# Measured on CPUs: vmapped convolutions turn into slow grouped ones, and recurrent kernels do not batch over weights.
-_LOOPED = (nn.modules.conv._ConvNd, nn.RNNBase)
-
-T = TypeVar("T")
 
 
 def forward_gradient(
@@ -96,6 +93,18 @@ class ForwardGradient(TrainingRule):
             convolutions or recurrent layers, where it is the faster one. ``"fastest"`` times both at the first batch
             and keeps the faster one, also across a resume; two runs may then differ in rounding, so it counts as
             ``"auto"`` under ``Trainer(deterministic=True)``.
+        guess: a :class:`LocalLoss` whose gradient is the direction, instead of random ones: the estimate is then the
+            projection ``(<g, q> / |q|^2) q`` of the target on the guess; zero for a guess of zero.
+        target: ``"global"``, the gradient of the user's loss; ``"local"``, that of the guess's own local losses (or of
+            linear heads, beside random directions); or that of other local losses, a :class:`LocalLoss`.
+        space: of guess and projection. ``"weights"``: the parameters of the blocks. ``"activations"``: what leaves the
+            blocks, sample by sample; backprop then carries the estimate to the parameters inside each block.
+        scope: what is projected together, by one dual pass: ``"network"``, a ``"block"`` or a ``"tensor"`` of
+            parameters. None: a block, or the whole network where it is not cut.
+        blocks: how the network is cut, see :func:`lightning_bpfree.core.blocks.cut`; leave it out beside a LocalLoss,
+            which has its own. What runs behind the last block gets its exact gradient.
+        network: the network in the module, see :class:`LocalLoss`.
+        labels: takes the labels out of a batch, see :class:`LocalLoss`.
         params: shell-style patterns of the parameters to train; None for all.
         **settings: see :class:`TrainingRule`.
 
@@ -105,6 +114,8 @@ class ForwardGradient(TrainingRule):
     Examples:
         >>> ForwardGradient(num_directions=4, chunk_size=1).describe()["a step"]
         '4 dual forwards (12 forwards)'
+        >>> ForwardGradient(guess=LocalLoss("mlp"), scope="network").describe()["a step"]
+        '1 dual forward beside 3 plain (6 forwards)'
 
     References:
         A. G. Baydin, B. A. Pearlmutter, D. Syme, F. Wood, P. Torr, "Gradients without Backpropagation", 2022, arXiv
@@ -125,6 +136,13 @@ class ForwardGradient(TrainingRule):
         orthogonal: bool = False,
         normalize: bool = False,
         chunk_size: int | Literal["auto", "fastest"] = "auto",
+        guess: LocalLoss | None = None,
+        target: Literal["global", "local"] | LocalLoss = "global",
+        space: Space = "weights",
+        scope: Scope | None = None,
+        blocks: Blocks | None = None,
+        network: str | None = None,
+        labels: LabelsOf | None = None,
         *,
         params: str | Sequence[str] | None = None,
         **settings: Any,
@@ -135,6 +153,16 @@ class ForwardGradient(TrainingRule):
             raise ValueError(f"chunk_size={chunk_size!r}: give a whole number of at least 1, 'auto' or 'fastest'.")
         self.num_directions, self.directions = num_directions, directions
         self.orthogonal, self.normalize, self.chunk_size = orthogonal, normalize, chunk_size
+        self.guess, self.target, self.space, self.scope = guess, target, space, scope
+        self.blocks, self.network, self.labels = blocks, network, labels
+        self._guided = guided(guess, target, space, scope, blocks, network, labels, num_directions, directions)
+        if self._guided is not None:
+            self.exchanges_scalars = False  # a guess, or a last part, differs from rank to rank
+            if orthogonal or normalize or chunk_size not in ("auto", 1):
+                raise ValueError(
+                    f"orthogonal={orthogonal}, normalize={normalize}, chunk_size={chunk_size!r} are for random "
+                    "directions of all weights in one piece: leave them out beside guess, target, space, scope, blocks."
+                )
         self._chunk_used: int | None = None
         if num_directions == 1:
             self._chunk_used = 1
@@ -150,6 +178,10 @@ class ForwardGradient(TrainingRule):
                 f"{', '.join(compiled) or type(module).__name__} is compiled. Train the module as it was before "
                 "torch.compile (module._orig_mod of a compiled part), or use ZerothOrder()."
             )
+        if self._guided is not None:
+            self._guided.check(module, slots)
+            if not self._guided.uses_tangents:
+                return
         for layer, cure in unsupported_layers(module, [slot.parameter for slot in slots.trainable()]):
             raise MisconfigurationException(
                 f"ForwardGradient: {layer} has no forward-mode derivative in torch. Cure: {cure}, leave it out by "
@@ -157,19 +189,25 @@ class ForwardGradient(TrainingRule):
             )
 
     def estimate(self, step: Step) -> Estimate:
-        """Return the loss and the combination of directions by their slopes."""
+        """Return the loss and the combination of directions by their slopes, or the projection on the guess."""
+        try:
+            with supported_kernels(step.module):
+                return (
+                    self._combined(step) if self._guided is None else self._guided.estimate(step, self.record.seed or 0)
+                )
+        except NoForwardDerivativeError as error:
+            raise MisconfigurationException(f"ForwardGradient: {error}") from error
+
+    def _combined(self, step: Step) -> Estimate:
         params = step.params
         directions = Directions(params, self.num_directions, step.seed, self.directions)
         combination = Combination(directions, self.orthogonal, self.normalize, exchanged=step.exchange is not None)
-        try:
-            with supported_kernels(step.module), torch.set_grad_enabled(False):
-                if self._chunk_used is None:
-                    self._chunk_used = self._chosen_chunk(step, params, directions)
-                slopes = step.measure(self.num_directions, partial(self._slopes, step, params, combination))
-                if not step.recorded:  # vectorised passes record nothing, nor does a rank without a share
-                    step.loss()
-        except NoForwardDerivativeError as error:
-            raise MisconfigurationException(f"ForwardGradient: {error}") from error
+        with torch.set_grad_enabled(False):
+            if self._chunk_used is None:
+                self._chunk_used = chosen_chunk(step, params, directions, self.chunk_size == "fastest")
+            slopes = step.measure(self.num_directions, partial(self._slopes, step, params, combination))
+            if not step.recorded:  # vectorised passes record nothing, nor does a rank without a share
+                step.loss()
         assert step.recorded_loss is not None
         return Estimate(step.recorded_loss, combination.gradients(slopes))
 
@@ -178,46 +216,15 @@ class ForwardGradient(TrainingRule):
         for chunk in _chunks(ks, self._chunk_used or 1):
             drawn = directions[chunk[0]] if self._chunk_used == 1 else directions.stack(chunk)
             try:
-                slopes = _one(step, params, drawn) if self._chunk_used == 1 else _many(step, params, drawn)[1]
+                slopes = along_one(step, params, drawn) if self._chunk_used == 1 else along_many(step, params, drawn)[1]
             except (NotImplementedError, RuntimeError) as error:
                 raise self._explained(error, step, params, directions) from error
             parts.append(widen(slopes.reshape(-1)))
             combination.add(slopes, drawn)
         return torch.cat(parts) if parts else torch.zeros(0)
 
-    def _chosen_chunk(self, step: Step, params: Params, directions: Directions) -> int:
-        """Try a vectorised pass at the first batch; the loop where it fails or draws another dropout mask."""
-        ks = range(min(self.num_directions, LARGEST_AUTO_CHUNK))
-        timed = self.chunk_size == "fastest" and not torch.are_deterministic_algorithms_enabled()
-        if not timed and any(isinstance(part, _LOOPED) for part in step.module.modules()):
-            return 1
-        counted = step.forward_evals
-        loss = step.loss()
-        stacked = directions.stack(ks)
-        try:
-            vectorised, (again, _) = _timed(lambda: _many(step, params, stacked), loss.device, 3 if timed else 1)
-        except Exception as error:  # whatever it is, the loop is there
-            reason = str(error).splitlines()[0]
-            rank_zero_info(f"ForwardGradient: directions one by one, since vectorising fails: {reason}")
-            return 1
-        finally:
-            step.forward_evals = counted + 1
-        if not torch.allclose(again.float(), loss.float(), rtol=1e-3):
-            rank_zero_info("ForwardGradient: directions one by one, since vectorising draws another dropout mask.")
-            return 1
-        if not timed:
-            return len(ks)
-        loop, _ = _timed(lambda: _one(step, params, directions[0]), loss.device, 3)
-        step.forward_evals = counted + 1
-        chosen = len(ks) if vectorised < loop * len(ks) else 1
-        rank_zero_info(
-            f"ForwardGradient: {len(ks)} directions take {vectorised:.3g} s in one pass, {loop * len(ks):.3g} s one by "
-            f"one: chunk_size={chosen} from here on."
-        )
-        return chosen
-
     def _explained(self, error: Exception, step: Step, params: Params, directions: Directions) -> Exception:
-        alone, layer = failing_layer(step.module, lambda: _one(step, params, directions[0]))
+        alone, layer = failing_layer(step.module, lambda: along_one(step, params, directions[0]))
         if alone is None:  # one direction goes through
             return MisconfigurationException(
                 f"ForwardGradient(chunk_size={self._chunk_used}): the training step cannot be vectorised ({error}). "
@@ -230,17 +237,35 @@ class ForwardGradient(TrainingRule):
             "use ZerothOrder(), which needs none."
         )
 
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Move the heads with the user's parameters."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self._guided is not None:
+            self._guided.step_heads(
+                partial(trainer.strategy.reduce, reduce_op="mean") if trainer.world_size > 1 else None
+            )
+
+    def _restore(self) -> None:
+        super()._restore()
+        if self._guided is not None:
+            self._guided.release()
+
     def rule_state(self) -> dict[str, Any]:
-        """Return the chosen chunk, so that a resumed run rounds as the first one did."""
-        return {"chunk_used": self._chunk_used}
+        """Return the chosen chunk, so that a resumed run rounds as the first one did, and the heads."""
+        heads = {} if self._guided is None else {"guided": self._guided.state_dict()}
+        return {"chunk_used": self._chunk_used, **heads}
 
     def load_rule_state(self, state: dict[str, Any]) -> None:
-        """Take the chosen chunk back, unless the user has asked for another."""
+        """Take the heads back, and the chosen chunk unless the user has asked for another."""
         if not isinstance(self.chunk_size, int) and state["chunk_used"] is not None:
             self._chunk_used = min(int(state["chunk_used"]), self.num_directions)
+        if self._guided is not None and "guided" in state:
+            self._guided.load_state_dict(state["guided"])
 
     def describe(self) -> dict[str, str]:
         """Return rows for the banner."""
+        if self._guided is not None:
+            return self._guided.describe()
         num, chunk = self.num_directions, self._chunk_used
         if chunk is None:
             cost = f"{num} directions ({2 + 2 * num} to {3 * num} forwards, as the first batch will show)"
@@ -249,25 +274,3 @@ class ForwardGradient(TrainingRule):
         else:
             cost = f"{num} directions, {chunk} at a time ({1 + -(-num // chunk) + 2 * num} forwards)"
         return {"a step": cost, "route": f"forward-mode automatic differentiation, {self.directions} directions"}
-
-
-def _one(step: Step, params: Params, direction: Params) -> Tensor:
-    loss_fn = partial(step.loss, recorded=True, cost=DUAL_COST)
-    return directional_derivative(loss_fn, params, direction)[1]
-
-
-def _many(step: Step, params: Params, stacked: Params) -> tuple[Tensor, Tensor]:
-    step.rewind()
-    step.forward_evals += 1 + 2 * len(next(iter(stacked.values())))
-    return directional_derivatives(step.loss_under_transform, params, stacked)
-
-
-def _timed(evaluate: Callable[[], T], device: torch.device, runs: int) -> tuple[float, T]:
-    seconds = []
-    for _ in range(runs):  # the first warms up
-        start = time.perf_counter()
-        result = evaluate()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds), result

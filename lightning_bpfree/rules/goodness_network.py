@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_bpfree.core.blocks import Cut, watched
+from lightning_bpfree.core.blocks import Cut
 from lightning_bpfree.core.goodness import goodness, rescaled
 from lightning_bpfree.core.negatives import overlaid
+from lightning_bpfree.core.watching import watched
 from lightning_bpfree.nn.label_embedding import LabelEmbedding
 from lightning_bpfree.rules.own_modules import OwnModules
 

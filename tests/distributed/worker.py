@@ -79,6 +79,10 @@ LOCAL_RULES: dict[str, Callable[[], bpf.TrainingRule]] = {
     "greedy": partial(bpf.ForwardForward, negatives=next_label, schedule="greedy"),
     "readout": partial(bpf.ForwardForward, negatives=next_label, prediction="readout"),
     "embedding": partial(bpf.ForwardForward, negatives=next_label, label="embedding"),
+    "guess in weights": partial(bpf.ForwardGradient, guess=bpf.LocalLoss(optimizer="sgd", lr=0.1)),
+    "guess in activations": partial(
+        bpf.ForwardGradient, guess=bpf.LocalLoss("mlp", optimizer="sgd", lr=0.1), target="local", space="activations"
+    ),
     "peers": partial(bpf.ForwardForward, negatives=next_label, peer_normalization=0.03),
 }
 
@@ -252,8 +256,9 @@ def local(name: str, rank: int, world: int, **settings: Any) -> dict[str, Any]:
     rule = LOCAL_RULES[name]()
     rule.seed = SEED  # else it is the random stream's, which differs between ranks and one process
     outcome = fit(Whole().double(), split_rows(rank, world), rule, devices=world, max_epochs=2, **settings)
-    own = rule.rule_state()["own"]
-    return outcome | {"own": own and own["label_embedding"]["module"]}
+    state = rule.rule_state()
+    own = state["guided"]["guess"] if "guided" in state else state["own"]
+    return outcome | {"own": own and next(iter(own.values()))["module"]}
 
 
 def local_cases() -> dict[str, Callable[[], dict[str, Any]]]:
@@ -329,7 +334,13 @@ def drift_cases() -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
-CASES = {"ddp": ddp_cases, "local": local_cases, "data": data_cases, "directions": direction_cases, "drift": drift_cases}
+CASES = {
+    "ddp": ddp_cases,
+    "local": local_cases,
+    "data": data_cases,
+    "directions": direction_cases,
+    "drift": drift_cases,
+}
 
 
 def main(strategy: str, out: Path) -> None:

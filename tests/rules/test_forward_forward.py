@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 import warnings
 
 import lightning.pytorch as pl
@@ -21,6 +22,7 @@ from lightning_bpfree.core.goodness import contrast, goodness, rescaled
 from lightning_bpfree.core.negatives import overlaid
 from lightning_bpfree.demos.data import DigitsDataModule
 from lightning_bpfree.demos.nets import MLP, SmallCNN, SmallTransformer
+from lightning_bpfree.rules.guards import check_fit
 
 
 def next_label(inputs, labels):
@@ -550,5 +552,6 @@ def test_compiled_networks_are_refused():
 
 
 def test_scalar_sync_is_refused():
+    trainer = types.SimpleNamespace(strategy=bpf.ScalarSyncStrategy())
     with pytest.raises(MisconfigurationException, match="strategy='ddp'"):
-        fitted(problem(), loader(), bpf.ForwardForward(), strategy="bpfree_scalar_sync", devices=1)
+        check_fit(bpf.ForwardForward(), ["ForwardForward"], trainer, problem())

@@ -1,0 +1,51 @@
+"""The heads of a local loss, while a rule trains with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from lightning_bpfree.core.directions import accumulator_dtype, mix
+from lightning_bpfree.core.step import Step
+from lightning_bpfree.nn.local_loss import LocalLoss
+from lightning_bpfree.rules.own_modules import OwnModules, made
+
+
+class Heads:
+    """The heads of one local loss, and their gradients until a batch is known to have succeeded.
+
+    Args:
+        loss: what the heads are.
+    """
+
+    def __init__(self, loss: LocalLoss) -> None:
+        self.loss, self.own = loss, OwnModules(loss.optimizer, loss.lr)
+        self.trained = loss.update == "train"
+        self._pending: dict[str, list[Tensor | None]] = {}
+
+    def of(
+        self, name: str, build: Callable[[], nn.Module], like: Tensor, seed: int, step: Step
+    ) -> tuple[str, nn.Module]:
+        """Return key and module of a block's head; one that is reset is a function of the step's seed."""
+        # Heads take maps of all sizes, so that only the channels and whether there is more than one place count.
+        shape = "x".join(str(min(side, 2) if i else side) for i, side in enumerate(_kind(like)))
+        key, salt, dtype = f"{name}, {shape}", int.from_bytes(name.encode(), "big"), accumulator_dtype(like)
+        if self.loss.update == "reset":
+            return key, made(build, mix(step.seed, salt), like.device, dtype)
+        return key, self.own.get(key, build, mix(seed, salt), like.device, dtype)
+
+    def keep(self, key: str, gradients: list[Tensor | None], rows: int) -> None:
+        """Keep the gradients of a batch of ``rows`` samples."""
+        if gradients:
+            self._pending[key] = [None if gradient is None else gradient / rows for gradient in gradients]
+
+    def settle(self, succeeded: bool) -> None:
+        """Hand over what was kept, or drop it."""
+        for key, gradients in self._pending.items() if succeeded else ():
+            self.own.add_gradients(key, gradients)
+        self._pending.clear()
+
+
+def _kind(like: Tensor) -> tuple[int, ...]:
+    return (like.shape[-1],) if like.dim() <= 3 else tuple(like.shape[1:])
