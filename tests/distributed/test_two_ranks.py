@@ -308,6 +308,8 @@ def test_nan_in_one_share_skips_the_batch_on_all(rule, directions):
 def test_losses_in_blocks_equal_one_process_on_the_union_batch(name, local):
     ranks = finished(local(name))
     assert_bit_equal(ranks)
+    if name == "guess in weights":
+        return  # each rank projects its own gradient on its own guess: a mean of projections, not that of the union
     single = worker.local(name, 0, 1)
     tolerance = {
         "peers": {"rtol": 1e-2, "atol": 1e-3},  # running means are each rank's own: they follow its part of the data
