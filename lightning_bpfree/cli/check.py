@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -74,7 +75,7 @@ class CostProbe(Callback):
         assert original is not None
 
         def plain() -> None:
-            with torch.no_grad(), trainer.precision_plugin.train_step_context():
+            with torch.no_grad(), rule.without(), trainer.precision_plugin.train_step_context():
                 original(*args)
 
         def ruled() -> None:
@@ -123,10 +124,10 @@ def check(blueprint: Blueprint, repeats: int = 3) -> list[Verdict]:
         except Exception as error:
             raise CommandError(f"the configuration cannot be built: {_said(error)}") from error
         verdicts = [_verdict(blueprint, name, choice, repeats) for name, choice in _choices(configured)]
-    obstacles = {verdict.obstacle for verdict in verdicts}
-    # Obstacles that rules name are theirs; one that all meet alike is the module's or the data's.
-    if len(obstacles) == 1 and all(verdict.cost is None for verdict in verdicts):
-        raise CommandError(f"no rule came as far as its first step: {obstacles.pop()}")
+    ((obstacle, times),) = Counter(verdict.obstacle for verdict in verdicts).most_common(1)
+    # Obstacles that rules name are theirs; one that several meet alike is the module's or the data's.
+    if times > 1 and all(verdict.cost is None for verdict in verdicts):
+        raise CommandError(f"no rule came as far as its first step: {obstacle}")
     return verdicts
 
 

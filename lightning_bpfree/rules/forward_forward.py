@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -148,6 +149,18 @@ class ForwardForward(TrainingRule):
         if self._network is not None:
             self._network.uninstall()
 
+    @contextlib.contextmanager
+    def without(self) -> Iterator[None]:
+        """Let the network be itself in this context."""
+        network = self._network
+        installed = network is not None and network.network.__dict__.get("forward") is network
+        self.uninstall()
+        try:
+            yield
+        finally:
+            if network is not None and installed:
+                network.install()
+
     def _made(self, network: nn.Module) -> GoodnessNetwork:
         parts = cut(network, self.blocks)
         self._settings.check_cut(parts)
@@ -230,7 +243,7 @@ class ForwardForward(TrainingRule):
             )
         if self._own is not None and work.embedding_gradient is not None:
             self._own.add_gradients(EMBEDDING, [work.embedding_gradient])
-        gradients = {**_of_the_rest(loss, step, set(work.gradients), self.parts), **work.gradients}
+        gradients = {**work.of_the_rest(loss, self.parts), **work.gradients}
         self._untrained = [slot.parameter for slot in step.trained if slot.name not in gradients]
         zeros = {slot.name: torch.zeros_like(slot.parameter) for slot in step.trained if slot.name not in gradients}
         metrics = {f"blocks/{name}": value for name, value in work.metrics.items()}
@@ -283,13 +296,3 @@ class ForwardForward(TrainingRule):
             self._peers.means = dict(state["peers"])
         if self._own is not None and state["own"] is not None:
             self._own.load_state_dict(state["own"])
-
-
-def _of_the_rest(loss: Tensor, step: Step, done: set[str], parts: Cut) -> dict[str, Tensor]:
-    """Return the exact gradients, of the user's loss, of parameters in no block."""
-    in_blocks = {id(parameter) for block in parts.blocks for parameter in block.parameters}
-    rest = [slot for slot in step.trained if id(slot.parameter) not in in_blocks and slot.name not in done]
-    if not rest or not loss.requires_grad:
-        return {}
-    grads = torch.autograd.grad(loss, [slot.parameter for slot in rest], allow_unused=True)
-    return {slot.name: grad for slot, grad in zip(rest, grads, strict=True) if grad is not None}

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_bpfree.core.blocks import Block, is_layer
+from lightning_bpfree.core.blocks import Block, Cut, is_layer
 from lightning_bpfree.core.directions import mix
 from lightning_bpfree.core.goodness import contrast, goodness
 from lightning_bpfree.core.labels import labels_of
@@ -44,8 +44,8 @@ class PeerNormalization:
         """
         units %= activity.dim()
         now = activity.detach().float().mean([d for d in range(activity.dim()) if d != units])
-        means = self.means.setdefault(block, torch.full_like(now, 0.5))
-        means.mul_(self.decay).add_(now, alpha=1 - self.decay)
+        before = self.means.get(block, torch.full_like(now, 0.5)).to(now.device)
+        means = self.means[block] = torch.lerp(now, before, self.decay)
         pull = (means.mean() - means).view(-1, *[1] * (total_input.dim() - 1 - units))
         # As in the contrast, the mean is over positive and negative samples.
         return -self.strength * (total_input * pull).sum() / (2 * len(total_input))
@@ -221,6 +221,15 @@ class GoodnessPass:
                 self.gradients[name] = self.gradients[name] + grad if name in self.gradients else grad
         if own:
             self.embedding_gradient = grads[-1]
+
+    def of_the_rest(self, loss: Tensor, parts: Cut) -> Params:
+        """Return the exact gradients, of the module's own loss, of parameters in no block."""
+        in_blocks = {id(parameter) for block in parts.blocks for parameter in block.parameters}
+        rest = [slot for slot in self.step.trained if id(slot.parameter) not in in_blocks]
+        if not rest or not loss.requires_grad:
+            return {}
+        grads = torch.autograd.grad(loss, [slot.parameter for slot in rest], allow_unused=True)
+        return {slot.name: grad for slot, grad in zip(rest, grads, strict=True) if grad is not None}
 
     def _refuse_a_graph(self, index: int, x: Tensor) -> None:
         """Refuse parameters that lie before a block but in none: no loss would reach them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -124,6 +125,10 @@ class TrainingRule(Callback, ABC):
         """The module's own training step while it is swapped; None outside of fit."""
         return None if self._swap is None else self._swap.original
 
+    def without(self) -> AbstractContextManager[None]:
+        """Return a context in which the module computes as it does without the rule."""
+        return nullcontext()
+
     # --- swap and undo ---
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -153,10 +158,10 @@ class TrainingRule(Callback, ABC):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say which rule trains what; called before the data loaders draw their order."""
         self._view = View(pl_module, self.params)
-        self.check(trainer, pl_module, self._view.slots)
         if self.record.seed is None:
             seed = torch.initial_seed() if self.seed is None else self.seed
             self.record.seed = int(trainer.strategy.broadcast(seed)) & ((1 << 63) - 1)
+        self.check(trainer, pl_module, self._view.slots)
         self._continue_streams()
         rank_zero_info(banner(self, self._view.slots, trainer))
         for logger in trainer.loggers:

@@ -1,4 +1,4 @@
-"""Measures what Forward-Forward costs beside backprop: time of a step, and memory against depth.
+"""Measures what Forward-Forward and local guesses cost beside backprop: time of a step, and memory against depth.
 
 python tests/benchmarks/local_learning.py --out docs/results/local_learning_benchmarks.json
 """
@@ -16,6 +16,7 @@ from run import Checkpointed, Classifier, backprop, batch, estimator, mlp, plain
 from torch import nn
 
 import lightning_bpfree as bpf
+from lightning_bpfree.core.params import ParameterSlots
 
 
 def ruled(rule: bpf.ForwardForward, module: pl.LightningModule, data: list[torch.Tensor]) -> Callable[[], None]:
@@ -68,6 +69,28 @@ def time_of_a_step() -> list[dict[str, object]]:
     return [*rows, row("step with Adam, Forward-Forward", what, best["rule"] / best["backprop"], 1.5)]
 
 
+GUESSES = {
+    "local learning (target local)": lambda: bpf.ForwardGradient(guess=bpf.LocalLoss(), target="local"),
+    "local guess, weights, network": lambda: bpf.ForwardGradient(guess=bpf.LocalLoss(), scope="network"),
+    "local guess, weights, block": lambda: bpf.ForwardGradient(guess=bpf.LocalLoss()),
+    "local guess, activations, block": lambda: bpf.ForwardGradient(guess=bpf.LocalLoss(), space="activations"),
+}
+
+
+def time_of_guesses() -> list[dict[str, object]]:
+    """A step along local guesses over a backprop step, 3 blocks; heads do not step here."""
+    data, runs = batch(128), {}
+    for name, make in GUESSES.items():
+        rule, module = make(), Classifier(mlp(1000, 3))
+        rule._guided.check(module, ParameterSlots(module))
+        runs[name] = estimator(rule, module, data)
+    module = Classifier(mlp(1000, 3))
+    best = seconds({"backprop": backprop(module, data), **runs}, repeats=12)
+    what = "without the optimizer, over backprop, 784-1000-1000-1000-10 in 3 blocks, batch 128"
+    limits = {"local learning (target local)": 1.6}
+    return [row(f"step, {n}", what, best[n] / best["backprop"], limits.get(n)) for n in GUESSES]
+
+
 def time_of_a_prediction() -> list[dict[str, object]]:
     """A prediction over a plain forward pass."""
     rows, data = [], batch(128)
@@ -113,7 +136,7 @@ def main() -> None:
     out = parser.parse_args().out
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = [*time_of_a_step(), *time_of_a_prediction(), *memory_against_depth()]
+    rows = [*time_of_a_step(), *time_of_guesses(), *time_of_a_prediction(), *memory_against_depth()]
     write(rows, f"python tests/benchmarks/local_learning.py --out {out}", out)
 
 
