@@ -101,11 +101,17 @@ def test_each_recipe_parses_and_says_how_to_run_it(name: str, base: str) -> None
     path = recipes.find(name)
     first, command = path.read_text().splitlines()[:2]
     assert first.startswith("# ")
-    assert command.startswith("# bpfree fit -c ")
-    files = [word for word in shlex.split(command)[4::2] if word != "mine.yaml"]
-    assert files == [name], "the command runs this recipe"
-    own = "\nmodel:" in path.read_text()
+    own, study = "\nmodel:" in path.read_text(), name.rpartition("/")[0]
+    if study.count("/"):  # part of a study: an overlay of its recipe, or one of the rules to compare with it
+        overlay = f"# bpfree fit -c {study} -c {name}", f"# bpfree compare -c {study} --rules {name} --out DIR"
+        assert command == overlay[0] if own else command.startswith(overlay[1].removesuffix(" --out DIR"))
+    else:
+        assert command.startswith("# bpfree fit -c ")
+        files = [word for word in shlex.split(command)[4::2] if word != "mine.yaml"]
+        assert files == [name], "the command runs this recipe"
     arguments = ["-c", str(path)] if own else ["-c", base, "-c", str(path)]
+    if own and study.count("/"):
+        arguments = ["-c", str(recipes.find(study)), *arguments]
     blueprint = Blueprint(arguments)  # checks every option against the signatures
     assert blueprint.config.model.class_path.endswith("Classifier")
     built = blueprint.build()
