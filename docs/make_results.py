@@ -4,6 +4,7 @@ A page marks a part by ``<!-- results:NAME -->`` and ``<!-- /results -->``; what
 
 - ``comparisons``: all comparisons; or the name of one, such as ``quickstart_comparison`` for the file
   ``docs/results/quickstart_comparison.json``, which is a ``comparison.json`` of ``bpfree compare``;
+- ``NAME:paired`` for such a file: differences between its rules, paired by seed;
 - ``benchmarks``: all rows of ``docs/results/benchmarks.json``; or ``benchmarks:TEXT``, those with TEXT in their name.
 
 ``--check`` writes nothing, and fails if a page or a figure is not what the files say.
@@ -19,6 +20,8 @@ import re
 import shlex
 import sys
 from pathlib import Path
+
+from paired import paired_tables
 
 DOCS = Path(__file__).parent
 RESULTS, IMAGES = DOCS / "results", DOCS / "img"
@@ -143,6 +146,8 @@ def part(name, page):
     if not path.exists():
         return MISSING
     found = json.loads(path.read_text(encoding="utf-8"))
+    if text == "paired":
+        return paired_tables(found, table)
     return benchmarks_part(found, text) if "rows" in found else comparison_part(name, found, page)
 
 
