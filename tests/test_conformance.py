@@ -15,6 +15,9 @@ RULES = {
     "forward_gradient_loop": partial(ForwardGradient, 3, chunk_size=1, orthogonal=True),
     "forward_gradient_vectorised": partial(ForwardGradient, 3, chunk_size=2, directions="rademacher"),
     "local_guess_weights": partial(ForwardGradient, guess=LocalLoss(blocks=ONE_BLOCK, network="net", update="freeze")),
+    "local_guess_activations": partial(
+        ForwardGradient, guess=LocalLoss(blocks=ONE_BLOCK, network="net", update="freeze"), space="activations"
+    ),
     "local_guess_local": partial(
         ForwardGradient,
         guess=LocalLoss("mlp", blocks=ONE_BLOCK, network="net", update="reset"),
@@ -30,8 +33,10 @@ RULES = {
 # What a rule refuses, or does otherwise on purpose; tests of its own show how.
 EXCEPTIONS = {
     ("local_guess_weights", "several_dataloaders"): "labels are those of one call",
+    ("local_guess_activations", "several_dataloaders"): "labels are those of one call",
     ("local_guess_local", "several_dataloaders"): "labels are those of one call",
     ("local_guess_weights", "the_signature_is_kept"): "needs labels",
+    ("local_guess_activations", "the_signature_is_kept"): "needs labels",
     ("local_guess_local", "the_signature_is_kept"): "needs labels",
     ("forward_forward_goodness", "several_dataloaders"): "one call of the network a step",
     ("forward_forward_readout", "several_dataloaders"): "one call of the network a step",

@@ -94,8 +94,12 @@ class LocalLoss:
         """
         if callable(self.heads):
             return self.heads(shape, num_classes)
-        convolves = any(isinstance(part, nn.Conv1d) for module in block.modules for part in module.modules())
-        return HEADS[self.heads](shape, num_classes, channels_first=convolves)
+        return HEADS[self.heads](shape, num_classes, channels_first=gives_channels_first(block))
+
+
+def gives_channels_first(block: Block) -> bool:
+    """Whether what leaves a block, ``(B, X, Y)``, is taken for a map of ``X`` channels, and not for ``X`` tokens."""
+    return any(isinstance(part, nn.Conv1d) for module in block.modules for part in module.modules())
 
 
 def _said(value: Any) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lightning_bpfree.core.blocks import Block
-from lightning_bpfree.core.forward_ad import directional_derivative, failing_layer
+from lightning_bpfree.core.forward_ad import NoForwardDerivativeError, directional_derivative, failing_layer
 from lightning_bpfree.core.params import Params, Slot, widen
 from lightning_bpfree.core.step import Step
 from lightning_bpfree.core.watching import Look, watched
@@ -93,11 +93,12 @@ def recorded(parts: Parts, leave: Look, *, graph: bool, output: bool = False, co
     Raises:
         MisconfigurationException: if a trained parameter of no block has an effect on a block, if a block does not run,
             or if the network's output is asked for and not seen.
+        NoForwardDerivativeError: if the loss is cut from the network's output.
     """
     step, outputs = parts.step, []
 
     def keep(_: int, out: Tensor) -> Tensor:
-        outputs.append(out if out.requires_grad else out.detach().requires_grad_())
+        outputs.append(out if out.requires_grad or not output else out.detach().requires_grad_())
         return outputs[-1]
 
     with contextlib.ExitStack() as stack:
@@ -105,8 +106,7 @@ def recorded(parts: Parts, leave: Look, *, graph: bool, output: bool = False, co
             trained = {id(slot.parameter): slot.name for slot in parts.rest}
             stack.enter_context(nothing_lost(parts.blocks, trained))
         ran = stack.enter_context(watched(parts.blocks, enter=_cut_off, leave=leave))
-        if output:
-            stack.enter_context(leaving({0: parts.network}, keep))
+        stack.enter_context(leaving({0: parts.network}, keep))
         loss = step.loss(None if graph else parts.detached, recorded=True, cost=cost)
     missing = [block.name for j, block in enumerate(parts.blocks) if j not in ran]
     if missing or (output and len(outputs) != 1):
@@ -118,12 +118,19 @@ def recorded(parts: Parts, leave: Look, *, graph: bool, output: bool = False, co
             f"{len(outputs)} times, and space='activations' needs the output of one call. Name the right module by "
             "network=..., or use space='weights'."
         )
-    sources: list[Tensor] = [*outputs, *(slot.parameter for slot in parts.rest)]
+    if any(out.requires_grad for out in outputs) and not loss.requires_grad:
+        raise NoForwardDerivativeError(
+            "No gradient comes from the loss to the network's output: the training step cuts it (argmax, accuracy, "
+            "NumPy, .item(), detach or no_grad). ZerothOrder() needs no derivative."
+        )
+    sources: list[Tensor] = [*outputs[:output], *(slot.parameter for slot in parts.rest)]
     found: Sequence[Tensor | None] = [None] * len(sources)
     if loss.requires_grad and sources:
         found = torch.autograd.grad(loss, sources, allow_unused=True)
+    if output and found[0] is None:
+        raise _other_way(parts)
     made = [torch.zeros_like(source) if grad is None else grad for source, grad in zip(sources, found, strict=True)]
-    rest = {slot.name: grad for slot, grad in zip(parts.rest, made[len(outputs) :], strict=True)}
+    rest = {slot.name: grad for slot, grad in zip(parts.rest, made[output:], strict=True)}
     return Outside(rest, made[0] if output else None)
 
 
@@ -229,35 +236,29 @@ def sample_slopes(
     Raises:
         MisconfigurationException: if the loss depends on the blocks by another way than the network's output.
     """
-    tangents: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def inject(j: int, z: Tensor) -> Tensor:
-        if j == len(parts.blocks):
-            tangents.append(forward_ad.unpack_dual(z).tangent)
-            return z
+        plain: Tensor
         plain, tangent = forward_ad.unpack_dual(z)
+        if j == len(parts.blocks):
+            outputs.append(z)
+            return plain  # so that a tangent of the loss tells of another way to it
         added = direction(j, plain)
         dual: Tensor = forward_ad.make_dual(plain, added if tangent is None else tangent + added)
         return dual
 
-    def evaluate() -> Tensor:
-        tangents.clear()
-        loss_fn = partial(parts.step.loss, recorded=False, cost=DUAL_COST)
-        return directional_derivative(loss_fn, {}, {})[1]
+    def each(_: Params) -> Tensor:
+        outputs.clear()
+        loss = parts.step.loss({}, recorded=False, cost=DUAL_COST)
+        if forward_ad.unpack_dual(loss).tangent is not None:
+            raise _other_way(parts)
+        products: Tensor = (widen(output_gradient) * widen(outputs[0])).flatten(1)
+        return products.sum(1)
 
     modules = {j: parts.blocks[j].modules[-1] for j in injected} | {len(parts.blocks): parts.network}
     with leaving(modules, inject):
-        slope = _explained(parts, evaluate)
-    if tangents[0] is None:
-        raise _other_way(parts)
-    each = (widen(output_gradient) * widen(tangents[0])).flatten(1)
-    # The dual pass tells the slope of the whole batch anyway: it must be what samples have together.
-    error = (each.sum() - widen(slope)).abs() / each.abs().sum().clamp_min(torch.finfo(each.dtype).tiny)
-    exact = output_gradient.dtype == slope.dtype == tangents[0].dtype and slope.dtype.itemsize >= 4
-    if bool(error > (1e-3 if exact and not torch.is_autocast_enabled(slope.device.type) else 0.3)):
-        raise _other_way(parts)
-    slope_of_each: Tensor = each.sum(1)
-    return slope_of_each
+        return _explained(parts, lambda: directional_derivative(each, {}, {})[1])
 
 
 def _other_way(parts: Parts) -> MisconfigurationException:

@@ -114,7 +114,7 @@ class Batch:
         if (role, j) not in self._made:
             heads, block = self.heads[role], self.parts.blocks[j]
             build = partial(heads.loss.head, tuple(z.shape[1:]), self.num_classes, block)
-            self._made[role, j] = heads.of(block.name, build, z, self.seed, self.step)
+            self._made[role, j] = heads.of(block, build, z, self.seed, self.step)
         return self._made[role, j]
 
     def _labels_for(self, z: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from lightning_bpfree.core.blocks import Block
 from lightning_bpfree.core.directions import accumulator_dtype, mix
 from lightning_bpfree.core.step import Step
-from lightning_bpfree.nn.local_loss import LocalLoss
+from lightning_bpfree.nn.local_loss import LocalLoss, gives_channels_first
 from lightning_bpfree.rules.own_modules import OwnModules, made
 
 
@@ -25,15 +26,13 @@ class Heads:
         self._pending: dict[str, list[Tensor | None]] = {}
 
     def of(
-        self, name: str, build: Callable[[], nn.Module], like: Tensor, seed: int, step: Step
+        self, block: Block, build: Callable[[], nn.Module], like: Tensor, seed: int, step: Step
     ) -> tuple[str, nn.Module]:
         """Return key and module of a block's head; one that is reset is a function of the step's seed."""
-        # Heads take maps of all sizes, so that only the channels and whether there is more than one place count.
-        shape = "x".join(str(min(side, 2) if i else side) for i, side in enumerate(_kind(like)))
-        key, salt, dtype = f"{name}, {shape}", int.from_bytes(name.encode(), "big"), accumulator_dtype(like)
+        key, salt, dtype = f"{block.name}, {_kind(block, like)}", block.name.encode(), accumulator_dtype(like)
         if self.loss.update == "reset":
-            return key, made(build, mix(step.seed, salt), like.device, dtype)
-        return key, self.own.get(key, build, mix(seed, salt), like.device, dtype)
+            return key, made(build, mix(step.seed, *salt), like.device, dtype)
+        return key, self.own.get(key, build, mix(seed, *salt), like.device, dtype)
 
     def keep(self, key: str, gradients: list[Tensor | None], rows: int) -> None:
         """Keep the gradients of a batch of ``rows`` samples."""
@@ -47,5 +46,8 @@ class Heads:
         self._pending.clear()
 
 
-def _kind(like: Tensor) -> tuple[int, ...]:
-    return (like.shape[-1],) if like.dim() <= 3 else tuple(like.shape[1:])
+def _kind(block: Block, like: Tensor) -> str:
+    """Return what tells one head of a block from another: they take maps of all sizes, and any number of tokens."""
+    if like.dim() < 3 or (like.dim() == 3 and not gives_channels_first(block)):
+        return str(like.shape[-1])
+    return "x".join([str(like.shape[1]), *(str(min(side, 2)) for side in like.shape[2:])])

@@ -80,6 +80,7 @@ LOCAL_RULES: dict[str, Callable[[], bpf.TrainingRule]] = {
     "readout": partial(bpf.ForwardForward, negatives=next_label, prediction="readout"),
     "embedding": partial(bpf.ForwardForward, negatives=next_label, label="embedding"),
     "guess in weights": partial(bpf.ForwardGradient, guess=bpf.LocalLoss(optimizer="sgd", lr=0.1)),
+    "guess at outputs": partial(bpf.ForwardGradient, guess=bpf.LocalLoss(optimizer="sgd", lr=0.1), space="activations"),
     "guess in activations": partial(
         bpf.ForwardGradient, guess=bpf.LocalLoss("mlp", optimizer="sgd", lr=0.1), target="local", space="activations"
     ),

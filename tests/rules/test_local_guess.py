@@ -303,6 +303,30 @@ def test_random_activations_are_unbiased_along_the_gradient_with_the_spread_of_t
     assert float(square) == pytest.approx(variance, rel=0.5)  # of 200 draws: 10 to 12 % at one standard error
 
 
+@pytest.mark.parametrize("target", ["global", "local"])
+def test_several_random_activations_count_as_their_mean(target, monkeypatch):
+    own = local_guess.Batch._random_at
+    monkeypatch.setattr(local_guess.Batch, "_random_at", lambda self, k, j, z: own(self, 0, j, z))
+    one, three = (step(ForwardGradient(k, space="activations", target=target, seed=1)) for k in (1, 3))
+    close(one, three, rtol=1e-10, atol=1e-14)  # three times the same direction
+
+
+def test_random_activations_differ_between_blocks_ranks_and_directions(monkeypatch):
+    drawn, own = [], local_guess.Batch._random_at
+
+    def kept(self, k, j, z):
+        drawn.append(own(self, k, j, z))
+        self.rank += 1
+        drawn.append(own(self, k, j, z))
+        self.rank -= 1
+        return drawn[-2]
+
+    monkeypatch.setattr(local_guess.Batch, "_random_at", kept)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    steps(ForwardGradient(2, space="activations", target="local", seed=1), net=net)
+    assert len(drawn) == len({tuple(v.flatten().tolist()) for v in drawn}) == 2 * 2 * 2
+
+
 @pytest.mark.parametrize("scope", ["network", "block", "tensor"])
 def test_random_weights_of_blocks_are_unbiased_along_the_gradient(scope):
     truth = part(step(Backprop()))
@@ -620,6 +644,29 @@ def test_a_loss_that_reads_the_blocks_past_the_networks_output_is_noticed():
     with pytest.raises(MisconfigurationException, match="depends on its blocks by another way"):
         step(ForwardGradient(space="activations", **blocks), kind=Penalty, net=Net().double())
     step(ForwardGradient(guess=LocalLoss(blocks=["first"])), kind=Penalty, net=Net().double())
+    step(ForwardGradient(space="activations", target="local", **blocks), kind=Penalty, net=Net().double())
+
+
+@pytest.mark.parametrize("how", [{"guess": LocalLoss()}, {"guess": LocalLoss(), "target": "local"}])
+@pytest.mark.parametrize("space", SPACES)
+def test_a_loss_that_is_cut_from_the_network_is_noticed(how, space):
+    class Item(Problem):
+        def training_step(self, batch, index):
+            return F.cross_entropy(self.net(batch[0]), batch[1]).item()
+
+    with pytest.raises(MisconfigurationException, match=r"comes from the loss to the network's output.*ZerothOrder"):
+        step(ForwardGradient(**how, space=space), kind=Item)
+
+
+@pytest.mark.parametrize("guess", [None, FROZEN()])
+def test_slopes_of_samples_survive_a_loss_that_has_nothing_left_to_learn(guess):
+    """In float32 the slope of a loss near zero is rounding; it must not be taken for another way to the loss."""
+    net = chain(torch.float32)
+    net[4].bias.data.copy_(torch.tensor([30.0, 0.0, 0.0]))
+    data = data_in(torch.float32)
+    data.dataset.tensors = (data.dataset.tensors[0], torch.zeros(16, dtype=torch.int64))
+    made = step(ForwardGradient(guess=guess, space="activations", seed=1), net=net, data=data, dtype=torch.float32)
+    assert float(flat(made).abs().max()) < 1e-6
 
 
 def test_nan_is_not_learned_from():
