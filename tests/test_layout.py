@@ -26,6 +26,7 @@ OPTIONAL = ["jsonargparse", "rich", "sklearn", "matplotlib", "wandb", "transform
 LONGEST = 300
 # Files that are still longer, and why.
 LONGER = {
+    "rules/forward_forward.py": 330,  # a third of it are the arguments and their documentation
     "rules/training_rule.py": 330,  # the hooks of one callback, which belong together; its helpers have moved out
 }
 

@@ -65,6 +65,7 @@ class CostProbe(Callback):
         trainer.should_stop = True
         rule = next(cb for cb in trainer.callbacks if isinstance(cb, TrainingRule))  # type: ignore[attr-defined]
         rule.start_epoch, rule.stop_epoch = 0, None  # the rule's own epochs may lie further on
+        rule.on_train_epoch_start(trainer, pl_module)
         takes_index = "batch_idx" in inspect.signature(pl_module.training_step).parameters
         with Quiet(pl_module)():
             self.cost = self._measured(trainer, rule, (batch, batch_idx) if takes_index else (batch,))

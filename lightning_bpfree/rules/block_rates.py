@@ -35,12 +35,18 @@ class BlockRates:
         for _, factor in factors:
             if not 0 <= factor < float("inf"):
                 raise ValueError(f"learning_rates: a factor of {factor}; give numbers of at least 0.")
-        self.factors = [(parameter, factor) for listed, factor in factors for parameter in listed if factor != 1]
+        found: dict[int, tuple[nn.Parameter, float]] = {}
+        for listed, factor in factors:
+            for parameter in listed:
+                if found.setdefault(id(parameter), (parameter, factor))[1] != factor:
+                    raise ValueError("learning_rates: a weight that two blocks share has two factors; give them one.")
+        self.factors = [(parameter, factor) for parameter, factor in found.values() if factor != 1]
         self._before: list[torch.Tensor] = []
         self._handles: list[Any] = []
 
     def attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Listen to the steps of ``optimizers``."""
+        """Listen to the steps of ``optimizers``, and to no others."""
+        self.detach()
         for optimizer in optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._remember))
             self._handles.append(optimizer.register_step_post_hook(self._scale))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_bpfree.core.blocks import Blocks, Cut, cut, find_network
@@ -20,7 +21,7 @@ from lightning_bpfree.core.labels import LabelsOf
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.step import Estimate, Step
 from lightning_bpfree.rules.block_rates import BlockRates
-from lightning_bpfree.rules.goodness_network import EMBEDDING, GoodnessNetwork
+from lightning_bpfree.rules.goodness_network import EMBEDDING, GoodnessNetwork, strip
 from lightning_bpfree.rules.goodness_pass import GoodnessPass, PeerNormalization
 from lightning_bpfree.rules.goodness_settings import GoodnessSettings
 from lightning_bpfree.rules.own_modules import OwnModules
@@ -124,8 +125,8 @@ class ForwardForward(TrainingRule):
         self._own = OwnModules("adam", embedding_lr) if label == "embedding" else None
         self._network: GoodnessNetwork | None = None
         self._rates: BlockRates | None = None
-        self._rank, self._greedy = 0, 0
-        self._untrained: list[nn.Parameter] = []
+        self._rank, self._greedy, self._loaded = 0, 0, False
+        self._learned: set[int] = set()  # ids of parameters with a gradient since the last step of the optimizer
 
     # --- the network's forward pass ---
 
@@ -140,20 +141,28 @@ class ForwardForward(TrainingRule):
         """
         _, network = find_network(module, self.network)
         if self._network is None or self._network.network is not network:
-            self.uninstall()
-            self._network = self._made(network)
+            if self._network is not None and not self._loaded:  # another network: it starts afresh
+                self._own = None if self._own is None else OwnModules("adam", self.embedding_lr)
+                self._peers = None if self._peers is None else PeerNormalization(self.peer_normalization)
+            self._network, self._loaded = self._made(network), False
         self._network.install()
 
-    def uninstall(self) -> None:
-        """Give the network's own forward pass back."""
-        if self._network is not None:
+    def uninstall(self, module: nn.Module | None = None) -> None:
+        """Give the network's own forward pass back.
+
+        Args:
+            module: whose network, such as a copy of the one in training; None for the last one that was installed.
+        """
+        if module is not None:
+            strip(find_network(module, self.network)[1])
+        elif self._network is not None:
             self._network.uninstall()
 
     @contextlib.contextmanager
     def without(self) -> Iterator[None]:
         """Let the network be itself in this context."""
         network = self._network
-        installed = network is not None and network.network.__dict__.get("forward") is network
+        installed = network is not None and network.installed
         self.uninstall()
         try:
             yield
@@ -169,7 +178,9 @@ class ForwardForward(TrainingRule):
                 f"learning_rates={list(self.learning_rates)}: give one factor for each of the {len(parts.blocks)} "
                 f"blocks ({', '.join(block.name for block in parts.blocks)})."
             )
-        return GoodnessNetwork(network, parts, self._settings, self._own, self.record.seed or 0)
+        if self.record.seed is None:
+            self.record.seed = self.seed
+        return GoodnessNetwork(network, parts, self._settings, self._own, self.record)
 
     @property
     def parts(self) -> Cut:
@@ -180,7 +191,7 @@ class ForwardForward(TrainingRule):
     # --- one fit ---
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Swap the training step; outside of fit, let the network predict as it was trained."""
+        """Swap the training step."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             compiled = compiled_parts(pl_module)
@@ -189,8 +200,15 @@ class ForwardForward(TrainingRule):
                     f"ForwardForward looks into the network while it runs, which torch.compile does not allow: "
                     f"{', '.join(compiled)} is compiled. Train the module as it was before torch.compile."
                 )
-        elif self.stop_epoch is None:
-            self.install(pl_module)
+
+    def _predict_as_trained(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            return
+        history = self.record.history
+        by_this_rule = history[-1]["rule"] == self.record.rule if history else self.active(0)
+        self.install(pl_module) if by_this_rule else self.uninstall(pl_module)
+
+    on_validation_start = on_test_start = on_predict_start = _predict_as_trained
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
         """Cut the network into blocks."""
@@ -201,10 +219,11 @@ class ForwardForward(TrainingRule):
                 f"ForwardForward(params={self.params!r}): none of these parameters is in a block, so nothing would be "
                 f"trained. The blocks: {', '.join(block.name for block in self.parts.blocks)}."
             )
-        if self.schedule == "greedy" and self.epochs_per_block is None and (trainer.max_epochs or -1) < 0:
+        if self.schedule == "greedy" and self._epochs_of_a_block(trainer) < 1:
             raise MisconfigurationException(
-                "ForwardForward(schedule='greedy'): the Trainer has no max_epochs to share out among the blocks; pass "
-                "epochs_per_block."
+                f"ForwardForward(schedule='greedy'): max_epochs={trainer.max_epochs} and stop_epoch={self.stop_epoch} "
+                f"leave no epoch for each of {len(self.parts.blocks)} blocks. Give the Trainer more max_epochs, or "
+                "pass epochs_per_block."
             )
         if not self.active(trainer.current_epoch):
             self.uninstall()
@@ -212,19 +231,23 @@ class ForwardForward(TrainingRule):
         if self.learning_rates is not None:
             pairs = zip(self.parts.blocks, self.learning_rates, strict=True)
             self._rates = BlockRates([(block.parameters, factor) for block, factor in pairs])
-            self._rates.attach(trainer.optimizers)
+
+    def _epochs_of_a_block(self, trainer: pl.Trainer) -> int:
+        ends = [end for end in (trainer.max_epochs, self.stop_epoch) if end is not None and end >= 0]
+        return self.epochs_per_block or (min(ends, default=0) - self.start_epoch) // len(self.parts.blocks)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note whose epoch this is, and which block's."""
         super().on_train_epoch_start(trainer, pl_module)
+        if self._rates is not None:
+            self._rates.attach(trainer.optimizers if self.active(trainer.current_epoch) else [])
         if not self.active(trainer.current_epoch):
             self.uninstall()
             return
         self.install(pl_module)
         if self.schedule == "greedy":
-            num = len(self.parts.blocks)
-            each = self.epochs_per_block or max(1, ((trainer.max_epochs or 1) - self.start_epoch) // num)
-            self._greedy = min(num - 1, (trainer.current_epoch - self.start_epoch) // each)
+            turn = (trainer.current_epoch - self.start_epoch) // max(1, self._epochs_of_a_block(trainer))
+            self._greedy = min(len(self.parts.blocks) - 1, turn)
 
     def estimate(self, step: Step) -> Estimate:
         """Return the user's loss, and the gradient of every block's own loss."""
@@ -244,7 +267,7 @@ class ForwardForward(TrainingRule):
         if self._own is not None and work.embedding_gradient is not None:
             self._own.add_gradients(EMBEDDING, [work.embedding_gradient])
         gradients = {**work.of_the_rest(loss, self.parts), **work.gradients}
-        self._untrained = [slot.parameter for slot in step.trained if slot.name not in gradients]
+        self._learned |= {id(slot.parameter) for slot in step.trained if slot.name in gradients}
         zeros = {slot.name: torch.zeros_like(slot.parameter) for slot in step.trained if slot.name not in gradients}
         metrics = {f"blocks/{name}": value for name, value in work.metrics.items()}
         return Estimate(loss.detach(), {**gradients, **zeros}, metrics)
@@ -257,8 +280,10 @@ class ForwardForward(TrainingRule):
             mean = partial(trainer.strategy.reduce, reduce_op="mean")
             self._own.step(mean if ranks > 1 else None)
         if self.active(trainer.current_epoch):
-            for parameter in self._untrained:
-                parameter.grad = None  # a gradient of zero would still move it, by momentum or weight decay
+            for parameter in pl_module.parameters():
+                if id(parameter) not in self._learned:
+                    parameter.grad = None  # a gradient of zero would still move it, by momentum or weight decay
+        self._learned.clear()
 
     def describe(self) -> dict[str, str]:
         """Return rows for the banner."""
@@ -292,6 +317,7 @@ class ForwardForward(TrainingRule):
 
     def load_rule_state(self, state: dict[str, Any]) -> None:
         """Take running means and label embedding back."""
+        self._loaded = True
         if self._peers is not None:
             self._peers.means = dict(state["peers"])
         if self._own is not None and state["own"] is not None:

@@ -16,6 +16,7 @@ from lightning_bpfree.core.negatives import overlaid
 from lightning_bpfree.core.watching import watched
 from lightning_bpfree.nn.label_embedding import LabelEmbedding
 from lightning_bpfree.rules.own_modules import OwnModules
+from lightning_bpfree.rules.record import Record
 
 if TYPE_CHECKING:
     from lightning_bpfree.rules.goodness_settings import GoodnessSettings
@@ -51,8 +52,8 @@ class _LastBlockReached(Exception):  # noqa: N818  # no error: it leaves a forwa
 class _Embedding:
     """Makes the label embedding when the shape of what enters the first block is known."""
 
-    def __init__(self, own: OwnModules, num_classes: int, seed: int) -> None:
-        self.own, self.num_classes, self.seed = own, num_classes, seed
+    def __init__(self, own: OwnModules, num_classes: int, record: Record | None) -> None:
+        self.own, self.num_classes, self.record = own, num_classes, record
 
     def __call__(self, x: Tensor) -> LabelEmbedding:
         if not x.is_floating_point():
@@ -61,7 +62,8 @@ class _Embedding:
                 "block behind the token embedding, or pass a function (inputs, labels) -> inputs."
             )
         build = partial(LabelEmbedding, self.num_classes, x.shape[1:])
-        module = self.own.get(EMBEDDING, build, self.seed, x.device)
+        seed = 0 if self.record is None else self.record.seed or 0
+        module = self.own.get(EMBEDDING, build, seed, x.device)
         assert isinstance(module, LabelEmbedding)
         return module
 
@@ -74,7 +76,7 @@ class GoodnessNetwork:
         parts: its blocks, and the readout.
         settings: how it is read.
         own: holds the label embedding, if there is one.
-        seed: of the embedding's start.
+        record: knows the seed of the embedding's start.
     """
 
     def __init__(
@@ -83,25 +85,28 @@ class GoodnessNetwork:
         parts: Cut,
         settings: GoodnessSettings,
         own: OwnModules | None = None,
-        seed: int = 0,
+        record: Record | None = None,
     ) -> None:
         self.network, self.parts, self.settings = network, parts, settings
         self.num_classes = settings.num_classes or _last_width(network)
-        self.label_embedding = None if own is None else _Embedding(own, self.num_classes, seed)
+        self.label_embedding = None if own is None else _Embedding(own, self.num_classes, record)
         self.training_pass: TrainingPass | None = None
-        self._own = network.__dict__.get("forward")
+        own_forward = network.__dict__.get("forward")
+        self._own: Any = own_forward._own if isinstance(own_forward, GoodnessNetwork) else own_forward
 
     def install(self) -> None:
         """Take the place of the network's forward pass."""
         self.network.forward = self
 
     def uninstall(self) -> None:
-        """Give the network's own forward pass back, unless someone has replaced it since."""
-        if self.network.__dict__.get("forward") is self:
-            if self._own is None:
-                del self.network.__dict__["forward"]
-            else:
-                self.network.forward = self._own
+        """Give the network's own forward pass back, unless someone else has replaced it since."""
+        if self.installed:
+            strip(self.network)
+
+    @property
+    def installed(self) -> bool:
+        """Whether the network predicts by this."""
+        return self.network.__dict__.get("forward") is self
 
     def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the scores, as the network's callers see them."""
@@ -140,12 +145,21 @@ class GoodnessNetwork:
         """Return the goodness in every block of inputs with their labels."""
         found: list[Tensor] = []
 
-        def leave(_index: int, activity: Tensor) -> Tensor:
+        def leave(index: int, activity: Tensor) -> Tensor:
+            self.check_rows(index, activity, len(folded))
             found.append(goodness(activity, self.settings.goodness))
             return activity
 
         self.run(folded, rows, call, leave, stop_behind=len(self.parts.blocks) - 1)
         return found
+
+    def check_rows(self, index: int, activity: Tensor, rows: int) -> None:
+        """Refuse activities whose first dimension does not count the samples."""
+        if len(activity) != rows:
+            raise ValueError(
+                f"ForwardForward: block {self.parts.blocks[index].name} gives {tuple(activity.shape)} for {rows} "
+                "samples; their number must come first (batch_first=True)."
+            )
 
     def total(self, found: Sequence[Tensor]) -> Tensor:
         """Return the sum over the blocks that count."""
@@ -222,6 +236,16 @@ class GoodnessNetwork:
         if self.settings.prediction == "readout":
             return passes + 1.0
         return passes + (self.num_classes if self.settings.negatives == "hard" else 0.0)
+
+
+def strip(network: nn.Module) -> None:
+    """Give a network its own forward pass back, whichever rule has replaced it."""
+    stand_in = network.__dict__.get("forward")
+    if isinstance(stand_in, GoodnessNetwork):
+        if stand_in._own is None:
+            del network.__dict__["forward"]
+        else:
+            network.forward = stand_in._own
 
 
 def _weighted(modules: Sequence[nn.Module]) -> list[Any]:

@@ -97,6 +97,7 @@ class GoodnessPass:
                 "ForwardForward: the training step calls its network more than once. One call a step is needed: put "
                 "the inputs together (torch.cat) and call it once."
             )
+        self._refuse_a_graph(0, inputs)
         wanted = self.settings
         needs_labels = wanted.label != "none" or wanted.negatives != "hybrid"
         labels = labels_of(self.step.args[0], len(inputs), network.num_classes, wanted.labels) if needs_labels else None
@@ -174,6 +175,7 @@ class GoodnessPass:
         handles = [self._listen(index, block, total_inputs) for index, block in enumerate(blocks)] if self.peers else []
 
         def leave(index: int, activity: Tensor) -> Tensor:
+            network.check_rows(index, activity, len(both))
             good = goodness(activity, kind)
             found.append(good.detach())
             if index in self.trained_blocks:
@@ -212,8 +214,14 @@ class GoodnessPass:
     def _differentiate(self, block: Block, own: list[Tensor], loss: Tensor) -> None:
         """Add the gradient of one block's loss; its graph ends here, and so does its memory."""
         trained = [parameter for parameter in block.parameters if id(parameter) in self.names]
-        if not loss.requires_grad or not trained + own:
+        if not trained + own:
             return
+        if trained and not loss.requires_grad:
+            raise MisconfigurationException(
+                f"ForwardForward: block {block.name} ran without a graph, so that nothing in it would learn. Do not "
+                "run it under torch.no_grad, nor in a checkpoint with use_reentrant=True; inside a block, "
+                "checkpoints with use_reentrant=False work."
+            )
         grads = torch.autograd.grad(loss, [*trained, *own], allow_unused=True)
         for parameter, grad in zip(trained, grads[: len(trained)], strict=True):
             if grad is not None:
@@ -236,6 +244,8 @@ class GoodnessPass:
         if not x.requires_grad:
             return
         trained = [slot for slot in self.step.trained if slot.name not in self.gradients]
+        if not trained:
+            return
         grads = torch.autograd.grad(x.sum(), [slot.parameter for slot in trained], allow_unused=True)
         lost = [slot.name for slot, grad in zip(trained, grads, strict=True) if grad is not None]
         if lost:

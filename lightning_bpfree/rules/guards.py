@@ -43,6 +43,13 @@ def check_fit(rule: TrainingRule, rules: list[str], trainer: pl.Trainer, module:
             f"{name} evaluates a batch several times, but {type(module).__name__}.training_step takes dataloader_iter "
             "and would use up a new batch at each evaluation. Take (batch, batch_idx) instead."
         )
+    for part in module.modules():
+        stand_in = part.__dict__.get("forward")
+        if type(stand_in).__name__ == "GoodnessNetwork" and rule.estimates_user_loss:
+            raise MisconfigurationException(
+                f"{name} would train through the goodness of labels: ForwardForward has trained {type(part).__name__}, "
+                "which still predicts in its way. Call ForwardForward(...).uninstall(module) first."
+            )
     _check_strategy(rule, trainer)
 
 

@@ -116,10 +116,13 @@ class OwnModules:
             return module
         if module is not None:
             self._saved[key] = self._state_of(key)
-        module = made(build, seed, device, dtype)
         saved = self._saved.get(key)
+        with torch.inference_mode(False):  # it may be asked for while Lightning validates, and is to be trained later
+            module = made(build, seed, device, dtype)
+            start = module.state_dict() if saved is None else saved["module"]
+            start = {name: tensor.clone() for name, tensor in start.items()}
         try:
-            module.load_state_dict(module.state_dict() if saved is None else saved["module"])
+            module.load_state_dict(start)
         except RuntimeError as error:
             raise ValueError(
                 f"The checkpoint's {key} does not fit the one that is made now: resume with the arguments that the "
@@ -144,6 +147,8 @@ class OwnModules:
             reduce: takes the mean of a tensor over ranks; None on one.
         """
         for key, (total, times) in self._sums.items():
+            if any(gradient is not None and not bool(torch.isfinite(gradient).all()) for gradient in total):
+                continue  # as a gradient scaler leaves out such a step of the user's parameters
             for parameter, gradient in zip(self._modules[key].parameters(), total, strict=True):
                 if gradient is not None:
                     mean = (gradient / times).to(parameter.dtype)

@@ -374,7 +374,7 @@ def test_greedy_blocks_learn_one_after_the_other():
 
 
 def test_greedy_and_simultaneous_agree_on_the_first_block():
-    greedy = gradients(bpf.ForwardForward(schedule="greedy", seed=1))
+    greedy = gradients(bpf.ForwardForward(schedule="greedy", seed=1), max_epochs=3)
     together = gradients(bpf.ForwardForward(seed=1))
     assert set(greedy) == {"net.layers.0.weight", "net.layers.0.bias"}
     assert all(torch.equal(greedy[name], together[name]) for name in greedy)
@@ -471,6 +471,131 @@ def test_digits_are_learned_in_seconds(blocks, least):
         trainer.fit(module, data)
     (found,) = trainer.test(module, data, verbose=False)
     assert found["test_acc"] >= least
+
+
+# --- one rule, several fits and modules ----------------------------------------------------------------------------
+
+
+def test_a_fitted_module_can_be_fitted_again_by_another_rule_object_and_freed_from_a_copy():
+    module = problem(lr=0.01)
+    fitted(module, loader(), bpf.ForwardForward())
+    fitted(module, loader(), bpf.ForwardForward())
+    twin = copy.deepcopy(module.net)
+    x = torch.randn(2, 6)
+    bpf.ForwardForward(network="").uninstall(twin)
+    assert torch.equal(twin(x), module.net.layers(x))
+    assert not torch.equal(module.net(x), module.net.layers(x))
+
+
+def test_another_rule_does_not_train_through_goodness_unnoticed():
+    module, rule = problem(lr=0.01), bpf.ForwardForward()
+    fitted(module, loader(), rule)
+    with pytest.raises(MisconfigurationException, match=r"uninstall\(module\) first"):
+        fitted(module, loader(), bpf.Backprop())
+    rule.uninstall()
+    fitted(module, loader(), bpf.Backprop())
+
+
+def test_validating_before_the_fit_does_no_harm():
+    class Tests(Problem):
+        def test_step(self, batch, batch_idx):
+            self.net(batch[0])
+
+    torch.manual_seed(0)
+    module, rule = Tests(MLP(6, [8, 8], 3), lr=0.1), bpf.ForwardForward(label="embedding", seed=5)
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    pl.Trainer(callbacks=[rule], **options).test(module, loader(), verbose=False)
+    before = rule.rule_state()["own"]["label_embedding"]["module"]["patterns"]
+    fitted(module, loader(), rule)
+    after = rule.rule_state()["own"]["label_embedding"]["module"]["patterns"]
+    assert not torch.equal(before, after)
+
+
+def test_a_second_module_starts_afresh_and_leaves_the_first_as_it_is():
+    rule, one, two = bpf.ForwardForward(label="embedding"), problem(lr=0.1), Problem(MLP(6, [5, 5], 3), lr=0.1)
+    fitted(one, loader(), rule)
+    x = torch.randn(3, 6)
+    expected = one.net(x)
+    fitted(two, loader(), rule)
+    assert torch.equal(one.net(x), expected)
+
+
+def test_predictions_follow_the_rule_of_the_last_epoch():
+    class Tests(Problem):
+        def test_step(self, batch, batch_idx):
+            self.seen = self.net(batch[0]), self.net.layers(batch[0])
+
+    for window, by_goodness in (({"start_epoch": 5}, False), ({"stop_epoch": 1}, True), ({}, True)):
+        torch.manual_seed(0)
+        module = Tests(MLP(6, [8, 8], 3), lr=0.1)
+        fitted(module, loader(), bpf.ForwardForward(**window)).test(module, loader(), verbose=False)
+        assert torch.equal(*module.seen) != by_goodness
+
+
+def test_factors_on_the_learning_rate_end_with_the_rules_epochs():
+    plain, factored = problem(lr=0.1), problem(lr=0.1)
+    fitted(plain, loader())
+    fitted(factored, loader(), bpf.ForwardForward(start_epoch=1, learning_rates=[0, 1, 1]))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), factored.parameters(), strict=True))
+
+
+def test_what_only_one_micro_batch_needs_learns_from_it():
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts, self.turn = nn.ModuleList([nn.Linear(6, 8), nn.Linear(6, 8)]), 0
+
+        def forward(self, x):
+            self.turn += 1
+            return self.experts[self.turn % 2](x).relu()
+
+    torch.manual_seed(0)
+    module = Problem(nn.Sequential(Experts(), nn.Linear(8, 3)), lr=0.1)
+    before = [p.clone() for p in module.net[0].parameters()]
+    fitted(module, loader(rows=32), bpf.ForwardForward(["0"]), accumulate_grad_batches=2)
+    assert not any(torch.equal(p, b) for p, b in zip(module.net[0].parameters(), before, strict=True))
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.head = nn.Linear(2, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.one(x.view(len(x), 3, 2).transpose(0, 1)).mean(0))
+
+
+class NoGraph(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.one(x)
+        return self.head(x)
+
+
+class Upstream(Problem):
+    def __init__(self) -> None:
+        super().__init__(MLP(6, [8], 3))
+        self.before = nn.Linear(6, 6)
+
+    def training_step(self, batch, index):
+        return self.net(self.before(batch[0])).sum()
+
+
+@pytest.mark.parametrize(
+    ("module", "blocks", "error", "said"),
+    [
+        (lambda: Problem(SequenceFirst()), ["one"], ValueError, r"gives \(3, 32, 8\) for 32 samples.*batch_first"),
+        (lambda: Problem(NoGraph()), ["one"], MisconfigurationException, "one ran without a graph.*no_grad"),
+        (Upstream, 1, MisconfigurationException, r"before\.weight.*in no block"),
+    ],
+)
+def test_what_would_train_nothing_or_nonsense_is_refused(module, blocks, error, said):
+    with pytest.raises(error, match=said):
+        fitted(module(), loader(), bpf.ForwardForward(blocks, network="net"))
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------
