@@ -21,9 +21,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from paired import paired_tables
-
 DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))  # this file is run as a script and loaded by path: its neighbour is found either way
+
+from paired import paired_tables  # noqa: E402
+
 RESULTS, IMAGES = DOCS / "results", DOCS / "img"
 PART = re.compile(r"(<!-- results:(?P<name>[^>]+?) -->\n).*?(<!-- /results -->)", re.DOTALL)
 TITLES = {"epochs": "the same epochs", "forwards": "the same forward passes"}
