@@ -429,6 +429,29 @@ def test_a_block_learns_from_its_own_loss_alone():
         assert torch.equal(grad, wild[name]) == name.startswith("net.0.")
 
 
+class Probe(nn.Module):
+    """Keeps whether what comes in has a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.graphs = []
+
+    def forward(self, x):
+        self.graphs.append(x.requires_grad)
+        return x
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("target", ["global", "local"])
+def test_graphs_end_at_blocks(space, target):
+    """Else all blocks would be held at once, as in backprop."""
+    net = nn.Sequential(nn.Linear(6, 7), Probe(), nn.Linear(7, 5), Probe(), nn.Linear(5, 3)).double()
+    step(ForwardGradient(guess=LocalLoss(blocks=[["0"], ["1", "2"]]), space=space, target=target), net=net)
+    for probe in (net[1], net[3]):
+        assert probe.graphs
+        assert not any(probe.graphs)
+
+
 def test_reset_heads_are_new_for_every_batch_and_frozen_ones_stay(monkeypatch):
     same = torch.utils.data.DataLoader(data_in(torch.float64).dataset, batch_sampler=[list(range(16))] * 3)
 
