@@ -88,7 +88,7 @@ class GoodnessNetwork:
         record: Record | None = None,
     ) -> None:
         self.network, self.parts, self.settings = network, parts, settings
-        self.num_classes = settings.num_classes or _last_width(network)
+        self.num_classes = settings.num_classes or _last_width(network, parts)
         self.label_embedding = None if own is None else _Embedding(own, self.num_classes, record)
         self.training_pass: TrainingPass | None = None
         own_forward = network.__dict__.get("forward")
@@ -253,13 +253,19 @@ def _weighted(modules: Sequence[nn.Module]) -> list[Any]:
     return [part for part in parts if isinstance(getattr(part, "weight", None), Tensor) and part.weight.dim() > 1]  # type: ignore[operator]
 
 
-def _last_width(network: nn.Module) -> int:
-    for part in reversed(list(network.modules())):
-        width = getattr(part, "out_features", None)
-        if isinstance(width, int):
-            return width
+def _last_width(network: nn.Module, parts: Cut) -> int:
+    """Return the width of the layer that makes the scores: of those in no block, or the last one of all."""
+    rest = {id(parameter) for parameter in parts.rest.values()}
+    linear = [part for part in network.modules() if isinstance(getattr(part, "out_features", None), int)]
+    behind = [part for part in linear if any(id(p) in rest for p in part.parameters(recurse=False))]
+    widths = {int(part.out_features) for part in behind or linear[-1:]}  # type: ignore[arg-type]
+    if len(widths) == 1:
+        return widths.pop()
     raise ValueError(
-        f"num_classes: {type(network).__name__} has no linear layer at its end; pass the number of labels."
+        f"num_classes: {type(network).__name__} has linear layers of widths {sorted(widths)} at its end; pass the "
+        "number of labels."
+        if widths
+        else f"num_classes: {type(network).__name__} has no linear layer at its end; pass the number of labels."
     )
 
 

@@ -650,6 +650,18 @@ def test_what_does_not_go_together_is_refused_with_the_cure(rule, error, said):
         fitted(problem(), loader(), rule())
 
 
+def test_the_number_of_labels_is_asked_for_where_layers_disagree():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.head, self.other = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 5)
+
+    with pytest.raises(ValueError, match=r"widths \[3, 5\] at its end; pass the number"):
+        bpf.ForwardForward(["one"], network="").install(Two())
+    with pytest.raises(ValueError, match="no linear layer"):
+        bpf.ForwardForward(["0"], network="").install(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()))
+
+
 def test_greedy_needs_an_end():
     with pytest.raises(MisconfigurationException, match="pass epochs_per_block"):
         fitted(problem(), loader(), bpf.ForwardForward(schedule="greedy"), max_epochs=-1, max_steps=2)
