@@ -254,10 +254,13 @@ def _weighted(modules: Sequence[nn.Module]) -> list[Any]:
 
 
 def _last_width(network: nn.Module, parts: Cut) -> int:
-    """Return the width of the layer that makes the scores: of those in no block, or the last one of all."""
-    rest = {id(parameter) for parameter in parts.rest.values()}
-    linear = [part for part in network.modules() if isinstance(getattr(part, "out_features", None), int)]
-    behind = [part for part in linear if any(id(p) in rest for p in part.parameters(recurse=False))]
+    """Return the width of the layer that makes the scores: one registered behind the last block, or the last of all."""
+    parts_in_order = list(network.modules())
+    last = parts.blocks[-1].modules[-1]
+    linear = [part for part in parts_in_order if isinstance(getattr(part, "out_features", None), int)]
+    in_blocks = {id(part) for block in parts.blocks for top in block.modules for part in top.modules()}
+    after = {id(part) for part in parts_in_order[parts_in_order.index(last) + 1 :]} - in_blocks
+    behind = [part for part in linear if id(part) in after]
     widths = {int(part.out_features) for part in behind or linear[-1:]}  # type: ignore[arg-type]
     if len(widths) == 1:
         return widths.pop()
