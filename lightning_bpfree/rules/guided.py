@@ -220,14 +220,7 @@ def guided(
             "such groups. Use scope='block'."
         )
     where = [loss for loss in (guess, local) if loss is not None]
-    cuts: list[tuple[Blocks | None, str | None]] = [(loss.blocks, loss.network) for loss in where]
-    cuts += [(blocks, network)] if blocks is not None or (network is not None and not cuts) else []
-    if any(one != cuts[0] for one in cuts):
-        raise ValueError(
-            f"blocks and network differ: {', '.join(map(repr, cuts))}. Guess and target must cut the network in the "
-            "same way; beside a LocalLoss, leave blocks and network of the rule out."
-        )
-    cut_by, of = cuts[0] if cuts else (1, None)
+    cut_by, of = _one_cut(where, blocks, network)
     choice = Choice(
         space,
         scope or "block",
@@ -237,7 +230,20 @@ def guided(
         distribution,
         next((loss.labels for loss in where if loss.labels is not None), labels),
     )
-    return Guided(guess, local, 1 if cut_by is None else cut_by, of, choice)
+    return Guided(guess, local, cut_by, of, choice)
+
+
+def _one_cut(where: list[LocalLoss], blocks: Blocks | None, network: str | None) -> tuple[Blocks, str | None]:
+    """Return blocks and network, on which the local losses and the rule itself must agree."""
+    cuts: list[tuple[Blocks | None, str | None]] = [(loss.blocks, loss.network) for loss in where]
+    cuts += [(blocks, network)] if blocks is not None or (network is not None and not cuts) else []
+    if any(one != cuts[0] for one in cuts):
+        raise ValueError(
+            f"blocks and network differ: {', '.join(map(repr, cuts))}. Guess and target must cut the network in the "
+            "same way; beside a LocalLoss, leave blocks and network of the rule out."
+        )
+    cut_by, of = cuts[0] if cuts else (None, None)
+    return 1 if cut_by is None else cut_by, of
 
 
 _SCOPES = (None, "network", "block", "tensor")
