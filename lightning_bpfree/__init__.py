@@ -6,8 +6,14 @@
 """
 
 from lightning_bpfree.callbacks.gradient_alignment import GradientAlignment as GradientAlignment
+from lightning_bpfree.core.search.des import DES as DES
+from lightning_bpfree.core.search.openai_es import OpenAIES as OpenAIES
+from lightning_bpfree.core.search.pgpe import PGPE as PGPE
+from lightning_bpfree.core.search.sep_cma_es import SepCMAES as SepCMAES
+from lightning_bpfree.core.search.snes import SNES as SNES
 from lightning_bpfree.nn.local_loss import LocalLoss as LocalLoss
 from lightning_bpfree.rules.backprop import Backprop as Backprop
+from lightning_bpfree.rules.evolution_strategy import EvolutionStrategy as EvolutionStrategy
 from lightning_bpfree.rules.forward_forward import ForwardForward as ForwardForward
 from lightning_bpfree.rules.forward_gradient import ForwardGradient as ForwardGradient
 from lightning_bpfree.rules.training_rule import TrainingRule as TrainingRule

@@ -24,11 +24,13 @@ class Estimate(NamedTuple):
         gradients: named gradients, or a function that makes them late, called with a scalar to multiply them by (or
             None). None leaves the work to autograd, which differentiates ``loss``.
         metrics: what the rule has to say of the step beside, logged as ``bpfree/<rule>/<name>``.
+        informative: False if nothing was learned from the batch: its gradients, of zeros, move nothing by themselves.
     """
 
     loss: Tensor
     gradients: Gradients | None = None
     metrics: Mapping[str, Tensor | float] = {}
+    informative: bool = True
 
     def resolved(self, scale: Tensor | None = None) -> Params:
         """Return the named gradients times ``scale``; only for an estimate that brings gradients."""
@@ -71,6 +73,7 @@ class Step:
         replay: puts random streams, buffers and metrics back between evaluations; None if the rule evaluates once.
         quiet: a context in which the module logs nothing.
         exchange: how ranks agree on measured numbers; None if they do not (one device, or gradients cross instead).
+        read: what the training step returned -> the scalar to minimise.
     """
 
     def __init__(
@@ -84,9 +87,10 @@ class Step:
         replay: Replay | None = None,
         quiet: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
         exchange: ScalarExchange | None = None,
+        read: Callable[[Any], Tensor] | None = None,
     ) -> None:
         self.module, self.args, self.seed = module, args, seed
-        self.slots, self.exchange = slots, exchange
+        self.slots, self.exchange, self._read = slots, exchange, loss_of if read is None else read
         self._evaluate, self._replay, self._quiet = evaluate, replay, quiet
         self._trained: list[Slot] | None = None
         self._recorded = False
@@ -131,7 +135,7 @@ class Step:
         replaced = contextlib.nullcontext() if params is None else self.slots.replaced(params)
         with replaced, contextlib.nullcontext() if recorded else self._traceless():
             output = self._evaluate()
-        loss = loss_of(output)
+        loss = self._read(output)
         if recorded:
             self._recorded, self.output, self.recorded_loss = True, output, loss
             if self._replay is not None:
@@ -154,7 +158,7 @@ class Step:
         Buffers are copies for the time of the evaluation. Call :meth:`rewind` before the transform, not in it.
         """
         with self.slots.replaced(params), self._traceless():
-            return loss_of(self._evaluate())
+            return self._read(self._evaluate())
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -168,15 +172,16 @@ class Step:
         with copies, self._quiet():
             yield
 
-    def measure(self, num: int, evaluate: Callable[[Sequence[int]], Tensor]) -> Tensor:
+    def measure(self, num: int, evaluate: Callable[[Sequence[int]], Tensor], *, infinite: bool = False) -> Tensor:
         """Return ``num`` numbers, shape ``(num,)``, on which all ranks agree.
 
         Args:
             num: how many numbers there are.
             evaluate: measures those of the given indices on this rank, in their order.
+            infinite: whether infinite numbers are let through, for those who only compare them.
 
         Raises:
-            NonFiniteLossError: if one of them is NaN or infinite, with its index.
+            NonFiniteLossError: if one of them is NaN or (unless let through) infinite, with its index.
         """
         share = range(num) if self.exchange is None else self.exchange.share(num)
         values = evaluate(share)
@@ -185,10 +190,10 @@ class Step:
             values = torch.where(torch.isfinite(self.recorded_loss).to(values.device), values, float("nan"))
         if self.exchange is not None:
             values = self.exchange.agree(values, num)
-        finite = torch.isfinite(values)
+        finite = ~torch.isnan(values) if infinite else torch.isfinite(values)
         if not bool(finite.all()):
             if self.recorded_loss is not None and not bool(torch.isfinite(self.recorded_loss)):
-                raise NonFiniteLossError(None, float(self.recorded_loss))
+                raise NonFiniteLossError(None, float(self.recorded_loss.detach()))
             index = int((~finite).nonzero()[0])
             raise NonFiniteLossError(index, float(values[index]))
         return values

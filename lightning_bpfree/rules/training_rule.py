@@ -20,7 +20,7 @@ from lightning_bpfree.core.exchange import ScalarExchange
 from lightning_bpfree.core.injection import inject, zeros
 from lightning_bpfree.core.params import ParameterSlots, norm
 from lightning_bpfree.core.replay import Replay
-from lightning_bpfree.core.step import Estimate, NonFiniteLossError, SkipBatchError, Step
+from lightning_bpfree.core.step import Estimate, NonFiniteLossError, SkipBatchError, Step, loss_of
 from lightning_bpfree.rules.guards import check_fit
 from lightning_bpfree.rules.record import Record, banner
 from lightning_bpfree.rules.swap import Swap, handed_over
@@ -103,6 +103,10 @@ class TrainingRule(Callback, ABC):
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
         """Raise MisconfigurationException if the rule cannot train these parameters; called before the first batch."""
+
+    def read(self, output: Any) -> Tensor:
+        """Return the scalar to minimise in what the training step returned."""
+        return loss_of(output)
 
     def describe(self) -> dict[str, str]:
         """Return rows for the banner: what the rule evaluates in a step, and by which route."""
@@ -214,7 +218,8 @@ class TrainingRule(Callback, ABC):
             raise RuntimeError(f"{type(self).__name__}.estimate made no recorded evaluation: call step.loss() once.")
         own = {f"bpfree/{type(self).__module__.rpartition('.')[2]}/{k}": v for k, v in estimate.metrics.items()}
         self._log(trainer, module, {"bpfree/loss": estimate.loss.detach(), **own})
-        self._estimates += 1
+        # Where gradients cross ranks, another rank may have learned something, and all must step together.
+        self._estimates += estimate.informative or _gradients_cross_ranks(trainer)
         return handed_over(step, estimate, zeros_for)
 
     def _step(self, trainer: pl.Trainer, module: Any, evaluate: Callable[[], Any], args: Any, replayable: bool) -> Step:
@@ -229,6 +234,7 @@ class TrainingRule(Callback, ABC):
             replay=Replay([view.streams, view.attributes, view.metrics], view.buffers) if replayable else None,
             quiet=view.quiet,
             exchange=trainer.strategy if isinstance(trainer.strategy, ScalarExchange) else None,
+            read=self.read,
         )
 
     def _waited_for(self, trainer: pl.Trainer, step: Step) -> list[Tensor]:

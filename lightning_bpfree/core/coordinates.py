@@ -1,0 +1,72 @@
+"""Named parameters as one flat vector, and back; with masks, the vector holds the survivors only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_bpfree.core.params import Params
+
+
+class Coordinates:
+    """The coordinates that a search moves, in the order of ``like``, as one vector.
+
+    Args:
+        like: named tensors whose shapes, dtypes and devices count.
+        masks: name -> boolean tensor of the parameter's shape, True where the coordinate is searched; a parameter
+            without a mask is searched whole. The others are pruned: they count as zero.
+
+    Raises:
+        ValueError: for a mask whose name or shape fits no parameter.
+
+    Examples:
+        >>> coordinates = Coordinates({"w": torch.zeros(2, 2), "b": torch.zeros(2)}, {"w": torch.eye(2) > 0})
+        >>> coordinates.dim
+        4
+        >>> coordinates.unflatten(torch.tensor([1.0, 2.0, 3.0, 4.0]))["w"]
+        tensor([[1., 0.],
+                [0., 2.]])
+    """
+
+    def __init__(self, like: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None) -> None:
+        self.like = {name: tensor.detach() for name, tensor in like.items()}
+        self.sizes = [tensor.numel() for tensor in self.like.values()]
+        self._full = sum(self.sizes)
+        self._survivors = None if masks is None else self._indices(masks)
+        self.dim = self._full if self._survivors is None else len(self._survivors)
+        self.device = next((tensor.device for tensor in self.like.values()), torch.device("cpu"))
+        doubles = any(tensor.dtype == torch.float64 for tensor in self.like.values())
+        self.dtype = torch.float64 if doubles else torch.float32
+
+    def _indices(self, masks: Mapping[str, Tensor]) -> Tensor:
+        for name, mask in masks.items():
+            if name in self.like and mask.shape != self.like[name].shape:
+                shapes = f"shape {tuple(mask.shape)}, the parameter {tuple(self.like[name].shape)}"
+                raise ValueError(f"the mask of {name} has the {shapes}: give a mask of the parameter's shape.")
+        kept = [masks.get(name, torch.ones((), dtype=torch.bool)) for name in self.like]
+        flat = [
+            mask.cpu().expand(tensor.shape).flatten() for mask, tensor in zip(kept, self.like.values(), strict=True)
+        ]
+        return torch.cat(flat).nonzero().flatten().to(next(iter(self.like.values())).device)
+
+    def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Return the coordinates of ``params`` as a new vector, shape ``(dim,)``, in at least float32."""
+        flat = torch.cat([params[name].detach().to(self.device, self.dtype).flatten() for name in self.like])
+        return flat if self._survivors is None else flat.index_select(0, self._survivors)
+
+    def unflatten(self, flat: Tensor) -> Params:
+        """Return named tensors, where they can be views, in the dtypes and on the devices of ``like``.
+
+        Args:
+            flat: shape ``(dim,)``, or ``(C, dim)`` for tensors of the shapes ``(C, *shape)``.
+        """
+        if self._survivors is not None:
+            whole = flat.new_zeros(*flat.shape[:-1], self._full)
+            flat = whole.index_copy_(-1, self._survivors, flat)
+        parts = flat.split(self.sizes, dim=-1)
+        return {
+            name: part.view(*flat.shape[:-1], *like.shape).to(like.device, like.dtype)
+            for (name, like), part in zip(self.like.items(), parts, strict=True)
+        }

@@ -1,0 +1,173 @@
+"""A population around a mean: members for a loop, stacks for vmap, and weighted sums of their noise."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_bpfree.core.coordinates import Coordinates
+from lightning_bpfree.core.noise import Noise, NoiseKind
+from lightning_bpfree.core.params import Params
+
+_ROWS = 1 << 18  # numbers of noise held at once while sums are taken: in cache, and flat in the population's size
+
+
+class Population(ABC):
+    """``N`` members ``mean + std s_i z_k``; mirrored ones come in pairs of one direction and signs +1 and -1.
+
+    Member ``i`` has the direction ``k = i`` and the sign +1; of a mirrored population, the second half has the
+    directions of the first and the sign -1.
+
+    Args:
+        size: number of members, at least 2; even if mirrored.
+        mirrored: whether members come in pairs.
+        noise: the vectors behind the directions.
+
+    Raises:
+        ValueError: if the size does not fit.
+    """
+
+    def __init__(self, size: int, mirrored: bool, noise: Noise) -> None:
+        self.size, self.mirrored, self.noise = size, mirrored, noise
+        self.num_directions = directions_of(size, mirrored)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> Params:
+        return self.member(i)
+
+    def __iter__(self) -> Iterator[Params]:
+        return (self.member(i) for i in range(self.size))
+
+    def direction(self, i: int) -> tuple[int, float]:
+        """Return the direction's index of member ``i``, and its sign."""
+        if not 0 <= i < self.size:
+            raise IndexError(f"member {i} of {self.size}")
+        return (i, 1.0) if i < self.num_directions else (i - self.num_directions, -1.0)
+
+    @abstractmethod
+    def member(self, i: int) -> Params:
+        """Return the parameters of member ``i``."""
+
+    @abstractmethod
+    def stack(self, members: Sequence[int]) -> Params:
+        """Return the parameters of several members, ``(len(members), *shape)`` for each name."""
+
+    @abstractmethod
+    def first_moment(self, weights: Tensor) -> Tensor:
+        """Return ``sum_i w_i s_i z_i`` over the searched coordinates, shape ``(dim,)``."""
+
+    @abstractmethod
+    def second_moment(self, weights: Tensor) -> Tensor:
+        """Return ``sum_i w_i z_i^2`` over the searched coordinates, shape ``(dim,)``."""
+
+    @abstractmethod
+    def unflatten(self, flat: Tensor) -> Params:
+        """Return a vector over the searched coordinates, shape ``(dim,)``, as named tensors; pruned ones are zero."""
+
+    def _of_directions(self, weights: Tensor, odd: bool) -> Tensor:
+        """Sum up the weights of the members that share a direction, with their signs if ``odd``."""
+        if not self.mirrored:
+            return weights
+        plus, minus = weights.split(self.num_directions)
+        folded: Tensor = plus - minus if odd else plus + minus
+        return folded
+
+    def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        length = max(1, _ROWS // self.noise.dim)
+        for start in range(0, self.num_directions, length):
+            ks = range(start, min(start + length, self.num_directions))
+            rows = self.noise.row(start).unsqueeze(0) if len(ks) == 1 else self.noise.rows(ks)
+            yield slice(ks.start, ks.stop), rows
+
+
+class FullRankPopulation(Population):
+    """Members whose noise has an independent number for each searched coordinate.
+
+    Args:
+        params: the mean, named tensors.
+        size: number of members.
+        seed: of the noise.
+        std: standard deviation, one number or a vector of shape ``(dim,)``.
+        mirrored: whether members come in pairs.
+        masks: see :class:`Coordinates`; noise is drawn for survivors only.
+        noise: see :class:`Noise`.
+
+    Examples:
+        >>> population = FullRankPopulation({"w": torch.ones(3)}, size=2, seed=0, std=0.1)
+        >>> torch.allclose(population[0]["w"] + population[1]["w"], torch.tensor(2.0))
+        True
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        size: int,
+        seed: int,
+        std: Tensor | float,
+        *,
+        mirrored: bool = True,
+        masks: Mapping[str, Tensor] | None = None,
+        noise: NoiseKind = "table",
+    ) -> None:
+        num = directions_of(size, mirrored)
+        self.coordinates = coordinates = Coordinates(params, masks)
+        super().__init__(
+            size, mirrored, Noise(coordinates.dim, num, seed, noise, coordinates.device, coordinates.dtype)
+        )
+        self.mean, self.std = coordinates.flatten(params), std
+
+    def member(self, i: int) -> Params:
+        """Return the parameters of member ``i``."""
+        k, sign = self.direction(i)
+        row = self.noise.row(k)
+        if isinstance(self.std, Tensor):
+            moved = torch.addcmul(self.mean, self.std, row, value=sign)
+        else:
+            moved = torch.add(self.mean, row, alpha=sign * self.std)
+        return self.coordinates.unflatten(moved)
+
+    def stack(self, members: Sequence[int]) -> Params:
+        """Return the parameters of several members, ``(len(members), *shape)`` for each name."""
+        ks, signs = zip(*(self.direction(i) for i in members), strict=True)
+        rows = self.noise.rows(ks)
+        rows.mul_(torch.tensor(signs, dtype=rows.dtype, device=rows.device).unsqueeze(1))
+        return self.coordinates.unflatten(rows.mul_(self.std).add_(self.mean))
+
+    def first_moment(self, weights: Tensor) -> Tensor:
+        """Return ``sum_i w_i s_i z_i``, shape ``(dim,)``."""
+        return self._sum(self._of_directions(weights, odd=True), squared=False)
+
+    def second_moment(self, weights: Tensor) -> Tensor:
+        """Return ``sum_i w_i z_i^2``, shape ``(dim,)``."""
+        return self._sum(self._of_directions(weights, odd=False), squared=True)
+
+    def _sum(self, weights: Tensor, squared: bool) -> Tensor:
+        total = torch.zeros_like(self.mean)
+        weights = weights.to(total.device, total.dtype)
+        for part, rows in self._chunks():
+            if len(rows) == 1:
+                row, weight = rows[0], float(weights[part])
+                total.addcmul_(row, row, value=weight) if squared else total.add_(row, alpha=weight)
+            else:
+                total += weights[part] @ (rows.square_() if squared else rows)
+        return total
+
+    def unflatten(self, flat: Tensor) -> Params:
+        """Return a vector over the searched coordinates as named tensors; pruned ones are zero."""
+        return self.coordinates.unflatten(flat)
+
+
+def directions_of(size: int, mirrored: bool) -> int:
+    """Return the number of directions of a population; raise ValueError if it cannot have this size."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < 2:
+        raise ValueError(f"population_size={size!r}: give a whole number of at least 2.")
+    if mirrored and size % 2:
+        raise ValueError(
+            f"population_size={size} is odd, but mirrored members come in pairs: give {size + 1}, or mirrored=False."
+        )
+    return size // 2 if mirrored else size

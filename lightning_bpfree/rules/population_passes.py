@@ -1,0 +1,156 @@
+"""The fitness of a population: member by member, or many members in one vectorised pass."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.func import vmap
+
+from lightning_bpfree.core.forward_ad import supported_kernels
+from lightning_bpfree.core.low_rank import LowRankLayers
+from lightning_bpfree.core.low_rank_population import Factors, LowRankPopulation
+from lightning_bpfree.core.params import Params
+from lightning_bpfree.core.population import Population
+from lightning_bpfree.core.step import Step
+
+# Measured on CPUs: vmapped convolutions with a weight for each member turn into slow grouped ones, and recurrent
+# kernels do not batch over weights.
+_LOOPED = (nn.modules.conv._ConvNd, nn.RNNBase)
+_NUMBERS = 1 << 20  # of parameters, over all members of a chunk: beyond the caches, vectorising gains nothing
+_SMALLEST = 8  # members in a chunk below which vectorising does not pay
+_ROWS = 8192  # samples over all members of a chunk where the noise is of low rank
+
+T = TypeVar("T")
+
+
+class PopulationPasses:
+    """Measures the fitness of members by the route that suits module and noise, chosen at the first batch.
+
+    Args:
+        chunk_size: members in one vectorised pass; 1 for a loop over members; ``"auto"`` goes by structure, so that
+            equal runs take equal routes; ``"fastest"`` times both.
+        rule: name of the rule, for messages.
+    """
+
+    def __init__(self, chunk_size: int | str, rule: str) -> None:
+        self.chunk_size, self.rule = chunk_size, rule
+        self.chosen: int | None = chunk_size if isinstance(chunk_size, int) else None
+        self._layers: LowRankLayers | None = None
+
+    def restart(self) -> None:
+        """Choose anew at the next batch."""
+        self.chosen = self.chunk_size if isinstance(self.chunk_size, int) else None
+        self._layers = None
+
+    def fitness(self, step: Step, population: Population, members: Sequence[int]) -> Tensor:
+        """Return what the members' evaluations give, shape ``(len(members),)``, in float32 on every device alike.
+
+        Args:
+            step: the step.
+            population: the whole population.
+            members: indices of those to measure here.
+        """
+        with torch.no_grad():
+            if self.chosen is None:
+                self.chosen = self._choice(step, population)
+            if self.chosen == 1:
+                return self._one_by_one(step, population, members)
+            chunks = [members[i : i + self.chosen] for i in range(0, len(members), self.chosen)]
+            values = [self._at_once(step, population, chunk) for chunk in chunks]
+            return torch.cat(values) if values else torch.zeros(0)
+
+    def _one_by_one(self, step: Step, population: Population, members: Sequence[int]) -> Tensor:
+        # Losses are left where they are until the end: reading each would make a GPU wait.
+        values = [step.loss(population.member(i), recorded=False).float() for i in members]
+        return torch.stack(values) if values else torch.zeros(0)
+
+    def _at_once(self, step: Step, population: Population, members: Sequence[int]) -> Tensor:
+        step.rewind()
+        step.forward_evals += len(members)
+        with supported_kernels(step.module):  # fused attention does not batch
+            return self._vectorised(step, population, members)
+
+    def _vectorised(self, step: Step, population: Population, members: Sequence[int]) -> Tensor:
+        if isinstance(population, LowRankPopulation):
+            layers = self._low_rank_layers(step, population)
+            factors, moved = population.split(members, layers.names)
+
+            def fitness_of(noise: dict[str, tuple[Tensor, Tensor]], params: Params) -> Tensor:
+                with layers.perturbed({name: Factors(*parts) for name, parts in noise.items()}):
+                    return step.loss_under_transform(params).float()
+
+            pairs = {name: (noise.left, noise.right) for name, noise in factors.items()}
+            return vmap(fitness_of, randomness="same")(pairs, moved)
+        stacked = population.stack(members)
+        return vmap(lambda params: step.loss_under_transform(params).float(), randomness="same")(stacked)
+
+    def _low_rank_layers(self, step: Step, population: LowRankPopulation) -> LowRankLayers:
+        if self._layers is None:
+            self._layers = layers = LowRankLayers(step.slots, population.factored)
+            with layers.watched(step.params) as watched:
+                step.loss_under_transform(watched)
+            step.rewind()
+            others = sorted(population.factored - layers.names)
+            if others:
+                rank_zero_info(
+                    f"{self.rule}: a matrix of noise for each member, since no standard layer alone uses these "
+                    f"weights: {', '.join(others)}."
+                )
+        return self._layers
+
+    def _choice(self, step: Step, population: Population) -> int:
+        timed = self.chunk_size == "fastest" and not torch.are_deterministic_algorithms_enabled()
+        chunk = min(population.size, _expected_chunk(step, population, timed))
+        if chunk < _SMALLEST and not timed:
+            return 1
+        counted, members = step.forward_evals, range(chunk)
+        try:
+            vectorised, values = _timed(lambda: self._at_once(step, population, members), 3 if timed else 1)
+        except Exception as error:  # whatever it is, the loop is there
+            reason = str(error).splitlines()[0]
+            rank_zero_info(f"{self.rule}: members one by one, since vectorising fails: {reason}")
+            return 1
+        finally:
+            step.forward_evals = counted
+        looped, alone = _timed(lambda: self._one_by_one(step, population, [0]), 3 if timed else 1)
+        step.forward_evals = counted + 1
+        if not torch.allclose(values[:1], alone.to(values.device), rtol=1e-3, equal_nan=True):
+            rank_zero_info(f"{self.rule}: members one by one, since vectorising draws other random numbers.")
+            return 1
+        if timed:
+            chunk = chunk if vectorised < looped * chunk else 1
+            rank_zero_info(
+                f"{self.rule}: {len(members)} members take {vectorised:.3g} s in one pass, "
+                f"{looped * len(members):.3g} s one by one: chunk_size={chunk} from here on."
+            )
+        return chunk
+
+
+def _expected_chunk(step: Step, population: Population, timed: bool) -> int:
+    numbers = sum(tensor.numel() for tensor in step.params.values())
+    if isinstance(population, LowRankPopulation):
+        return max(_SMALLEST, _ROWS // max(1, _rows_of(step.args)))
+    if any(isinstance(part, _LOOPED) for part in step.module.modules()) and not timed:
+        return 1
+    return max(_SMALLEST if timed else 1, min(_NUMBERS // max(1, numbers), population.size))
+
+
+def _rows_of(args: object) -> int:
+    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, Tensor) and leaf.dim()]
+    return len(tensors[0]) if tensors else 1
+
+
+def _timed(evaluate: Callable[[], T], runs: int) -> tuple[float, T]:
+    seconds = []
+    for _ in range(runs):  # the first warms up
+        start = time.perf_counter()
+        result = evaluate()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), result
