@@ -37,6 +37,11 @@ CASES: dict[str, tuple[Callable[[], bpf.TrainingRule], dict[str, Any]]] = {
     "forward_forward": (partial(bpf.ForwardForward, label="embedding", peer_normalization=0.03), {}),
     "readout": (partial(bpf.ForwardForward, prediction="readout", negatives="hard", schedule="greedy"), {}),
     "local_guess": (partial(bpf.ForwardGradient, guess=bpf.LocalLoss("mlp", lr=0.01)), {}),
+    "openai_es": (partial(bpf.EvolutionStrategy, population_size=8, rank=1), {}),
+    "snes": (partial(bpf.EvolutionStrategy, "snes", 8, chunk_size=1), {}),
+    "pgpe": (partial(bpf.EvolutionStrategy, "pgpe", 8), {}),
+    "sep_cma_es": (partial(bpf.EvolutionStrategy, "sep_cma_es", 8), {"accumulate_grad_batches": 2}),
+    "des": (partial(bpf.EvolutionStrategy, "des", 8), {}),
     "stopped_rule": (partial(bpf.ForwardGradient, 2, chunk_size=1, stop_epoch=2), {}),
 }
 

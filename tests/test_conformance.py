@@ -5,12 +5,27 @@ from functools import partial
 import pytest
 from conformance import PROPERTIES
 
-from lightning_bpfree import Backprop, ForwardForward, ForwardGradient, LocalLoss, ZerothOrder
+from lightning_bpfree import (
+    Backprop,
+    EvolutionStrategy,
+    ForwardForward,
+    ForwardGradient,
+    LocalLoss,
+    OpenAIES,
+    SepCMAES,
+    ZerothOrder,
+)
 
 ONE_BLOCK = [["inner", "frozen", "norm", "again", "drop"]]  # of `Tied`, in the order in which they run
 
 RULES = {
     "backprop": Backprop,
+    "evolution_openai": partial(EvolutionStrategy, OpenAIES(0.05, "raw"), 8),
+    "evolution_low_rank": partial(EvolutionStrategy, OpenAIES(0.05, "z_score"), 8, rank=1, chunk_size=4),
+    "evolution_snes_loop": partial(EvolutionStrategy, "snes", 8, chunk_size=1),
+    "evolution_pgpe": partial(EvolutionStrategy, "pgpe", 8),
+    "evolution_sep_cma": lambda **settings: EvolutionStrategy(SepCMAES(0.05), 8, **settings),
+    "evolution_des": partial(EvolutionStrategy, "des", 8, noise="independent"),
     "forward_gradient_one": ForwardGradient,
     "forward_gradient_loop": partial(ForwardGradient, 3, chunk_size=1, orthogonal=True),
     "forward_gradient_vectorised": partial(ForwardGradient, 3, chunk_size=2, directions="rademacher"),
@@ -32,6 +47,10 @@ RULES = {
 
 # What a rule refuses, or does otherwise on purpose; tests of its own show how.
 EXCEPTIONS = {
+    **{
+        (f"evolution_{name}", "accumulation_is_the_mean_of_micro_batches"): "its deviations step with the optimizer"
+        for name in ("snes_loop", "pgpe", "sep_cma", "des")
+    },
     ("local_guess_weights", "several_dataloaders"): "labels are those of one call",
     ("local_guess_activations", "several_dataloaders"): "labels are those of one call",
     ("local_guess_local", "several_dataloaders"): "labels are those of one call",

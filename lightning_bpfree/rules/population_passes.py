@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -70,14 +71,16 @@ class PopulationPasses:
         return torch.stack(values) if values else torch.zeros(0)
 
     def _at_once(self, step: Step, population: Population, members: Sequence[int]) -> Tensor:
-        step.rewind()
         step.forward_evals += len(members)
-        with supported_kernels(step.module):  # fused attention does not batch
-            return self._vectorised(step, population, members)
+        layers = self._low_rank_layers(step, population) if isinstance(population, LowRankPopulation) else None
+        step.rewind()
+        with supported_kernels(step.module), _no_running_statistics(step.module):  # fused attention does not batch
+            return self._vectorised(step, population, members, layers)
 
-    def _vectorised(self, step: Step, population: Population, members: Sequence[int]) -> Tensor:
-        if isinstance(population, LowRankPopulation):
-            layers = self._low_rank_layers(step, population)
+    def _vectorised(
+        self, step: Step, population: Population, members: Sequence[int], layers: LowRankLayers | None
+    ) -> Tensor:
+        if isinstance(population, LowRankPopulation) and layers is not None:
             factors, moved = population.split(members, layers.names)
 
             def fitness_of(noise: dict[str, tuple[Tensor, Tensor]], params: Params) -> Tensor:
@@ -92,9 +95,9 @@ class PopulationPasses:
     def _low_rank_layers(self, step: Step, population: LowRankPopulation) -> LowRankLayers:
         if self._layers is None:
             self._layers = layers = LowRankLayers(step.slots, population.factored)
+            step.rewind()
             with layers.watched(step.params) as watched:
                 step.loss_under_transform(watched)
-            step.rewind()
             others = sorted(population.factored - layers.names)
             if others:
                 rank_zero_info(
@@ -118,7 +121,7 @@ class PopulationPasses:
         finally:
             step.forward_evals = counted
         looped, alone = _timed(lambda: self._one_by_one(step, population, [0]), 3 if timed else 1)
-        step.forward_evals = counted + 1
+        step.forward_evals = counted  # trials at the first batch are no part of the rule's cost
         if not torch.allclose(values[:1], alone.to(values.device), rtol=1e-3, equal_nan=True):
             rank_zero_info(f"{self.rule}: members one by one, since vectorising draws other random numbers.")
             return 1
@@ -129,6 +132,20 @@ class PopulationPasses:
                 f"{looped * len(members):.3g} s one by one: chunk_size={chunk} from here on."
             )
         return chunk
+
+
+@contextlib.contextmanager
+def _no_running_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep BatchNorm in training from moving statistics that members share; it computes with those of the batch."""
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    tracking = [norm for norm in norms if norm.training and norm.track_running_stats]
+    for norm in tracking:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in tracking:
+            norm.track_running_stats = True
 
 
 def _expected_chunk(step: Step, population: Population, timed: bool) -> int:

@@ -25,7 +25,8 @@ class ScalarSyncStrategy(DDPStrategy, ScalarExchange):
     Args:
         split: ``"data"``: each rank measures all directions on its own batch, and the numbers are averaged (two ranks
             equal one with the union of their batches). ``"directions"``: all ranks see the same batch, and each
-            measures its own share of the ``K`` directions.
+            measures its own share of the ``K`` directions; ``"population"`` is the same for a rule whose ``K`` numbers
+            are the fitness of members.
         **kwargs: see ``lightning.pytorch.strategies.DDPStrategy``.
 
     Raises:
@@ -42,11 +43,12 @@ class ScalarSyncStrategy(DDPStrategy, ScalarExchange):
 
     strategy_name = "bpfree_scalar_sync"
 
-    def __init__(self, split: Literal["data", "directions"] = "data", **kwargs: Any) -> None:
-        if split not in ("data", "directions"):
-            raise ValueError(f"split={split!r}: choose 'data' or 'directions'.")
+    def __init__(self, split: Literal["data", "directions", "population"] = "data", **kwargs: Any) -> None:
+        if split not in ("data", "directions", "population"):
+            raise ValueError(f"split={split!r}: choose 'data', 'directions' or 'population'.")
         super().__init__(**kwargs)
         self.split = split
+        self._one_batch = split != "data"
         self._bytes_sent = 0
 
     def setup(self, trainer: pl.Trainer) -> None:
@@ -67,22 +69,22 @@ class ScalarSyncStrategy(DDPStrategy, ScalarExchange):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """What Lightning gives to the samplers that it sets up: one batch for all ranks if directions are split."""
-        return {"num_replicas": 1, "rank": 0} if self.split == "directions" else super().distributed_sampler_kwargs
+        """What Lightning gives to the samplers that it sets up: one batch for all ranks unless data is split."""
+        return {"num_replicas": 1, "rank": 0} if self._one_batch else super().distributed_sampler_kwargs
 
     def share(self, num: int) -> Sequence[int]:
         """Return the directions that this rank measures."""
-        return range(self.global_rank, num, self.world_size) if self.split == "directions" else range(num)
+        return range(self.global_rank, num, self.world_size) if self._one_batch else range(num)
 
     def agree(self, values: Tensor, num: int) -> Tensor:
         """Return the mean over ranks, or the numbers of all shares; gathered, so that all ranks add in one order."""
-        largest = -(-num // self.world_size) if self.split == "directions" else num
+        largest = -(-num // self.world_size) if self._one_batch else num
         sent = torch.zeros(largest, dtype=torch.float32, device=self.root_device)
         sent[: len(values)] = values
         received = [torch.empty_like(sent) for _ in range(self.world_size)]
         dist.all_gather(received, sent)
         self._bytes_sent += sent.element_size() * largest
-        if self.split == "data":
+        if not self._one_batch:
             return torch.stack(received).mean(0)
         return torch.stack(received, dim=1).flatten()[:num]  # rank r measured r, r + world_size, ...
 

@@ -83,6 +83,11 @@ def drift(tmp_path_factory):
     return run("drift", tmp_path_factory.mktemp("drift"))
 
 
+@pytest.fixture(scope="module")
+def evolution(tmp_path_factory):
+    return run("evolution", tmp_path_factory.mktemp("evolution"))
+
+
 UNDER = [("ddp", rule) for rule in worker.RULES] + [("data", rule) for rule in SCALAR_RULES]
 under_all = pytest.mark.parametrize(("strategy", "rule"), UNDER)
 
@@ -299,6 +304,45 @@ def test_nan_in_one_share_skips_the_batch_on_all(rule, directions):
     ranks = finished(directions(f"nan_{rule}"))
     assert [outcome["record"][0]["skipped"] for outcome in ranks] == [1, 1]
     assert_bit_equal(ranks)
+
+
+# --- populations ---
+
+
+@pytest.mark.parametrize("name", worker.EVOLUTION_RULES)
+def test_a_split_population_equals_one_process_bit_for_bit(name, evolution):
+    """Fitness is float32 on one rank as on many, and a member's does not depend on who measures it in a loop."""
+    ranks = finished(evolution(f"split_{name}"))
+    assert_bit_equal(ranks)
+    single = worker.evolved(worker.EVOLUTION_RULES[name](), devices=1)
+    for key, parameter in single["parameters"].items():
+        if name == "low_rank":  # chunks of other sizes: products of matrices round otherwise, in float64
+            torch.testing.assert_close(ranks[0]["parameters"][key], parameter, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(ranks[0]["parameters"][key], parameter), key
+    for outcome in ranks if name not in ("low_rank", "openai_es") else []:
+        assert torch.equal(outcome["std"], single["std"])
+    num = 9 if name == "sep_cma_es" else 8
+    assert ranks[0]["bytes_sent"] == 4 * -(-num // 2) * worker.STEPS  # fitness of a share, and nothing else
+    if name != "low_rank":
+        shares = [outcome["record"][0]["forward_evals"] / worker.STEPS for outcome in ranks]
+        assert shares == [1 + -(-num // 2), 1 + num // 2]
+
+
+@pytest.mark.parametrize("name", worker.EVOLUTION_RULES)
+@pytest.mark.parametrize("case", ["ddp", "ddp_accumulated", "bpfree_scalar_sync", "bpfree_scalar_sync_accumulated"])
+def test_populations_on_data_of_each_rank_stay_together(case, name, evolution):
+    ranks = finished(evolution(f"{case}_{name}"))
+    assert_bit_equal(ranks)
+    assert torch.equal(ranks[0]["std"], ranks[1]["std"])  # the search as well as its mean
+    assert ranks[0]["batches"] != ranks[1]["batches"]
+
+
+def test_a_rank_that_learns_nothing_steps_with_the_others(evolution):
+    ranks = finished(evolution("flat"))
+    assert_bit_equal(ranks)
+    assert torch.equal(ranks[0]["std"], ranks[1]["std"])
+    assert [outcome["record"][0]["skipped"] for outcome in ranks] == [0, 1]
 
 
 # --- losses in blocks, under DDP ---

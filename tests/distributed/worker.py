@@ -1,6 +1,6 @@
 """What each of two ranks does; `test_two_ranks.py` runs this file once per strategy, and compares what the ranks wrote.
 
-    python worker.py ddp|local|data|directions|drift OUT_DIR
+    python worker.py ddp|local|data|directions|evolution|drift OUT_DIR
 
 Lightning starts rank 1 by running the file again. Every case writes `<case>.rank<r>.pt`: final parameters, losses, and
 the rule's counters, or the error that stopped it.
@@ -251,6 +251,49 @@ DIRECTION_RULES: dict[str, Callable[[], bpf.TrainingRule]] = {
 }
 
 
+EVOLUTION_RULES: dict[str, Callable[[], bpf.TrainingRule]] = {
+    "openai_es": partial(bpf.EvolutionStrategy, population_size=8, chunk_size=1),
+    "snes": partial(bpf.EvolutionStrategy, "snes", 8, chunk_size=1),
+    "sep_cma_es": partial(bpf.EvolutionStrategy, "sep_cma_es", 9, chunk_size=1),
+    "pgpe": partial(bpf.EvolutionStrategy, "pgpe", 8, chunk_size=1),
+    "low_rank": partial(bpf.EvolutionStrategy, population_size=8, rank=1),
+}
+
+
+class Flat(Net):
+    """In its second batch, rank 1 sees the same loss whatever the weights."""
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * 0 if RANK == 1 and batch_idx == 1 else loss
+
+
+def evolved(
+    rule: bpf.TrainingRule, module: Net | None = None, own_rows: bool = False, **settings: Any
+) -> dict[str, Any]:
+    """Train by a population, on whole batches or on this rank's part of them; what the search has learned is kept."""
+    torch.manual_seed(SEED)
+    module = Net() if module is None else module
+    rule.seed = SEED
+    data = split_rows(RANK, 2) if own_rows else split_rows(0, 1)
+    outcome = fit(module.double(), data, rule, **settings)
+    return outcome | {"std": rule.rule_state()["algorithm"]["std"]}
+
+
+def evolution_cases() -> dict[str, Callable[[], dict[str, Any]]]:
+    """Populations split over ranks, or measured by every rank on data of its own."""
+    cases: dict[str, Callable[[], dict[str, Any]]] = {}
+    for name, make in EVOLUTION_RULES.items():
+        split = bpf.ScalarSyncStrategy(split="population")
+        cases[f"split_{name}"] = partial(evolved, make(), devices=2, strategy=split)
+        for strategy in ("ddp", "bpfree_scalar_sync"):
+            own = {"own_rows": True, "devices": 2, "strategy": strategy}
+            cases[f"{strategy}_{name}"] = partial(evolved, make(), **own)
+            cases[f"{strategy}_accumulated_{name}"] = partial(evolved, make(), accumulate_grad_batches=2, **own)
+    cases["flat"] = partial(evolved, EVOLUTION_RULES["snes"](), Flat(), own_rows=True, devices=2, strategy="ddp")
+    return cases
+
+
 def local(name: str, rank: int, world: int, **settings: Any) -> dict[str, Any]:
     """Train on this rank's part of every batch by losses in blocks; what the rule keeps beside is compared too."""
     torch.manual_seed(SEED + rank)
@@ -340,6 +383,7 @@ CASES = {
     "local": local_cases,
     "data": data_cases,
     "directions": direction_cases,
+    "evolution": evolution_cases,
     "drift": drift_cases,
 }
 

@@ -74,6 +74,7 @@ class SearchAlgorithm(ABC):
         """Forget everything that was learned: the standard deviation is ``sigma`` again."""
         self._std: Tensor | None = None
         self._steps = 0
+        self._size = 2  # of the last population
         self._moments: list[Tensor] | None = None
         self._told = 0
 
@@ -134,6 +135,7 @@ class SearchAlgorithm(ABC):
             ValueError: if the arguments do not go together, or the state is that of other parameters.
         """
         mirrored = self.mirrored if mirrored is None else mirrored
+        self._size = size
         if rank is not None:
             self.check_low_rank(masks)
             return LowRankPopulation(params, size, seed, float(self.std), rank=rank, mirrored=mirrored, noise=noise)
@@ -189,12 +191,16 @@ class SearchAlgorithm(ABC):
         Args:
             reduce: takes the mean of a tensor over ranks whose populations were measured on different data.
         """
-        if self._told == 0:
+        std, told, moments = self.std, torch.tensor(float(self._told)), self._moments
+        if reduce is not None:  # a rank that was told nothing takes part all the same
+            told = reduce(told.to(std.device))
+            if self.per_coordinate:
+                moments = [torch.zeros_like(std), torch.zeros_like(std)] if moments is None else moments
+                moments = [reduce(moment) for moment in moments]
+        if told == 0:
             return
-        std = self.std
-        if self._moments is not None:
-            means = [moment / self._told for moment in self._moments]
-            first, second = means if reduce is None else [reduce(mean) for mean in means]
+        if moments is not None:
+            first, second = (moment / told for moment in moments)
             std = self.adapt(std, first, second)
         self._std = (std * self.sigma_decay).clamp(self.sigma_min, LARGEST_STD)
         self._steps += 1

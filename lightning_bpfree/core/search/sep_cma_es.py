@@ -50,19 +50,16 @@ class SepCMAES(SearchAlgorithm):
         self._path_sigma: Tensor | None = None
         self._path_c: Tensor | None = None
         self._step_size = self.sigma
-        self._mu_eff = 1.0
 
     def weights(self, fitness: Tensor) -> Weights:
         """Return logarithmic weights of the elite, for the noise and for its squares."""
-        num = len(fitness)
-        elite = max(1, int(self.elite_ratio * num))
-        ranks = torch.arange(1, elite + 1, dtype=torch.float64, device=fitness.device)
-        positive = math.log(elite + 1) - torch.log(ranks)
-        by_rank = torch.zeros(num, dtype=torch.float64, device=fitness.device)
-        by_rank[:elite] = positive / positive.sum()
-        self._mu_eff = 1 / float(by_rank.square().sum())
-        weights = ranked(fitness, by_rank)
+        weights = ranked(fitness, self._by_rank(len(fitness)).to(fitness.device))
         return Weights(weights, weights)
+
+    def _by_rank(self, num: int) -> Tensor:
+        elite = max(1, int(self.elite_ratio * num))
+        positive = math.log(elite + 1) - torch.arange(1, elite + 1, dtype=torch.float64).log()
+        return torch.cat([positive / positive.sum(), torch.zeros(num - elite, dtype=torch.float64)])
 
     def gradient(self, first: Tensor) -> Tensor:
         """Return the way from the weighted mean of the elite to the mean."""
@@ -70,7 +67,7 @@ class SepCMAES(SearchAlgorithm):
 
     def adapt(self, std: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """Update the paths, then the covariance, then the step size."""
-        dim, mu_eff = len(std), self._mu_eff
+        dim, mu_eff = len(std), 1 / float(self._by_rank(self._size).square().sum())
         c_sigma = (mu_eff + 2) / (dim + mu_eff + 3)
         damping = 1 + 2 * max(0.0, math.sqrt((mu_eff - 1) / (dim + 1)) - 1) + c_sigma
         c_path = 4 / (dim + 4)
@@ -96,13 +93,13 @@ class SepCMAES(SearchAlgorithm):
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned, in tensors and numbers."""
         paths = {"path_sigma": self._path_sigma, "path_c": self._path_c, "step_size": self._step_size}
-        return {**super().state_dict(), **paths, "mu_eff": self._mu_eff}
+        return {**super().state_dict(), **paths}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
         super().load_state_dict(state)
         self._path_sigma, self._path_c = state["path_sigma"], state["path_c"]
-        self._step_size, self._mu_eff = state["step_size"], state["mu_eff"]
+        self._step_size = state["step_size"]
 
 
 def _rates(dim: int, mu_eff: float) -> tuple[float, float]:

@@ -58,16 +58,15 @@ class SNES(SearchAlgorithm):
 
     def weights(self, fitness: Tensor) -> Weights:
         """Return the utilities of the ranks, for the noise and for its squares."""
-        num = len(fitness)
-        ranks = torch.arange(num, dtype=torch.float64, device=fitness.device)
+        weights = ranked(fitness, self._utilities(len(fitness)).to(fitness.device))
+        return Weights(weights, weights)
+
+    def _utilities(self, num: int) -> Tensor:
+        ranks = torch.arange(num, dtype=torch.float64)
         if self.temperature is None:
             positive = (math.log(num / 2 + 1) - torch.log(ranks + 1)).clamp_min(0)
-            utilities = positive / positive.sum() - 1 / num
-        else:
-            utilities = torch.softmax(-self.temperature * (ranks / (num - 1) - 0.5), 0)
-        weights = ranked(fitness, utilities)
-        self._weight_sum = float(utilities.sum())
-        return Weights(weights, weights)
+            return positive / positive.sum() - 1 / num
+        return torch.softmax(-self.temperature * (ranks / (num - 1) - 0.5), 0)
 
     def gradient(self, first: Tensor) -> Tensor:
         """Return the natural gradient of the mean, turned round."""
@@ -77,4 +76,4 @@ class SNES(SearchAlgorithm):
         """Multiply each deviation by the exponential of half the learning rate times its gradient."""
         dim = len(std)
         rate = (3 + math.log(dim)) / (5 * math.sqrt(dim)) if self.sigma_lr is None else self.sigma_lr
-        return std * torch.exp(rate / 2 * (second - self._weight_sum))
+        return std * torch.exp(rate / 2 * (second - float(self._utilities(self._size).sum())))
