@@ -6,11 +6,13 @@
 """
 
 from lightning_bpfree.callbacks.gradient_alignment import GradientAlignment as GradientAlignment
+from lightning_bpfree.callbacks.lottery_ticket import LotteryTicket as LotteryTicket
 from lightning_bpfree.core.search.des import DES as DES
 from lightning_bpfree.core.search.openai_es import OpenAIES as OpenAIES
 from lightning_bpfree.core.search.pgpe import PGPE as PGPE
 from lightning_bpfree.core.search.sep_cma_es import SepCMAES as SepCMAES
 from lightning_bpfree.core.search.snes import SNES as SNES
+from lightning_bpfree.core.ticket import Ticket as Ticket
 from lightning_bpfree.nn.local_loss import LocalLoss as LocalLoss
 from lightning_bpfree.rules.backprop import Backprop as Backprop
 from lightning_bpfree.rules.evolution_strategy import EvolutionStrategy as EvolutionStrategy

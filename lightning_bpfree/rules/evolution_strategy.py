@@ -125,7 +125,7 @@ class EvolutionStrategy(TrainingRule):
     # --- what a companion may ask, such as LotteryTicket ---
 
     def restrict(self, masks: Mapping[str, Tensor] | None) -> None:
-        """Search only where the masks are True, from the next batch on; forgets what the algorithm has learned.
+        """Search only where the masks are True, from the next batch on; :meth:`restart` where they have changed.
 
         Args:
             masks: name -> boolean tensor of the parameter's shape; parameters without a mask are searched whole. None
@@ -137,7 +137,6 @@ class EvolutionStrategy(TrainingRule):
         if masks is not None and self.rank is not None:
             self.algorithm.check_low_rank(masks)
         self.masks = masks
-        self.restart()
 
     def restart(self) -> None:
         """Forget what the algorithm has learned: fresh standard deviations."""
