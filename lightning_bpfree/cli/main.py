@@ -12,7 +12,7 @@ import lightning_bpfree
 from lightning_bpfree.cli.preconditions import CommandError, nearest
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (*LIGHTNING_COMMANDS, "check", "compare", "recipes")
+COMMANDS = (*LIGHTNING_COMMANDS, "check", "compare", "tickets", "recipes")
 
 HELP = """\
 usage: bpfree COMMAND ...
@@ -22,6 +22,7 @@ Training rules for any LightningModule. FILE is a YAML file or the name of a shi
   fit -c FILE [-c FILE ...]     train; later files overlay earlier ones (also: validate, test, predict)
   check -c FILE                 which rules can train this module, at what cost; one batch, no training
   compare -c FILE --rules ...   train the same module under several rules and backprop; one table
+  tickets -c FILE               lottery tickets of several kinds, their transfer, the lines between them; one table
   recipes list|show|copy        the YAML files that come with the package
 
 first steps:
@@ -69,6 +70,10 @@ def _run(command: str, arguments: list[str]) -> int:
         from lightning_bpfree.cli import compare
 
         return compare.run(arguments)
+    if command == "tickets":
+        from lightning_bpfree.cli import tickets
+
+        return tickets.run(arguments)
     if command == "recipes":
         from lightning_bpfree.cli import recipes
 
