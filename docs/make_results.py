@@ -5,6 +5,7 @@ A page marks a part by ``<!-- results:NAME -->`` and ``<!-- /results -->``; what
 - ``comparisons``: all comparisons; or the name of one, such as ``quickstart_comparison`` for the file
   ``docs/results/quickstart_comparison.json``, which is a ``comparison.json`` of ``bpfree compare``;
 - ``NAME:paired`` for such a file: differences between its rules, paired by seed;
+- ``NAME_study``: the tables and figures of a ``tickets.json`` of ``bpfree tickets``;
 - ``benchmarks``: all rows of ``docs/results/benchmarks.json``; or ``benchmarks:TEXT``, those with TEXT in their name.
 
 ``--check`` writes nothing, and fails if a page or a figure is not what the files say.
@@ -25,6 +26,7 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))  # this file is run as a script and loaded by path: its neighbour is found either way
 
 from paired import paired_tables  # noqa: E402
+from studies import drawings, images, study_tables  # noqa: E402
 
 RESULTS, IMAGES = DOCS / "results", DOCS / "img"
 PART = re.compile(r"(<!-- results:(?P<name>[^>]+?) -->\n).*?(<!-- /results -->)", re.DOTALL)
@@ -72,6 +74,17 @@ def comparison_part(name, found, page):
     intervals = "mean ± half width of the 95 % confidence interval" if seeds > 1 else "no interval"
     blocks.append(f"{seeds} seed{'s' * (seeds > 1)}, {intervals}{memory}.")
     blocks.append(provenance(found, shlex.join(found["command"]), device))
+    return "\n\n".join(blocks) + "\n"
+
+
+def study_part(name, found, page):
+    """Return the tables and figures of a study of lottery tickets, and where it all comes from."""
+    blocks = study_tables(found, table)
+    for image, caption in images(RESULTS / f"{name}.json", found).items():
+        blocks.append(f"![{caption}]({os.path.relpath(IMAGES / f'{image}.png', page.parent)})")
+    seeds = len(found["seeds"])
+    blocks.append(f"{seeds} seed{'s' * (seeds > 1)}, mean ± half width of the 95 % confidence interval.")
+    blocks.append(provenance(found, shlex.join(found["command"]), f", {found['machine']['threads']} thread(s)"))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -150,6 +163,8 @@ def part(name, page):
     found = json.loads(path.read_text(encoding="utf-8"))
     if text == "paired":
         return paired_tables(found, table)
+    if "barriers" in found:
+        return study_part(name, found, page)
     return benchmarks_part(found, text) if "rows" in found else comparison_part(name, found, page)
 
 
@@ -166,14 +181,25 @@ def stale_figures():
     """Yield the figures that are missing, or were drawn from another file: each holds the hash of its own."""
     for path in sorted(RESULTS.glob("*comparison*.json")):
         figure, digest = IMAGES / f"{path.stem}.png", hashlib.sha256(path.read_bytes()).hexdigest()
-        if not figure.exists() or digest.encode() not in figure.read_bytes():
+        if _is_stale(figure, digest):
             yield figure, path, digest
+    for path in sorted(RESULTS.glob("*_study.json")):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        for image in images(path, json.loads(path.read_text(encoding="utf-8"))):
+            if _is_stale(IMAGES / f"{image}.png", digest):
+                yield IMAGES / f"{image}.png", path, digest
+
+
+def _is_stale(figure, digest):
+    return not figure.exists() or digest.encode() not in figure.read_bytes()
 
 
 def draw(figure, path, digest):
     """Draw the metric of every rule with its confidence interval, one panel per budget."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    if "vary" in found:
+    if "barriers" in found:
+        drawing = dict(drawings(path, found))[figure.stem]
+    elif "vary" in found:
         from lightning_bpfree.cli.compare_conditions import figure as over_conditions
 
         drawing = over_conditions(found)

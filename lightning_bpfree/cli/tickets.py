@@ -34,11 +34,12 @@ def parts(base: Study, targets: Sequence[Study], options: argparse.Namespace) ->
         options: of the command line.
     """
     for seed in options.seeds:
-        found = {(base.rule, kind): list(base.levels(kind, seed)) for kind in options.kinds}
-        for target in targets:
-            found |= {(target.rule, kind): list(target.levels(kind, seed)) for kind in (OWN, OTHER)}
-        for results in found.values():
-            yield from (("run", result) for result in results)
+        found: dict[tuple[str, str], list[Result]] = {}
+        own = [(base, kind) for kind in options.kinds]
+        for study, kind in [*own, *((target, kind) for target in targets for kind in (OWN, OTHER))]:
+            for result in study.levels(kind, seed):
+                found.setdefault((study.rule, kind), []).append(result)
+                yield "run", result
         given = found[base.rule, options.kinds[0]]
         for target in targets:
             for result in given[1:]:
