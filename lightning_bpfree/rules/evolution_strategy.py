@@ -25,8 +25,8 @@ from lightning_bpfree.core.search.sep_cma_es import SepCMAES
 from lightning_bpfree.core.search.snes import SNES
 from lightning_bpfree.core.step import Estimate, Step, loss_of
 from lightning_bpfree.rules.population_passes import PopulationPasses
+from lightning_bpfree.rules.precision import computed_in, smallest_sigma
 from lightning_bpfree.rules.training_rule import TrainingRule
-from lightning_bpfree.rules.zeroth_order import computed_in, smallest_sigma
 
 ALGORITHMS: dict[str, Callable[[], SearchAlgorithm]] = {
     "openai_es": OpenAIES,
