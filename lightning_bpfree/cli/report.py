@@ -74,7 +74,7 @@ def curves(rows: Iterable[dict[str, float]], quantity: str) -> dict[str, Curve]:
 
     Args:
         rows: of metrics.csv.
-        quantity: ``"acc"`` or ``"loss"``.
+        quantity: ``"acc"``, ``"return"`` or ``"loss"``.
     """
     wanted = re.compile(rf"(train|val|valid|validation)[_/](?!.*_step$).*{quantity}")
     found: dict[str, Curve] = {}
@@ -88,16 +88,17 @@ def curves(rows: Iterable[dict[str, float]], quantity: str) -> dict[str, Curve]:
 
 
 def plot(rows: list[dict[str, float]], path: Path) -> None:
-    """Draw accuracy (or loss, where there is none) by epoch, and the cosine to backprop by step if it was measured."""
+    """Draw accuracy (or return, or loss, where there is none) by epoch, and the cosine to backprop by step if it was measured."""
     from matplotlib.figure import Figure
 
     cosine = [(row["step"], row[COSINE]) for row in rows if COSINE in row]
-    accuracy = curves(rows, "acc")
+    titles = {"acc": "accuracy", "return": "return", "loss": "loss"}
+    quantity = next((quantity for quantity in titles if curves(rows, quantity)), "loss")
     figure = Figure(figsize=(7, 6 if cosine else 3.5), layout="constrained", dpi=120)
     top, *below = figure.subplots(2 if cosine else 1, 1, squeeze=False)[:, 0]
-    for name, (epochs, values) in (accuracy or curves(rows, "loss")).items():
+    for name, (epochs, values) in curves(rows, quantity).items():
         top.plot(epochs, values, marker=".", label=name)
-    top.set(xlabel="epoch", ylabel="accuracy" if accuracy else "loss")
+    top.set(xlabel="epoch", ylabel=titles[quantity])
     if top.has_data():
         top.legend()
     for axes in below:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -67,8 +68,8 @@ class SearchAlgorithm(ABC):
         self.restart()
 
     def __repr__(self) -> str:
-        arguments = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+        names = inspect.signature(type(self)).parameters
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def restart(self) -> None:
         """Forget everything that was learned: the standard deviation is ``sigma`` again."""

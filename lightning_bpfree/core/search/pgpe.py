@@ -31,8 +31,8 @@ class PGPE(SearchAlgorithm):
         ValueError: for arguments out of range.
 
     Examples:
-        >>> repr(PGPE(sigma=0.1)).startswith("PGPE(shaping='centered_rank', sigma_lr=0.1")
-        True
+        >>> PGPE(sigma=0.1)
+        PGPE(sigma=0.1, shaping='centered_rank', sigma_lr=0.1, max_change=0.2, sigma_decay=1.0, sigma_min=0.0)
 
     References:
         F. Sehnke et al., "Parameter-exploring Policy Gradients", 2010, Neural Networks 23(4).

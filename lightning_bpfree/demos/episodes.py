@@ -1,0 +1,146 @@
+"""Episodes of gymnasium's environments: many at once, and each a function of its policy and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_bpfree.demos.nets import check_at_least
+
+# The only environment of gymnasium's own that runs many episodes in one array; no other one is written so in NumPy.
+_CARTPOLE_VECTOR = "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv"
+
+
+def _gymnasium() -> Any:
+    try:
+        import gymnasium
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('This task needs gymnasium: pip install "lightning-bpfree[control]"') from error
+    return gymnasium
+
+
+class Episodes:
+    """Episodes of a gymnasium environment, many at once, each begun from a seed of its own.
+
+    CartPole runs in one array; other environments step one after the other. Environments are kept from call to call,
+    one set for each number of episodes; copies and pickles hold none of them.
+
+    Args:
+        env_id: Id of a registered environment with observations in a box, and actions that are either numbered or in
+            a box with bounds.
+        max_steps: Steps after which an episode ends; None: the environment's own limit.
+
+    Attributes:
+        num_scores: Numbers that a policy has to give for an observation: one for each numbered action, or one for each
+            coordinate of an action in a box.
+
+    Raises:
+        ModuleNotFoundError: gymnasium is not installed.
+        ValueError: An argument is out of range, or the environment is of another kind.
+    """
+
+    def __init__(self, env_id: str, max_steps: int | None = None) -> None:
+        gym = _gymnasium()
+        try:
+            spec = gym.spec(env_id)
+        except (gym.error.Error, ModuleNotFoundError) as error:
+            raise ValueError(
+                f"env_id is {env_id!r}: {error} Give the id of a registered environment, such as 'CartPole-v1'."
+            ) from error
+        if max_steps is not None:
+            check_at_least(1, max_steps=max_steps)
+        elif spec.max_episode_steps is None:
+            raise ValueError(f"env_id is {env_id!r}, whose episodes may never end; give max_steps, such as 1000.")
+        self.env_id, self.max_steps = env_id, max_steps
+        self._in_one_array = spec.vector_entry_point == _CARTPOLE_VECTOR
+        self._environments: dict[int, Any] = {}
+        env = self._environment(1)
+        self._action_space = env.single_action_space
+        self.num_scores = self._checked_spaces(env.single_observation_space)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.env_id, self.max_steps)
+
+    def _checked_spaces(self, observations: Any) -> int:
+        spaces, actions = _gymnasium().spaces, self._action_space
+        if not isinstance(observations, spaces.Box):
+            raise ValueError(
+                f"env_id is {self.env_id!r}, whose observations are {observations}; choose an environment with "
+                "observations in a Box, or register a wrapped one (gymnasium.wrappers.TransformObservation)."
+            )
+        if isinstance(actions, spaces.Discrete):
+            return int(actions.n)
+        if isinstance(actions, spaces.Box) and actions.is_bounded():
+            return int(actions.low.size)
+        raise ValueError(
+            f"env_id is {self.env_id!r}, whose actions are {actions}; choose an environment with Discrete actions, or "
+            "with actions in a Box that has bounds."
+        )
+
+    def _environment(self, num: int) -> Any:
+        if num not in self._environments:
+            limit = {} if self.max_steps is None else {"max_episode_steps": self.max_steps}
+            # The checker would look at each step of each episode.
+            how, more = ("vector_entry_point", {}) if self._in_one_array else ("sync", {"disable_env_checker": True})
+            make = _gymnasium().make_vec
+            self._environments[num] = make(self.env_id, num_envs=num, vectorization_mode=how, **limit, **more)
+        return self._environments[num]
+
+    def _reset(self, env: Any, seeds: list[int]) -> Any:
+        if not self._in_one_array:
+            return env.reset(seed=seeds)[0]
+        # CartPole in one array takes one seed for all: each episode gets the start that a single environment gives it.
+        import numpy as np
+        from gymnasium.utils.seeding import np_random
+
+        env.reset(seed=seeds[0])
+        starts = [np_random(seed)[0].uniform(low=-0.05, high=0.05, size=4) for seed in seeds]
+        env.state = np.stack(starts, axis=1)
+        return env.state.T.astype(np.float32)
+
+    def actions(self, scores: Tensor) -> Any:
+        """What scores stand for: the action of the highest, or tanh of each, scaled to the box.
+
+        Args:
+            scores: Shape (B, num_scores).
+
+        Returns:
+            An array of B actions.
+
+        Raises:
+            ValueError: The scores have another shape.
+        """
+        space = self._action_space
+        if scores.dim() != 2 or scores.shape[1] != self.num_scores:
+            raise ValueError(
+                f"net gives scores of shape {tuple(scores.shape)}, but {self.env_id!r} with actions {space} needs "
+                f"{('B', self.num_scores)}; build it with an output of {self.num_scores}."
+            )
+        if hasattr(space, "n"):
+            return scores.argmax(1).cpu().numpy() + space.start
+        shares = (1 + torch.tanh(scores.float()).cpu().numpy().reshape(-1, *space.shape)) / 2
+        return (space.low + shares * (space.high - space.low)).clip(space.low, space.high).astype(space.dtype)
+
+    @torch.no_grad()
+    def returns(self, seeds: list[int], policy: Callable[[Any], Tensor]) -> Tensor:
+        """The sum of the rewards of each episode, up to its first end, shape (B,), float32 on the CPU.
+
+        It depends on the policy and on the episode's seed, and not on what has been run before.
+
+        Args:
+            seeds: One for each episode, at least 0.
+            policy: From an array of observations, shape (B, ...), to scores, shape (B, num_scores).
+        """
+        import numpy as np
+
+        env = self._environment(len(seeds))
+        observations = self._reset(env, seeds)
+        totals, running = np.zeros(len(seeds)), np.ones(len(seeds), dtype=bool)
+        while running.any():
+            observations, rewards, terminated, truncated, _ = env.step(self.actions(policy(observations)))
+            totals += np.where(running, rewards, 0.0)  # an episode that has ended begins anew, which does not count
+            running &= ~(terminated | truncated)
+        return torch.from_numpy(totals).float()
