@@ -88,7 +88,7 @@ def curves(rows: Iterable[dict[str, float]], quantity: str) -> dict[str, Curve]:
 
 
 def plot(rows: list[dict[str, float]], path: Path) -> None:
-    """Draw accuracy (or return, or loss, where there is none) by epoch, and the cosine to backprop by step if it was measured."""
+    """Draw accuracy (else return, else loss) by epoch, and the cosine to backprop by step if it was measured."""
     from matplotlib.figure import Figure
 
     cosine = [(row["step"], row[COSINE]) for row in rows if COSINE in row]
