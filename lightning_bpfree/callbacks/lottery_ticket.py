@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_bpfree.callbacks.rewinding import check_redrawable
@@ -213,7 +214,21 @@ class LotteryTicket(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish the last level, whose weights stay as they are trained."""
+        if self.level < self._levels.plan.levels - 1:
+            rank_zero_warn(
+                f"LotteryTicket: the fit ends in level {self.level} of {self._levels.plan.levels}, counted from 0. For "
+                "the others, raise max_epochs, max_steps or what else has stopped it."
+            )
         self._levels.finish(trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lift the rule's masks: its next fit may be of a dense module."""
+        if stage == "fit":
+            self._levels.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lift the rule's masks: Lightning calls no teardown hooks after an exception."""
+        self._levels.close()
 
     def _collect(self, module: pl.LightningModule) -> None:
         """Find the masked parameters: once an epoch, for walking a large module takes time."""

@@ -87,6 +87,8 @@ class Levels:
             # If the rule cannot search under masks, that is said here rather than after a level.
             self.rule.restrict(Masks.dense({name: self._init[name] for name in self.names}))
             self.rule.restrict(self.masks)
+            if not self._resumed:
+                self.rule.restart()
         self._say()
 
     def _first(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -122,6 +124,11 @@ class Levels:
             self.rule.restart()
         self._say()
         return True
+
+    def close(self) -> None:
+        """Let the rule search all weights again."""
+        if isinstance(self.rule, Restricts):
+            self.rule.restrict(None)
 
     def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> Params | None:
         """Keep what the level has come to; return the deviations of the weights, if the rule has any."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import pkgutil
 import platform
+import tempfile
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +23,8 @@ from lightning_bpfree.cli.configured import Blueprint, silence
 from lightning_bpfree.cli.preconditions import CommandError, require, require_writable
 from lightning_bpfree.cli.tables import console
 from lightning_bpfree.cli.tickets_runs import AGAIN, KINDS, Result, Study, plan_of
+from lightning_bpfree.rules.backprop import Backprop
+from lightning_bpfree.rules.training_rule import TrainingRule
 
 OWN, OTHER = "magnitude", "random"  # what a transfer is compared with: the target's own tickets, and fresh ones
 
@@ -63,7 +67,11 @@ def _barrier(study: Study, between: str, one: Result, other: Result) -> Result:
     barriers = study.barriers(Path(one["file"]), Path(other["file"]))
     shared = {"rule": study.rule, "tickets": one["tickets"], "between": between, "seed": one["seed"]}
     place = {"level": other["level"], "weights_left": other["weights_left"]}
-    return {**shared, **place, **{name: barrier._asdict() for name, barrier in barriers.items()}}
+    found = {name: tickets_results.finite(barrier._asdict()) for name, barrier in barriers.items()}
+    for barrier in found.values():
+        if None in barrier["values"]:  # a maximum over NaN says nothing
+            barrier.update(barrier=None, barrier_from_mean=None)
+    return {**shared, **place, **found}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,23 +101,43 @@ def _parser() -> argparse.ArgumentParser:
 
 def _studies(options: argparse.Namespace, overrides: list[str]) -> tuple[Study, list[Study]]:
     base = Blueprint([*recipes.config_arguments(options.config), *overrides])
-    rules = [callback.class_path.rpartition(".")[2] for callback in base.callbacks]
+    kinds = [pkgutil.resolve_name(callback.class_path) for callback in base.callbacks]
+    rules = [kind.__name__ for kind in kinds if issubclass(kind, TrainingRule)]
+    if len(rules) != 1:
+        names = ", ".join(rules) or "none"
+        raise CommandError(f"the configuration must have one training rule among trainer.callbacks; it has {names}.")
     folder, metric = options.out / "tickets", options.metric
-    named = next((name for name in rules if hasattr(lightning_bpfree, name) and name != "LotteryTicket"), None)
-    if named is None:
-        raise CommandError("the configuration has no training rule among trainer.callbacks: give one that has.")
-    study = Study(base, named, folder, metric)
-    targets = []
-    for contender in contenders(argparse.Namespace(config=options.config, rules=options.transfer), overrides):
-        if contender.label in [Path(overlay).stem for overlay in options.transfer]:
-            targets.append(Study(_read(contender.config, options.out), contender.label, folder, metric))
+    study = Study(base, rules[0], folder, metric)
+    for kind in options.kinds:
+        study.tickets(kind)
+    targets = [Study(_read(config), label, folder, metric) for label, config in _targets(options, overrides)]
+    first = options.kinds[0]
+    if KINDS[first]["weights"] != "init" and (targets or not options.no_connectivity):
+        good = ", ".join(kind for kind, arguments in KINDS.items() if arguments["weights"] == "init")
+        raise CommandError(
+            f"--kinds {first} ...: tickets of the first kind are trained again, from the first initialisation, with "
+            f"which {first} tickets are not trained. Put one of {good} first, or leave out --transfer and give "
+            "--no-connectivity."
+        )
     return study, targets
 
 
-def _read(config: str, folder: Path) -> Blueprint:
-    file = folder / "transfer.yaml"
-    file.write_text(config, encoding="utf-8")
-    return Blueprint(["-c", str(file)])
+def _targets(options: argparse.Namespace, overrides: list[str]) -> list[tuple[str, str]]:
+    """Return label and configuration of each rule that tickets are transferred to."""
+    if not options.transfer:
+        return []
+    # Backprop is always among contenders, if need be by itself: with one more at the end, which one is not asked for?
+    named = argparse.Namespace(config=options.config, rules=[*options.transfer, "rules/backprop"])
+    found = contenders(named, overrides)
+    found.pop(max(i for i, contender in enumerate(found) if contender.kind is Backprop))
+    return [(contender.label, contender.config) for contender in found]
+
+
+def _read(config: str) -> Blueprint:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "transfer.yaml"
+        file.write_text(config, encoding="utf-8")
+        return Blueprint(["-c", str(file)])
 
 
 def settings(options: argparse.Namespace, base: Study, argv: Sequence[str]) -> dict[str, Any]:
@@ -137,14 +165,17 @@ def run(arguments: Sequence[str]) -> int:
     """Run ``bpfree tickets``."""
     options, overrides = _parser().parse_known_args(arguments)
     require("rich", "matplotlib")
-    require_writable(options.out, "--out DIR")
+    options.kinds, options.seeds = (list(dict.fromkeys(given)) for given in (options.kinds, options.seeds))
     base, targets = _studies(options, overrides)
+    require_writable(options.out, "--out DIR")
+    with silence():
+        base.check()
     study: dict[str, Any] = {**settings(options, base, arguments), "runs": [], "barriers": []}
     with silence(), tickets_results.progress() as bar:
         plan = {"connectivity": not options.no_connectivity, "transfers": len(targets), "seeds": options.seeds}
         task = bar.add_task("tickets", total=plan_of(options.kinds, levels=base.num_levels, **plan))
         for kind, result in parts(base, targets, options):
-            study[f"{kind}s"].append(result)
+            study[f"{kind}s"].append(tickets_results.finite(result))
             if kind == "run":
                 what = f"{result['rule']}, {result['tickets']}, seed {result['seed']}, level {result['level']}"
                 bar.update(task, description=what, advance=1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 Study = dict[str, Any]
-Cells = dict[tuple[str, str], dict[float, list[float]]]  # (rule, tickets) -> weights left -> values, one a seed
+Levels = dict[float, list[float | None]]  # weights left -> values, one a seed; None where one is not finite
+Cells = dict[tuple[str, str], Levels]  # by rule and tickets
 FIELDS = ("rule", "tickets", "seed", "level", "weights_left", "kept", "value", "forward_evals", "seconds")
 
 
@@ -40,23 +42,41 @@ def cells(study: Study) -> Cells:
     return found
 
 
-def differences(study: Study) -> dict[str, dict[float, list[float]]]:
+def differences(study: Study) -> dict[str, Levels]:
     """Return the first kind's metric minus that of each other kind, paired by seed, by weights left."""
     values = {(run["tickets"], run["seed"], run["level"]): run for run in study["runs"] if run["rule"] == study["rule"]}
     first, *others = study["kinds"]
-    found: dict[str, dict[float, list[float]]] = {kind: {} for kind in others}
+    found: dict[str, Levels] = {kind: {} for kind in others}
     for (kind, seed, level), run in values.items():
         own = values.get((first, seed, level))
         if kind in found and own is not None:
-            found[kind].setdefault(round(own["weights_left"], 6), []).append(own["value"] - run["value"])
+            failed = own["value"] is None or run["value"] is None
+            difference = None if failed else own["value"] - run["value"]
+            found[kind].setdefault(round(own["weights_left"], 6), []).append(difference)
     return found
 
 
-def written(values: list[float], signed: bool = False) -> str:
-    """Return the mean with its 95 % confidence interval."""
-    spread = confidence(values)
-    mean = statistics.fmean(values)
-    return f"{mean:{'+' * signed}.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+def written(values: Sequence[float | None], signed: bool = False) -> str:
+    """Return the mean with its 95 % confidence interval, and how many values there are not."""
+    good = _known(values)
+    lost = f" ({len(values) - len(good)} failed)" if len(good) < len(values) else ""
+    if not good:
+        return "failed"
+    spread = confidence(good)
+    return f"{statistics.fmean(good):{'+' * signed}.3f}" + ("" if spread is None else f" ± {spread:.3f}") + lost
+
+
+def finite(found: Any) -> Any:
+    """Return a result with None for NaN and infinity, which JSON does not have."""
+    if isinstance(found, dict):
+        return {key: finite(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [finite(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def table_rows(study: Study) -> tuple[list[str], list[list[str]]]:
@@ -155,46 +175,65 @@ def figures(study: Study) -> Iterable[tuple[str, Figure]]:
         yield "connectivity", _connectivity_figure(study)
 
 
-def _levels_figure(lines: dict[str, dict[float, list[float]]], title: str, label: str) -> Figure:
+def _levels_figure(lines: dict[str, Levels], title: str, label: str) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.2), layout="constrained", dpi=150)
-    axes = figure.subplots()
-    for kind, levels in lines.items():
-        _curve(axes, levels, kind.replace("_", " "))
-    _finish(axes, title, label)
+    _panel(figure.subplots(), {kind.replace("_", " "): levels for kind, levels in lines.items()}, title, label)
     return figure
 
 
 def _connectivity_figure(study: Study) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 4.2), layout="constrained", dpi=150)
-    between = {"levels": "between neighbouring levels", "seeds": "between two trainings of a ticket"}
-    for axes, (ends, title) in zip(figure.subplots(1, 2, sharey=True), between.items(), strict=True):
-        for (rule, kind), levels in barriers(study).items():
-            if kind == ends:
-                _curve(axes, levels, rule)
-        _finish(axes, title, f"barrier of {study['metric']}")
+    figure, found = Figure(figsize=(9.6, 4.2), layout="constrained", dpi=150), barriers(study)
+    titles = {"levels": "between neighbouring levels", "seeds": "between two trainings of a ticket"}
+    ends = [between for between in titles if any(kind == between for _, kind in found)]
+    panels = figure.subplots(1, len(ends), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, between in zip(panels, ends, strict=True):
+        lines = {rule: levels for (rule, kind), levels in found.items() if kind == between}
+        _panel(axes, lines, titles[between], f"barrier of {study['metric']}")
+    # The panels share their axis, hence its ticks, which are those of all levels.
+    _ticks(panels[0], {level for levels in found.values() for level in levels})
     return figure
 
 
-def _curve(axes: Axes, levels: dict[float, list[float]], label: str) -> None:
-    left = sorted(levels, reverse=True)
-    means = [statistics.fmean(levels[level]) for level in left]
-    spreads = [confidence(levels[level]) or 0.0 for level in left]
-    axes.errorbar([100 * level for level in left], means, yerr=spreads, fmt="o-", capsize=3, label=label)
-
-
-def _finish(axes: Axes, title: str, label: str) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
+def _panel(axes: Axes, lines: dict[str, Levels], title: str, label: str) -> None:
+    left = {level for levels in lines.values() for level in levels}
+    width = math.log(max(left) / min(left))
+    for place, (name, levels) in enumerate(lines.items()):
+        aside = math.exp(0.008 * width * ((len(lines) - 1) / 2 - place))  # lest bars lie upon each other
+        points = {level: good for level in sorted(levels, reverse=True) if (good := _known(levels[level]))}
+        means = [statistics.fmean(values) for values in points.values()]
+        spreads = [confidence(values) or 0.0 for values in points.values()]
+        axes.errorbar(
+            [100 * level * aside for level in points],
+            means,
+            yerr=spreads,
+            fmt="o-",
+            markersize=4,
+            linewidth=1.2,
+            elinewidth=0.8,
+            capsize=2,
+            label=name,
+        )
     axes.set_xscale("log")
-    axes.invert_xaxis()
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("weights left, %")
     axes.set_ylabel(label)
     axes.set_title(title, fontsize=10)
     axes.grid(color="0.9")
-    axes.legend()
+    axes.legend(fontsize=9)
+    _ticks(axes, left)
+    if not axes.xaxis_inverted():
+        axes.invert_xaxis()  # of all panels that share the axis
+
+
+def _ticks(axes: Axes, left: set[float]) -> None:
+    """Mark the levels themselves, for there are rarely two powers of ten among them, as far apart as labels need."""
+    marked: list[float] = []
+    room = math.log(max(left) / min(left)) / 10
+    for level in sorted(left, reverse=True):
+        if not marked or math.log(marked[-1] / level) >= 0.95 * room > 0:
+            marked.append(level)
+    axes.set_xticks([100 * level for level in marked], [f"{100 * level:.3g}" for level in marked])
+    axes.set_xticks([], minor=True)

@@ -46,12 +46,28 @@ class Study:
     def __init__(self, blueprint: Blueprint, rule: str, folder: Path, metric: str) -> None:
         self.blueprint, self.rule, self.folder, self.metric = blueprint, rule, folder, metric
         self.arguments = ticket_arguments(blueprint)
-        self.num_levels = LotteryTicket(**{**self.arguments, **KINDS["magnitude"]}).plan.levels
+        self.num_levels = self.tickets("magnitude").plan.levels
+
+    def tickets(self, kind: str, **more: Any) -> LotteryTicket:
+        """Return the callback that finds tickets of a kind.
+
+        Raises:
+            CommandError: it does not go with the configuration's arguments.
+        """
+        try:
+            return LotteryTicket(**{**self.arguments, "permute_masks": False, **KINDS[kind], **more})
+        except ValueError as error:
+            raise CommandError(f"LotteryTicket, for tickets of kind {kind}: {error}") from error
+
+    def check(self) -> None:
+        """Raise CommandError if the test set gives no such metric, which is better said before any training."""
+        built = self._build(0, [])
+        required(evaluated("test", built.trainer, built.module, built.data), self.metric)
 
     def levels(self, kind: str, seed: int) -> Iterator[Result]:
         """Train all levels of tickets of a kind, and yield one result a level."""
         folder = self.folder / self.rule / kind / f"seed_{seed}"
-        yield from self._trained({**self.arguments, **KINDS[kind]}, kind, seed, folder)
+        yield from self._trained(self.tickets(kind, dirpath=str(folder)), kind, seed, folder)
 
     def again(self, ticket: Path, name: str, seed: int) -> Result:
         """Train one ticket, without pruning on, and return its result.
@@ -63,16 +79,21 @@ class Study:
         """
         level = Ticket.load(ticket).level
         folder = self.folder / self.rule / name / f"seed_{seed}" / f"from_level_{level:02d}"
-        kept = {key: self.arguments[key] for key in ("epochs_per_level",)}
-        arguments = {**kept, "score": "magnitude", "levels": 1, "init_from": str(ticket)}
-        (result,) = self._trained(arguments, name, seed, folder)
+        epochs = self.arguments["epochs_per_level"]
+        tickets = LotteryTicket("magnitude", 1, epochs_per_level=epochs, init_from=str(ticket), dirpath=str(folder))
+        (result,) = self._trained(tickets, name, seed, folder)
         return {**result, "level": level}
 
-    def _trained(self, arguments: dict[str, Any], name: str, seed: int, folder: Path) -> Iterator[Result]:
-        tickets, watch = LotteryTicket(**{**arguments, "dirpath": str(folder)}), Stopwatch()
+    def _trained(self, tickets: LotteryTicket, name: str, seed: int, folder: Path) -> Iterator[Result]:
+        watch = Stopwatch()
         epochs = tickets.plan.levels * tickets.plan.epochs_per_level
         built = self._build(seed, [tickets, watch], max_epochs=epochs)
-        built.trainer.fit(built.module, datamodule=built.data)
+        try:
+            built.trainer.fit(built.module, datamodule=built.data)
+        except ValueError as error:
+            if not str(error).startswith(LotteryTicket.__name__):
+                raise
+            raise CommandError(f"{self.rule}, {name}, seed {seed}: {error}") from error
         share = 1 / tickets.plan.levels
         for found in tickets.results:
             file = folder / f"level_{found['level']:02d}.pt"

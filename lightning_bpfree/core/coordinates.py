@@ -19,7 +19,7 @@ class Coordinates:
             without a mask is searched whole. The others are pruned: they count as zero.
 
     Raises:
-        ValueError: for a mask whose name or shape fits no parameter.
+        ValueError: for a mask of another shape than its parameter.
 
     Examples:
         >>> coordinates = Coordinates({"w": torch.zeros(2, 2), "b": torch.zeros(2)}, {"w": torch.eye(2) > 0})
@@ -35,6 +35,7 @@ class Coordinates:
         self.sizes = [tensor.numel() for tensor in self.like.values()]
         self._full = sum(self.sizes)
         self._survivors = None if masks is None else self._indices(masks)
+        self.layout = self._layout(masks)
         self.dim = self._full if self._survivors is None else len(self._survivors)
         self.device = next((tensor.device for tensor in self.like.values()), torch.device("cpu"))
         doubles = any(tensor.dtype == torch.float64 for tensor in self.like.values())
@@ -50,6 +51,11 @@ class Coordinates:
             mask.cpu().expand(tensor.shape).flatten() for mask, tensor in zip(kept, self.like.values(), strict=True)
         ]
         return torch.cat(flat).nonzero().flatten().to(next(iter(self.like.values())).device)
+
+    def _layout(self, masks: Mapping[str, Tensor] | None) -> dict[str, int]:
+        """Return how many coordinates each parameter has in the vector."""
+        own = {} if masks is None else {name: int(mask.sum()) for name, mask in masks.items() if name in self.like}
+        return {name: own.get(name, size) for name, size in zip(self.like, self.sizes, strict=True)}
 
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
         """Return the coordinates of ``params`` as a new vector, shape ``(dim,)``, in at least float32."""

@@ -47,10 +47,11 @@ class LowRankLayers:
 
     def __init__(self, slots: ParameterSlots, names: set[str]) -> None:
         self.layers: dict[str, nn.Module] = {}
+        self._own: dict[str, Tensor] = {}
         for slot in slots:
             owner, key = slot.places[0]
             if slot.name in names and len(slot.places) == 1 and key == "weight" and _is_standard(owner):
-                self.layers[slot.name] = owner
+                self.layers[slot.name], self._own[slot.name] = owner, slot.parameter
 
     @property
     def names(self) -> set[str]:
@@ -83,7 +84,7 @@ class LowRankLayers:
         with contextlib.ExitStack() as stack:
             for name, noise in factors.items():
                 layer = self.layers[name]
-                stack.enter_context(_forward(layer, partial(_perturbed, layer, noise)))
+                stack.enter_context(_forward(layer, partial(_perturbed, layer, noise, self._own[name])))
             yield
 
 
@@ -100,11 +101,13 @@ def _is_standard(layer: Any) -> bool:
 
 @contextlib.contextmanager
 def _forward(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    own = {key: layer.__dict__[key] for key in ("forward",) if key in layer.__dict__}
     layer.__dict__["forward"] = forward
     try:
         yield
     finally:
         layer.__dict__.pop("forward", None)
+        layer.__dict__.update(own)
 
 
 class _Watched(Tensor):
@@ -140,7 +143,9 @@ def _plain(layer: Any, weight: Tensor, x: Tensor) -> Tensor:
     return _convolution(layer, x, weight, layer.bias)
 
 
-def _perturbed(layer: Any, noise: Factors, x: Tensor) -> Tensor:
+def _perturbed(layer: Any, noise: Factors, own: Tensor, x: Tensor) -> Tensor:
+    if layer._parameters["weight"] is not own:  # called with other weights, such as a teacher's: they have no noise
+        return _plain(layer, layer.weight, x)
     if isinstance(layer, nn.Embedding):
         return _embedding(layer, x, layer.weight) + _embedding(layer, x, noise.left) @ noise.right.mT
     plain = _is_plain_vmap(noise.left, x, layer.bias)

@@ -75,12 +75,13 @@ class LowRankPopulation(Population):
         noise: NoiseKind = "table",
     ) -> None:
         check_rank(rank)
-        self.coordinates = coordinates = Coordinates(params)
+        coordinates = Coordinates(params)
         self.params = coordinates.like
         self.rank, self.std = rank, std
         self.parts, dim = _layout(self.params, rank)
         num = directions_of(size, mirrored)
-        super().__init__(size, mirrored, Noise(dim, num, seed, noise, coordinates.device, coordinates.dtype))
+        vectors = Noise(dim, num, seed, noise, coordinates.device, coordinates.dtype)
+        super().__init__(size, mirrored, vectors, coordinates)
 
     @property
     def factored(self) -> set[str]:
@@ -110,7 +111,7 @@ class LowRankPopulation(Population):
             mean = self.params[name]
             if not part.factored:
                 noise = rows[:, part.start : part.start + part.rows] * signed.unsqueeze(1)
-                moved[name] = noise.view(-1, *mean.shape).to(mean.device).add_(mean).to(mean.dtype)
+                moved[name] = noise.view(len(rows), *mean.shape).to(mean.device).add_(mean).to(mean.dtype)
                 continue
             left, right = self._factors(rows, part)
             left = left * (signed / self.rank**0.5).view(-1, 1, 1)
@@ -118,7 +119,7 @@ class LowRankPopulation(Population):
                 factors[name] = Factors(left.to(mean.device), right.to(mean.device))
             else:
                 whole = torch.baddbmm(mean.reshape(1, part.rows, -1).to(left.device, left.dtype), left, right.mT)
-                moved[name] = whole.view(-1, *mean.shape).to(mean.device, mean.dtype)
+                moved[name] = whole.view(len(rows), *mean.shape).to(mean.device, mean.dtype)
         return factors, moved
 
     def _factors(self, rows: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
@@ -146,10 +147,6 @@ class LowRankPopulation(Population):
     def second_moment(self, weights: Tensor) -> Tensor:
         """Not there: an algorithm with one standard deviation does not ask for it."""
         raise NotImplementedError("low-rank noise has one standard deviation for all coordinates")
-
-    def unflatten(self, flat: Tensor) -> Params:
-        """Return a vector over the searched coordinates as named tensors."""
-        return self.coordinates.unflatten(flat)
 
 
 def _layout(params: Mapping[str, Tensor], rank: int) -> tuple[dict[str, _Part], int]:

@@ -36,8 +36,8 @@ class Noise:
         num: how many vectors there are.
         seed: any integer.
         kind: ``"table"``: a vector is a slice of a table of 2^23 normal numbers, at an offset that the seed chooses
-            (several slices above 2^20 coordinates). No number is drawn, which is many times faster; two vectors share
-            numbers only where slices overlap, and then at different coordinates. ``"independent"``: every number is
+            (several slices above 2^20 coordinates). No number is drawn, which is many times faster; slices that overlap
+            share numbers, at different coordinates. ``"independent"``: every number is
             drawn anew, by a generator for each ``k`` (CPU and CUDA generators differ).
         device: where the vectors are.
         dtype: float32 or float64.

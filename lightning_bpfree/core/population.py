@@ -25,13 +25,14 @@ class Population(ABC):
         size: number of members, at least 2; even if mirrored.
         mirrored: whether members come in pairs.
         noise: the vectors behind the directions.
+        coordinates: what is searched.
 
     Raises:
         ValueError: if the size does not fit.
     """
 
-    def __init__(self, size: int, mirrored: bool, noise: Noise) -> None:
-        self.size, self.mirrored, self.noise = size, mirrored, noise
+    def __init__(self, size: int, mirrored: bool, noise: Noise, coordinates: Coordinates) -> None:
+        self.size, self.mirrored, self.noise, self.coordinates = size, mirrored, noise, coordinates
         self.num_directions = directions_of(size, mirrored)
 
     def __len__(self) -> int:
@@ -65,9 +66,9 @@ class Population(ABC):
     def second_moment(self, weights: Tensor) -> Tensor:
         """Return ``sum_i w_i z_i^2`` over the searched coordinates, shape ``(dim,)``."""
 
-    @abstractmethod
     def unflatten(self, flat: Tensor) -> Params:
         """Return a vector over the searched coordinates, shape ``(dim,)``, as named tensors; pruned ones are zero."""
+        return self.coordinates.unflatten(flat)
 
     def _of_directions(self, weights: Tensor, odd: bool) -> Tensor:
         """Sum up the weights of the members that share a direction, with their signs if ``odd``."""
@@ -115,10 +116,9 @@ class FullRankPopulation(Population):
         noise: NoiseKind = "table",
     ) -> None:
         num = directions_of(size, mirrored)
-        self.coordinates = coordinates = Coordinates(params, masks)
-        super().__init__(
-            size, mirrored, Noise(coordinates.dim, num, seed, noise, coordinates.device, coordinates.dtype)
-        )
+        coordinates = Coordinates(params, masks)
+        vectors = Noise(coordinates.dim, num, seed, noise, coordinates.device, coordinates.dtype)
+        super().__init__(size, mirrored, vectors, coordinates)
         self.mean, self.std = coordinates.flatten(params), std
 
     def member(self, i: int) -> Params:
@@ -156,10 +156,6 @@ class FullRankPopulation(Population):
             else:
                 total += weights[part] @ (rows.square_() if squared else rows)
         return total
-
-    def unflatten(self, flat: Tensor) -> Params:
-        """Return a vector over the searched coordinates as named tensors; pruned ones are zero."""
-        return self.coordinates.unflatten(flat)
 
 
 def directions_of(size: int, mirrored: bool) -> int:

@@ -187,7 +187,8 @@ class Step:
         values = evaluate(share)
         if self.recorded_loss is not None:
             # A broken loss spoils the numbers, so that all ranks learn of it from what they exchange anyway.
-            values = torch.where(torch.isfinite(self.recorded_loss).to(values.device), values, float("nan"))
+            broken = torch.isnan(self.recorded_loss) if infinite else ~torch.isfinite(self.recorded_loss)
+            values = torch.where(broken.to(values.device), float("nan"), values)
         if self.exchange is not None:
             values = self.exchange.agree(values, num)
         finite = ~torch.isnan(values) if infinite else torch.isfinite(values)
@@ -225,6 +226,8 @@ def loss_of(output: Any) -> Tensor:
                 f"training_step returned {type(loss).__name__}: return one number (a scalar tensor, a float, or a dict "
                 "with the key 'loss'), or None to skip the batch."
             ) from None
+    if not loss.is_floating_point():
+        loss = loss.float()  # a count of right answers
     if loss.numel() != 1:
         raise ValueError(
             f"training_step returned a loss of shape {tuple(loss.shape)}: a training rule needs one number per batch; "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+import copy
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_bpfree.core.coordinates import Coordinates
@@ -18,23 +20,11 @@ from lightning_bpfree.core.noise import NoiseKind
 from lightning_bpfree.core.params import ParameterSlots, Params
 from lightning_bpfree.core.population import directions_of
 from lightning_bpfree.core.search.algorithm import SearchAlgorithm
-from lightning_bpfree.core.search.des import DES
-from lightning_bpfree.core.search.openai_es import OpenAIES
-from lightning_bpfree.core.search.pgpe import PGPE
-from lightning_bpfree.core.search.sep_cma_es import SepCMAES
-from lightning_bpfree.core.search.snes import SNES
+from lightning_bpfree.core.search.named import named
 from lightning_bpfree.core.step import Estimate, Step, loss_of
 from lightning_bpfree.rules.population_passes import PopulationPasses
 from lightning_bpfree.rules.precision import computed_in, smallest_sigma
 from lightning_bpfree.rules.training_rule import TrainingRule
-
-ALGORITHMS: dict[str, Callable[[], SearchAlgorithm]] = {
-    "openai_es": OpenAIES,
-    "pgpe": PGPE,
-    "snes": SNES,
-    "sep_cma_es": SepCMAES,
-    "des": DES,
-}
 
 
 class EvolutionStrategy(TrainingRule):
@@ -54,7 +44,8 @@ class EvolutionStrategy(TrainingRule):
         mirrored: whether members come in pairs of opposite noise; None for the algorithm's habit (OpenAI-ES and PGPE).
         rank: of the noise of weights; None for full rank. At low rank a member costs little more than its samples of
             inference, for all members share the products with the weights. Needs ``"openai_es"``.
-        objective: key in the mapping that the training step returns; None for its loss.
+        objective: key in the mapping that the training step returns; None for its loss. What Lightning and other
+            callbacks get as ``"loss"`` is what is minimised: the objective, negated if it is maximised.
         maximize: whether the objective is a reward rather than a loss.
         weight_decay: lambda >= 0; adds ``lambda * parameters`` to the search gradient. With ``SGD(lr=1)`` the mean
             shrinks by this share in each generation.
@@ -63,7 +54,7 @@ class EvolutionStrategy(TrainingRule):
             times both.
         params: shell-style patterns of the parameters to train; None for all.
         **settings: see :class:`TrainingRule`; here ``on_nonfinite="skip"`` is the default, for a member that fails
-            need not stop a run. An infinite fitness is the worst rank where only ranks count.
+            need not stop a run. An infinite loss is the worst rank where only ranks count.
 
     Raises:
         ValueError: for arguments out of range, or that do not go together.
@@ -72,6 +63,7 @@ class EvolutionStrategy(TrainingRule):
         >>> rule = EvolutionStrategy("snes", population_size=32)
         >>> rule.describe()["a step"]
         '33 forwards'
+        >>> from lightning_bpfree import OpenAIES
         >>> EvolutionStrategy(OpenAIES(sigma=0.02), population_size=64, rank=1).rank
         1
 
@@ -104,7 +96,7 @@ class EvolutionStrategy(TrainingRule):
         **settings: Any,
     ) -> None:
         super().__init__(params=params, **{"on_nonfinite": "skip", **settings})
-        self.algorithm = _algorithm(algorithm)
+        self.algorithm = copy.deepcopy(named(algorithm))  # whose state is this rule's own
         self.mirrored = self.algorithm.mirrored if mirrored is None else mirrored
         directions_of(population_size, self.mirrored)
         if rank is not None:
@@ -119,6 +111,7 @@ class EvolutionStrategy(TrainingRule):
         self.weight_decay, self.noise, self.chunk_size = weight_decay, noise, chunk_size
         self.masks: Mapping[str, Tensor] | None = None
         self._slots: ParameterSlots | None = None
+        self._coordinates: Coordinates | None = None  # of the last batch
         self._passes = PopulationPasses(chunk_size, type(self).__name__)
         self._told_flat = False
 
@@ -132,8 +125,12 @@ class EvolutionStrategy(TrainingRule):
                 lifts all masks.
 
         Raises:
-            ValueError: for noise of low rank, which cannot be masked.
+            ValueError: for noise of low rank, which cannot be masked, or a mask of no parameter.
         """
+        if masks is not None and self._slots is not None:
+            unknown = sorted(set(masks) - {slot.name for slot in [*self._slots, *self._slots.rest]})
+            if unknown:
+                raise ValueError(f"there are masks for {', '.join(unknown)}, and no parameters of these names.")
         if masks is not None and self.rank is not None:
             self.algorithm.check_low_rank(masks)
         self.masks = masks
@@ -142,6 +139,7 @@ class EvolutionStrategy(TrainingRule):
         """Forget what the algorithm has learned: fresh standard deviations."""
         self.algorithm.restart()
         self._passes.restart()
+        self._coordinates = None
 
     def std(self) -> Params | None:
         """Return the standard deviations by name, zero where a mask is False.
@@ -151,7 +149,7 @@ class EvolutionStrategy(TrainingRule):
         if not self.algorithm.per_coordinate or self._slots is None:
             return None
         params = {slot.name: slot.parameter.detach() for slot in self._slots.trainable()}
-        coordinates = Coordinates(params, self.masks)
+        coordinates = Coordinates(params, self.masks) if self._coordinates is None else self._coordinates
         flat = self.algorithm.std.expand(coordinates.dim).to(coordinates.device, coordinates.dtype)
         return coordinates.unflatten(flat)
 
@@ -160,13 +158,19 @@ class EvolutionStrategy(TrainingRule):
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
         """Refuse a sigma that rounding would swallow."""
         dtype = computed_in(trainer, module)
+        if dtype == torch.float64:
+            dtype = torch.float32  # in which fitness is compared, so that ranks agree on it
         if self.algorithm.sigma < smallest_sigma(dtype):
             raise MisconfigurationException(
                 f"EvolutionStrategy: sigma={self.algorithm.sigma:g} is lost in the rounding of {dtype}: give at least "
                 f"sigma={smallest_sigma(dtype):.1g}, or train in precision='32-true'."
             )
         self._passes.restart()
-        self._slots = slots
+        self._slots, self._coordinates = slots, None
+        if self.algorithm.steps:
+            rank_zero_info(
+                f"EvolutionStrategy goes on with a search of {self.algorithm.steps} steps; restart() begins another."
+            )
 
     def read(self, output: Any) -> Tensor:
         """Return the objective, with the sign that makes small good."""
@@ -186,6 +190,7 @@ class EvolutionStrategy(TrainingRule):
         with torch.no_grad():
             loss = step.loss()
         params = step.params
+        layout = self.algorithm.layout
         population = self.algorithm.ask(
             params,
             self.population_size,
@@ -195,6 +200,11 @@ class EvolutionStrategy(TrainingRule):
             masks=self.masks,
             noise=self.noise,
         )
+        self._coordinates = population.coordinates
+        if layout is not None and layout != self.algorithm.layout:
+            rank_zero_info(
+                "EvolutionStrategy: other parameters are searched now; what was learned of those that stay is kept."
+            )
         fitness = step.measure(
             self.population_size,
             lambda members: self._passes.fitness(step, population, members),
@@ -231,14 +241,13 @@ class EvolutionStrategy(TrainingRule):
         """Adapt the standard deviations, once for each step of the optimizer."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self.active(trainer.current_epoch):
-            own_data = trainer.world_size > 1 and not self._shares_fitness(trainer)
-            self.algorithm.step(
-                (lambda moment: trainer.strategy.reduce(moment, reduce_op="mean")) if own_data else None
-            )
+            own_data = trainer.world_size > 1 and not isinstance(trainer.strategy, ScalarExchange)
+            self.algorithm.step(partial(_mean_over_ranks, trainer) if own_data else None)
 
-    @staticmethod
-    def _shares_fitness(trainer: pl.Trainer) -> bool:
-        return isinstance(trainer.strategy, ScalarExchange)
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look anew at the module, which may have changed with the epoch."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._passes.look_again()
 
     def describe(self) -> dict[str, str]:
         """Return rows for the banner."""
@@ -251,21 +260,23 @@ class EvolutionStrategy(TrainingRule):
 
     def rule_state(self) -> dict[str, Any]:
         """Return what the algorithm has learned."""
-        return {"algorithm": self.algorithm.state_dict()}
+        return {"name": type(self.algorithm).__name__, "algorithm": self.algorithm.state_dict()}
 
     def load_rule_state(self, state: dict[str, Any]) -> None:
         """Take back what the algorithm had learned."""
-        self.algorithm.load_state_dict(state["algorithm"])
+        own = type(self.algorithm).__name__
+        if state["name"] == own:
+            self.algorithm.load_state_dict(state["algorithm"])
+            return
+        message = f"This checkpoint was searched by {state['name']}; {own} begins a search of its own from here."
+        if self.strict_rule:
+            raise MisconfigurationException(f"{message} strict_rule=True forbids it: resume with {state['name']}.")
+        rank_zero_warn(message)
 
 
-def _algorithm(algorithm: str | SearchAlgorithm) -> SearchAlgorithm:
-    if isinstance(algorithm, SearchAlgorithm):
-        return algorithm
-    if algorithm not in ALGORITHMS:
-        raise ValueError(
-            f"algorithm={algorithm!r}: choose {', '.join(map(repr, ALGORITHMS))}, or give an object of one."
-        )
-    return ALGORITHMS[algorithm]()
+def _mean_over_ranks(trainer: pl.Trainer, moment: Tensor) -> Tensor:
+    there = moment.to(trainer.strategy.root_device)
+    return cast("Tensor", trainer.strategy.reduce(there, reduce_op="mean")).to(moment.device)
 
 
 def _check_chunk(chunk_size: int | str) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_bpfree.core.forward_ad import supported_kernels
 from lightning_bpfree.core.low_rank import LowRankLayers
 from lightning_bpfree.core.low_rank_population import Factors, LowRankPopulation
 from lightning_bpfree.core.params import Params
@@ -25,8 +25,7 @@ _LOOPED = (nn.modules.conv._ConvNd, nn.RNNBase)
 _NUMBERS = 1 << 20  # of parameters, over all members of a chunk: beyond the caches, vectorising gains nothing
 _SMALLEST = 8  # members in a chunk below which vectorising does not pay
 _ROWS = 8192  # samples over all members of a chunk where the noise is of low rank
-
-T = TypeVar("T")
+_COMPARED = 4  # members whose losses are compared between the routes
 
 
 class PopulationPasses:
@@ -40,12 +39,17 @@ class PopulationPasses:
 
     def __init__(self, chunk_size: int | str, rule: str) -> None:
         self.chunk_size, self.rule = chunk_size, rule
-        self.chosen: int | None = chunk_size if isinstance(chunk_size, int) else None
+        self.chosen: int | None = None
         self._layers: LowRankLayers | None = None
+        self._said: list[str] = []
 
     def restart(self) -> None:
         """Choose anew at the next batch."""
-        self.chosen = self.chunk_size if isinstance(self.chunk_size, int) else None
+        self.chosen = None
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Find out anew which weights nothing but their own layer uses: a training step may change with the epoch."""
         self._layers = None
 
     def fitness(self, step: Step, population: Population, members: Sequence[int]) -> Tensor:
@@ -74,7 +78,7 @@ class PopulationPasses:
         step.forward_evals += len(members)
         layers = self._low_rank_layers(step, population) if isinstance(population, LowRankPopulation) else None
         step.rewind()
-        with supported_kernels(step.module), _no_running_statistics(step.module):  # fused attention does not batch
+        with _attention_that_batches(), _no_running_statistics(step.module):
             return self._vectorised(step, population, members, layers)
 
     def _vectorised(
@@ -99,7 +103,8 @@ class PopulationPasses:
             with layers.watched(step.params) as watched:
                 step.loss_under_transform(watched)
             others = sorted(population.factored - layers.names)
-            if others:
+            if others and others != self._said:
+                self._said = others
                 rank_zero_info(
                     f"{self.rule}: a matrix of noise for each member, since no standard layer alone uses these "
                     f"weights: {', '.join(others)}."
@@ -107,31 +112,67 @@ class PopulationPasses:
         return self._layers
 
     def _choice(self, step: Step, population: Population) -> int:
-        timed = self.chunk_size == "fastest" and not torch.are_deterministic_algorithms_enabled()
+        if isinstance(self.chunk_size, int):
+            if self.chunk_size > 1 and not self._agrees(step, population, min(self.chunk_size, population.size)):
+                raise MisconfigurationException(
+                    f"{self.rule}(chunk_size={self.chunk_size}): vectorised members have other losses than one by one, "
+                    "for the training step draws its noise outside of torch, or keeps something from one evaluation to "
+                    "the next. Use chunk_size=1."
+                )
+            return self.chunk_size
+        timed = self.chunk_size == "fastest"
+        if timed and torch.are_deterministic_algorithms_enabled():
+            rank_zero_info(
+                f"{self.rule}: algorithms have to be deterministic, so chunk_size='fastest' goes by structure."
+            )
+            timed = False
         chunk = min(population.size, _expected_chunk(step, population, timed))
         if chunk < _SMALLEST and not timed:
             return 1
-        counted, members = step.forward_evals, range(chunk)
+        counted = step.forward_evals
         try:
-            vectorised, values = _timed(lambda: self._at_once(step, population, members), 3 if timed else 1)
+            if not self._agrees(step, population, chunk):
+                rank_zero_info(f"{self.rule}: members one by one, since vectorised ones have other losses.")
+                return 1
+            return self._faster(step, population, chunk) if timed else chunk
         except Exception as error:  # whatever it is, the loop is there
-            reason = str(error).splitlines()[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             rank_zero_info(f"{self.rule}: members one by one, since vectorising fails: {reason}")
             return 1
         finally:
-            step.forward_evals = counted
-        looped, alone = _timed(lambda: self._one_by_one(step, population, [0]), 3 if timed else 1)
-        step.forward_evals = counted  # trials at the first batch are no part of the rule's cost
-        if not torch.allclose(values[:1], alone.to(values.device), rtol=1e-3, equal_nan=True):
-            rank_zero_info(f"{self.rule}: members one by one, since vectorising draws other random numbers.")
-            return 1
-        if timed:
-            chunk = chunk if vectorised < looped * chunk else 1
-            rank_zero_info(
-                f"{self.rule}: {len(members)} members take {vectorised:.3g} s in one pass, "
-                f"{looped * len(members):.3g} s one by one: chunk_size={chunk} from here on."
-            )
-        return chunk
+            step.forward_evals = counted  # trials at the first batch are no part of the rule's cost
+
+    def _agrees(self, step: Step, population: Population, chunk: int) -> bool:
+        """Whether members' losses differ from one another as they do one by one: noise is missing nowhere."""
+        counted, members = step.forward_evals, range(min(chunk, _COMPARED))
+        vectorised = self._at_once(step, population, range(chunk))[: len(members)].double()
+        alone = self._one_by_one(step, population, members).to(vectorised.device).double()
+        step.forward_evals = counted
+        rounding = 1e-5 * alone.abs().nan_to_num(posinf=0.0, neginf=0.0).max()
+        spread = (alone - alone[0]).abs().nan_to_num(posinf=0.0, neginf=0.0).max()
+        return torch.allclose(vectorised, alone, rtol=0, atol=float(0.1 * spread + rounding), equal_nan=True)
+
+    def _faster(self, step: Step, population: Population, chunk: int) -> int:
+        vectorised = _seconds(lambda: self._at_once(step, population, range(chunk)))
+        looped = chunk * _seconds(lambda: self._one_by_one(step, population, [0]))
+        chosen = chunk if vectorised < looped else 1
+        rank_zero_info(
+            f"{self.rule}: {chunk} members take {vectorised:.3g} s in one pass, {looped:.3g} s one by one: "
+            f"chunk_size={chosen} from here on."
+        )
+        return chosen
+
+
+@contextlib.contextmanager
+def _attention_that_batches() -> Iterator[None]:
+    """Let attention compute by plain operations: its fused kernels have no rule for vmap."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextlib.contextmanager
@@ -162,12 +203,12 @@ def _rows_of(args: object) -> int:
     return len(tensors[0]) if tensors else 1
 
 
-def _timed(evaluate: Callable[[], T], runs: int) -> tuple[float, T]:
+def _seconds(evaluate: Callable[[], object]) -> float:
     seconds = []
-    for _ in range(runs):  # the first warms up
+    for _ in range(3):  # the first warms up
         start = time.perf_counter()
-        result = evaluate()
+        evaluate()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return min(seconds), result
+    return min(seconds)

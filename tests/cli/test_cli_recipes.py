@@ -103,17 +103,22 @@ def test_each_recipe_parses_and_says_how_to_run_it(name: str, base: str) -> None
     assert first.startswith("# ")
     own, study = "\nmodel:" in path.read_text(), name.rpartition("/")[0]
     if study.count("/"):  # part of a study: an overlay of its recipe, or one of the rules to compare with it
-        overlay = f"# bpfree fit -c {study} -c {name}", f"# bpfree compare -c {study} --rules {name} --out DIR"
-        assert command == overlay[0] if own else command.startswith(overlay[1].removesuffix(" --out DIR"))
+        fitted, moved = f"# bpfree fit -c {study} -c {name}", f"# bpfree tickets -c {study} --transfer {name} --out "
+        compared = f"# bpfree compare -c {study} --rules {name}"
+        assert command == fitted or command.startswith(moved) if own else command.startswith(compared)
     else:
-        assert command.startswith("# bpfree fit -c ")
-        files = [word for word in shlex.split(command)[4::2] if word != "mine.yaml"]
+        words = shlex.split(command)
+        assert words[:4] in (["#", "bpfree", "fit", "-c"], ["#", "bpfree", "tickets", "-c"])
+        options = list(zip(words[3::2], words[4::2], strict=True))
+        files = [word for option, word in options if option == "-c" and word != "mine.yaml"]
         assert files == [name], "the command runs this recipe"
-    arguments = ["-c", str(path)] if own else ["-c", base, "-c", str(path)]
-    if own and study.count("/"):
+    arguments = ["-c", str(path)]
+    if not own or command.startswith(f"# bpfree tickets -c {study} "):  # brings a rule, and may bring its optimizer
+        arguments = ["-c", base, *arguments]
+    elif study.count("/"):
         arguments = ["-c", str(recipes.find(study)), *arguments]
     blueprint = Blueprint(arguments)  # checks every option against the signatures
-    assert blueprint.config.model.class_path.endswith("Classifier")
+    assert blueprint.config.model.class_path.endswith(("Classifier", "ControlModule"))
     built = blueprint.build()
     assert len(built.rules) == (0 if name.startswith("loggers/") else 1)
     Path("again.yaml").write_text(blueprint.dump())

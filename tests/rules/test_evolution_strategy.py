@@ -407,6 +407,127 @@ def test_no_member_is_left_in_the_module():
     assert all("forward" not in part.__dict__ for part in module.modules())
 
 
+def test_the_state_is_the_rules_own():
+    snes = SNES(0.1)
+    rule = EvolutionStrategy(snes, 8)
+    fitted(Net(nn.Linear(6, 3)), batches(6), rule)
+    assert snes.steps == 0
+    assert rule.algorithm.steps == 1
+
+
+def test_a_second_fit_goes_on_and_says_so(caplog):
+    rule = EvolutionStrategy("snes", 8)
+    fitted(Net(nn.Linear(6, 3)), batches(6), rule)
+    with caplog.at_level(logging.INFO):
+        fitted(Net(nn.Linear(6, 3)), batches(6), rule)
+        assert "goes on with a search of 1 steps" in caplog.text
+        assert rule.algorithm.steps == 2
+        fitted(Net(nn.Linear(6, 2)), batches(6, classes=2), rule)  # another module: other parameters
+    assert "other parameters are searched now" in caplog.text
+
+
+def test_resuming_a_search_of_another_kind_is_said():
+    first = EvolutionStrategy("snes", 8)
+    fitted(Net(nn.Linear(6, 3)), batches(6), first)
+    state = first.state_dict()
+    for other in ("sep_cma_es", "openai_es", "pgpe"):
+        rule = EvolutionStrategy(other, 8)
+        with pytest.warns(UserWarning, match=r"was searched by SNES; \w+ begins a search of its own"):
+            rule.load_state_dict(state)
+        assert rule.algorithm.steps == 0
+        with pytest.raises(MisconfigurationException, match="resume with SNES"):
+            EvolutionStrategy(other, 8, strict_rule=True).load_state_dict(state)
+
+
+def test_masks_do_not_outlive_the_fit_with_a_ticket(tmp_path):
+    from lightning_bpfree import LotteryTicket
+
+    rule = EvolutionStrategy("snes", 8)
+    for name in "ab":  # the second begins dense and afresh
+        tickets = LotteryTicket("snr", 2, 0.5, dirpath=tmp_path / name)
+        fitted(Net(nn.Linear(6, 3)), batches(6), rule, tickets, max_epochs=2)
+        assert rule.masks is None
+        assert rule.std()["net.weight"].count_nonzero() == 9  # what the last level searched
+    module = Net(nn.Linear(6, 3), lr=1.0)
+    before = module.net.weight.detach().clone()
+    fitted(module, batches(6, num=3), rule)
+    assert module.net.weight.ne(before).all()
+
+
+# --- what vectorising may get wrong ----------------------------------------------------------------------------------
+
+
+class Later(Net):
+    """Uses a weight beside its layer from the second epoch on."""
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        return loss + self.net[0].weight.square().sum() if self.current_epoch else loss
+
+
+class Teacher(Net):
+    """Calls the same layers with other weights."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.other = {name: p.detach() + 0.5 for name, p in net.named_parameters()}
+
+    def training_step(self, batch, index):
+        target = torch.func.functional_call(self.net, self.other, (batch[0],))
+        return F.mse_loss(self.net(batch[0]), target)
+
+
+@pytest.mark.parametrize("kind", [Later, Teacher])
+def test_noise_follows_the_use_of_a_weight(kind):
+    found = {}
+    for chunk in (1, 8, "auto"):
+        torch.manual_seed(0)
+        module = kind(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)))
+        rule = EvolutionStrategy(OpenAIES(0.1, "raw"), 8, rank=1, seed=3, chunk_size=chunk)
+        fitted(module, batches(6), rule, max_epochs=2)
+        found[chunk] = module.gradients[-1]
+    for key, gradient in found[1].items():
+        torch.testing.assert_close(found[8][key], gradient, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found["auto"][key], gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_losses_that_differ_when_vectorised_are_not_believed(caplog):
+    class OwnNoise(Net):
+        generator = torch.Generator().manual_seed(0)
+
+        def training_step(self, batch, index):
+            return super().training_step(batch, index) + torch.rand((), generator=self.generator)
+
+    with pytest.raises(MisconfigurationException, match=r"chunk_size=8.*Use chunk_size=1"):
+        fitted(OwnNoise(nn.Linear(6, 3)), batches(6), EvolutionStrategy(population_size=8, chunk_size=8))
+    rule = EvolutionStrategy(population_size=8)
+    with caplog.at_level(logging.INFO):
+        fitted(OwnNoise(nn.Linear(6, 3)), batches(6), rule)
+    assert "since vectorised ones have other losses" in caplog.text
+    assert rule._passes.chosen == 1
+
+
+def test_counts_are_rewards_and_bare_errors_are_no_obstacle():
+    class Count(Net):
+        def training_step(self, batch, index):
+            assert not torch._C._functorch.is_batchedtensor(self.net.weight)
+            return {
+                "loss": super().training_step(batch, index),
+                "right": (self.net(batch[0]).argmax(-1) == batch[1]).sum(),
+            }
+
+    rule = EvolutionStrategy(SNES(sigma=1.0), 16, objective="right", maximize=True)
+    fitted(Count(nn.Linear(6, 3)), batches(6), rule)
+    assert rule._passes.chosen == 1
+
+
+def test_masks_of_no_parameter_are_errors():
+    rule = EvolutionStrategy("snes", 8)
+    fitted(Net(nn.Linear(6, 3)), batches(6), rule)
+    with pytest.raises(ValueError, match=r"there are masks for net\.wieght, and no parameters"):
+        rule.restrict({"net.wieght": torch.ones(3, 6) > 0})
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

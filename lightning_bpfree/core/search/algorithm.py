@@ -55,6 +55,8 @@ class SearchAlgorithm(ABC):
     """Whether every coordinate has a standard deviation of its own."""
     mirrored: ClassVar[bool] = False
     """Whether populations are mirrored unless asked otherwise."""
+    vectors: ClassVar[tuple[str, ...]] = ("_std",)
+    """Attributes that hold a number for each coordinate, or None."""
     ranks_fitness: bool = True
     """Whether only the order of the fitness counts, so that an infinite one is just the worst."""
 
@@ -75,6 +77,7 @@ class SearchAlgorithm(ABC):
         """Forget everything that was learned: the standard deviation is ``sigma`` again."""
         self._std: Tensor | None = None
         self._steps = 0
+        self.layout: dict[str, int] | None = None  # coordinates of each parameter, in the order of the vectors
         self._size = 2  # of the last population
         self._moments: list[Tensor] | None = None
         self._told = 0
@@ -93,17 +96,23 @@ class SearchAlgorithm(ABC):
             first: the sum of noise under the first weights, shape ``(dim,)``.
         """
 
-    def adapt(self, std: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    def adapt(self, std: Tensor, first: Tensor, second: Tensor, told: float) -> Tensor:
         """Return the new standard deviation, of an algorithm whose weights have a second part.
 
         Args:
             std: the old one, shape ``(dim,)``.
             first: the sum of noise under the first weights, shape ``(dim,)``.
             second: the sum of squared noise under the second weights, shape ``(dim,)``.
+            told: how many populations the two are means of.
         """
         return std
 
     # --- the cycle ---
+
+    @property
+    def steps(self) -> int:
+        """How often the standard deviation has adapted."""
+        return self._steps
 
     @property
     def std(self) -> Tensor:
@@ -133,7 +142,7 @@ class SearchAlgorithm(ABC):
             noise: ``"table"`` or ``"independent"``, see :class:`Noise`.
 
         Raises:
-            ValueError: if the arguments do not go together, or the state is that of other parameters.
+            ValueError: if the arguments do not go together.
         """
         mirrored = self.mirrored if mirrored is None else mirrored
         self._size = size
@@ -141,6 +150,7 @@ class SearchAlgorithm(ABC):
             self.check_low_rank(masks)
             return LowRankPopulation(params, size, seed, float(self.std), rank=rank, mirrored=mirrored, noise=noise)
         population = FullRankPopulation(params, size, seed, 0.0, mirrored=mirrored, masks=masks, noise=noise)
+        self._rearrange(population.coordinates.layout)
         population.std = self._std_of(population)
         return population
 
@@ -160,13 +170,24 @@ class SearchAlgorithm(ABC):
         mean = population.mean
         if self._std is None:
             self._std = torch.full_like(mean, self.sigma)
-        if self._std.shape != mean.shape:
-            raise ValueError(
-                f"{type(self).__name__} has learned standard deviations of {self._std.numel()} coordinates, but "
-                f"{mean.numel()} are searched now: call restart(), or keep parameters and masks as they were."
-            )
         self._std = self._std.to(mean.device, mean.dtype)
         return self._std
+
+    def _rearrange(self, layout: dict[str, int]) -> None:
+        """Keep what was learned of parameters that are still searched; others begin anew."""
+        before, self.layout = self.layout, layout
+        if before is None or before == layout:
+            return
+        for name in self.vectors:
+            vector, fresh = getattr(self, name), self.sigma if name == "_std" else 0.0
+            if vector is None or not vector.dim():
+                continue
+            parts = dict(zip(before, vector.split(list(before.values())), strict=True))
+            kept = [
+                parts[key] if before.get(key) == size else vector.new_full((size,), fresh)
+                for key, size in layout.items()
+            ]
+            setattr(self, name, torch.cat(kept))
 
     def tell(self, population: Population, fitness: Tensor) -> Params:
         """Return the search gradient of the mean as named tensors; pruned coordinates have none.
@@ -194,7 +215,7 @@ class SearchAlgorithm(ABC):
         """
         std, told, moments = self.std, torch.tensor(float(self._told)), self._moments
         if reduce is not None:  # a rank that was told nothing takes part all the same
-            told = reduce(told.to(std.device))
+            told = reduce(told)
             if self.per_coordinate:
                 moments = [torch.zeros_like(std), torch.zeros_like(std)] if moments is None else moments
                 moments = [reduce(moment) for moment in moments]
@@ -202,7 +223,7 @@ class SearchAlgorithm(ABC):
             return
         if moments is not None:
             first, second = (moment / told for moment in moments)
-            std = self.adapt(std, first, second)
+            std = self.adapt(std, first, second, float(told))
         self._std = (std * self.sigma_decay).clamp(self.sigma_min, LARGEST_STD)
         self._steps += 1
         self._moments, self._told = None, 0
@@ -211,12 +232,12 @@ class SearchAlgorithm(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned, in tensors and numbers; what is told after it does not change it."""
-        return {"std": None if self._std is None else self._std.clone(), "steps": self._steps}
+        return {"std": None if self._std is None else self._std.clone(), "steps": self._steps, "layout": self.layout}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
         self.restart()
-        self._std, self._steps = state["std"], state["steps"]
+        self._std, self._steps, self.layout = state["std"], state["steps"], state["layout"]
 
 
 def check_positive(name: str, value: float) -> None:

@@ -57,6 +57,6 @@ class DES(SearchAlgorithm):
         """Return the way from the weighted mean of the members to the mean."""
         return -self.std * first
 
-    def adapt(self, std: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    def adapt(self, std: Tensor, first: Tensor, second: Tensor, told: float) -> Tensor:
         """Go a share of the way to the weighted deviation of the members from the mean."""
         return torch.lerp(std, torch.sqrt(std.square() * second + 1e-6), self.sigma_lr)

@@ -67,7 +67,7 @@ class PGPE(SearchAlgorithm):
         """Return the mean of ``f e``."""
         return self.std * first
 
-    def adapt(self, std: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    def adapt(self, std: Tensor, first: Tensor, second: Tensor, told: float) -> Tensor:
         """Descend the gradient of the deviation; the second weights add up to zero, so the ``- std^2`` drops out."""
         change = (self.sigma_lr * second).clamp(-self.max_change, self.max_change)
         return torch.addcmul(std, std, change, value=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class SepCMAES(SearchAlgorithm):
         R. Ros and N. Hansen, "A Simple Modification in CMA-ES Achieving Linear Time and Space Complexity", 2008, PPSN.
     """
 
+    vectors: ClassVar[tuple[str, ...]] = ("_std", "_path_sigma", "_path_c")
+
     def __init__(
         self, sigma: float = 0.05, elite_ratio: float = 0.5, sigma_decay: float = 1.0, sigma_min: float = 0.0
     ) -> None:
@@ -65,9 +67,10 @@ class SepCMAES(SearchAlgorithm):
         """Return the way from the weighted mean of the elite to the mean."""
         return -self.std * first
 
-    def adapt(self, std: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    def adapt(self, std: Tensor, first: Tensor, second: Tensor, told: float) -> Tensor:
         """Update the paths, then the covariance, then the step size."""
-        dim, mu_eff = len(std), 1 / float(self._by_rank(self._size).square().sum())
+        # The mean over several populations is as much shorter as one over so many more members would be.
+        dim, mu_eff = len(std), told / float(self._by_rank(self._size).square().sum())
         c_sigma = (mu_eff + 2) / (dim + mu_eff + 3)
         damping = 1 + 2 * max(0.0, math.sqrt((mu_eff - 1) / (dim + 1)) - 1) + c_sigma
         c_path = 4 / (dim + 4)

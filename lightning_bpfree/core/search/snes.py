@@ -72,7 +72,7 @@ class SNES(SearchAlgorithm):
         """Return the natural gradient of the mean, turned round."""
         return -self.std * first
 
-    def adapt(self, std: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    def adapt(self, std: Tensor, first: Tensor, second: Tensor, told: float) -> Tensor:
         """Multiply each deviation by the exponential of half the learning rate times its gradient."""
         dim = len(std)
         rate = (3 + math.log(dim)) / (5 * math.sqrt(dim)) if self.sigma_lr is None else self.sigma_lr
