@@ -20,6 +20,7 @@ import torch
 import lightning_bpfree
 from lightning_bpfree.cli import recipes
 from lightning_bpfree.cli.configured import Blueprint
+from lightning_bpfree.cli.evaluation import larger_is_better
 from lightning_bpfree.cli.preconditions import CommandError
 from lightning_bpfree.rules.backprop import Backprop
 from lightning_bpfree.rules.training_rule import TrainingRule
@@ -156,7 +157,7 @@ def settings(options: argparse.Namespace, grid: dict[str, list[str]], argv: Sequ
         },
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
         "metric": options.metric,
-        "larger_is_better": "loss" not in options.metric,
+        "larger_is_better": larger_is_better(options.metric),
         "seeds": options.seeds,
         "budgets": options.budget,
         "grid": grid,

@@ -35,3 +35,13 @@ def mean_cosine(trainer: pl.Trainer) -> float | None:
         if isinstance(callback, GradientAlignment) and callback.measured:
             return callback.mean_cosine
     return None
+
+
+def larger_is_better(metric: str) -> bool:
+    """Whether a metric of this name is good when it is large.
+
+    Examples:
+        >>> larger_is_better("test_acc"), larger_is_better("val_loss"), larger_is_better("test_mse")
+        (True, False, False)
+    """
+    return not any(mark in metric.lower() for mark in ("loss", "err", "mse", "mae", "perplexity", "nll"))

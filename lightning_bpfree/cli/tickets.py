@@ -20,6 +20,7 @@ import lightning_bpfree
 from lightning_bpfree.cli import recipes, tickets_results
 from lightning_bpfree.cli.compare_plan import contenders
 from lightning_bpfree.cli.configured import Blueprint, silence
+from lightning_bpfree.cli.evaluation import larger_is_better
 from lightning_bpfree.cli.preconditions import CommandError, require, require_writable
 from lightning_bpfree.cli.tables import console
 from lightning_bpfree.cli.tickets_runs import AGAIN, KINDS, Result, Study, plan_of
@@ -111,6 +112,8 @@ def _studies(options: argparse.Namespace, overrides: list[str]) -> tuple[Study, 
     for kind in options.kinds:
         study.tickets(kind)
     targets = [Study(_read(config), label, folder, metric) for label, config in _targets(options, overrides)]
+    if rules[0] in [target.rule for target in targets]:
+        raise CommandError(f"--transfer {rules[0]}: the base's rule has this name; give the file another.")
     first = options.kinds[0]
     if KINDS[first]["weights"] != "init" and (targets or not options.no_connectivity):
         good = ", ".join(kind for kind, arguments in KINDS.items() if arguments["weights"] == "init")
@@ -153,7 +156,7 @@ def settings(options: argparse.Namespace, base: Study, argv: Sequence[str]) -> d
         },
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
         "metric": options.metric,
-        "larger_is_better": "loss" not in options.metric,
+        "larger_is_better": larger_is_better(options.metric),
         "seeds": options.seeds,
         "rule": base.rule,
         "kinds": options.kinds,
@@ -169,7 +172,10 @@ def run(arguments: Sequence[str]) -> int:
     base, targets = _studies(options, overrides)
     require_writable(options.out, "--out DIR")
     with silence():
-        base.check()
+        shapes = base.check(not options.no_connectivity)
+        for target in targets:
+            if target.check(not options.no_connectivity) != shapes:
+                raise CommandError(f"--transfer {target.rule}: its network has other parameters than the base's.")
     study: dict[str, Any] = {**settings(options, base, arguments), "runs": [], "barriers": []}
     with silence(), tickets_results.progress() as bar:
         plan = {"connectivity": not options.no_connectivity, "transfers": len(targets), "seeds": options.seeds}

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning_bpfree.callbacks.lottery_ticket import LotteryTicket
 from lightning_bpfree.cli.compare_runs import Stopwatch
 from lightning_bpfree.cli.configured import Blueprint, Built
-from lightning_bpfree.cli.evaluation import evaluated
+from lightning_bpfree.cli.evaluation import evaluated, larger_is_better
 from lightning_bpfree.cli.preconditions import CommandError
 from lightning_bpfree.core.connectivity import Barrier, loss_barrier
 from lightning_bpfree.core.params import ParameterSlots, Params
@@ -59,10 +59,21 @@ class Study:
         except ValueError as error:
             raise CommandError(f"LotteryTicket, for tickets of kind {kind}: {error}") from error
 
-    def check(self) -> None:
-        """Raise CommandError if the test set gives no such metric, which is better said before any training."""
+    def check(self, connectivity: bool) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all parameters; raise CommandError for what is better said before any training.
+
+        Args:
+            connectivity: whether lines between networks are wanted.
+        """
         built = self._build(0, [])
         required(evaluated("test", built.trainer, built.module, built.data), self.metric)
+        running = [name for name, _ in built.module.named_buffers() if name.rpartition(".")[2].startswith("running_")]
+        if connectivity and running:
+            raise CommandError(
+                f"{self.rule}: the network keeps running statistics ({running[0]} ...), which fit none between two "
+                "others. Give --no-connectivity, or a network without them, such as one with GroupNorm."
+            )
+        return {slot.name: tuple(slot.parameter.shape) for slot in ParameterSlots(built.module)}
 
     def levels(self, kind: str, seed: int) -> Iterator[Result]:
         """Train all levels of tickets of a kind, and yield one result a level."""
@@ -135,7 +146,7 @@ class Study:
         return found
 
     def _small_is_good(self, value: float) -> float:
-        return value if "loss" in self.metric else -value
+        return -value if larger_is_better(self.metric) else value
 
     def _build(self, seed: int, callbacks: list[pl.Callback], **limits: Any) -> Built:
         return self.blueprint.build(

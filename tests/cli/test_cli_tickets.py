@@ -79,6 +79,13 @@ class Blobs(LightningDataModule):
         return DataLoader(TensorDataset(*blobs(1, 200)), batch_size=100)
 
 
+class Normed(torch.nn.Sequential):
+    """A network with running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+
+
 def classifier() -> Classifier:
     return Classifier(MLP(4, [8], 3), num_classes=3)
 
@@ -452,6 +459,12 @@ def test_mistakes_are_found_before_anything_is_written(
     [
         (["--metric", "test_f1", "--out", "out"], ["test_f1", "test_acc, test_loss"]),
         (["--out", "base.yaml/out"], ["cannot write", "base.yaml/out", "--out"]),
+        (
+            ["--model.init_args.net=test_cli_tickets.Normed", "--out", "out"],
+            ["running statistics", "--no-connectivity"],
+        ),
+        (["--transfer", "wide.yaml", "--out", "out"], ["wide", "other parameters than the base's"]),
+        (["--transfer", "EvolutionStrategy.yaml", "--out", "out"], ["the base's rule has this name"]),
     ],
 )
 def test_nothing_is_trained_in_vain(
@@ -462,6 +475,8 @@ def test_nothing_is_trained_in_vain(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(Study, "levels", lambda *_: pytest.fail("training began"))
+    Path("EvolutionStrategy.yaml").write_text(BACKPROP)
+    Path("wide.yaml").write_text(BACKPROP.replace("optimizer: adam", "net: {init_args: {hidden: [9]}}"))
     assert main(["tickets", "-c", "base.yaml", *arguments]) == 2
     message = capsys.readouterr().err
     assert all(words in message for words in said), message
