@@ -62,6 +62,13 @@ class Coordinates:
         flat = torch.cat([params[name].detach().to(self.device, self.dtype).flatten() for name in self.like])
         return flat if self._survivors is None else flat.index_select(0, self._survivors)
 
+    def views(self, flat: Tensor) -> Params | None:
+        """Return named views of ``flat``, which change with it; None where there are none (masks, other types)."""
+        named = self.unflatten(flat)
+        shared = flat.untyped_storage().data_ptr()
+        same = all(tensor.untyped_storage().data_ptr() == shared for tensor in named.values())
+        return named if same else None
+
     def unflatten(self, flat: Tensor) -> Params:
         """Return named tensors, where they can be views, in the dtypes and on the devices of ``like``.
 

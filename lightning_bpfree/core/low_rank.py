@@ -21,6 +21,8 @@ try:  # what vmap itself is made of; without it the layers below compute the sam
 except ImportError:  # pragma: no cover
     _INSIDE_VMAP = False
 
+_FEW = 16  # samples a member
+
 _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: F.conv1d,
     nn.Conv2d: F.conv2d,
@@ -172,17 +174,30 @@ def _linear_at_once(layer: nn.Linear, noise: Factors, x: Tensor) -> Tensor:
         lead = rows.shape[1:-1]
         rows = rows.reshape(members, -1, columns)
         y = F.linear(rows.flatten(0, 1), layer.weight).view(members, -1, layer.out_features)
-        inner = torch.bmm(rows, right.to(rows.dtype))
+        inner = _inner(rows, right.to(rows.dtype))
+        y = _add_product(y, inner, left)
     else:  # all members see the same input: one product serves them all
         lead, rows = x.shape[:-1], x.reshape(-1, columns)
-        y = F.linear(rows, layer.weight).expand(members, -1, -1)
+        shared = F.linear(rows, layer.weight).expand(members, -1, -1)
         inner = rows @ right.transpose(0, 1).reshape(columns, -1).to(rows.dtype)
         inner = inner.view(-1, members, rank).transpose(0, 1)
-    y = torch.baddbmm(y, inner.to(y.dtype), left.mT.to(y.dtype))
+        y = torch.baddbmm(shared, inner.to(shared.dtype), left.mT.to(shared.dtype))
     if layer.bias is not None:
         bias = _unwrapped(layer.bias)  # one for each member where the search moves it
         y += bias.unsqueeze(1) if is_batchedtensor(layer.bias) else bias
     return _wrapped(y.view(members, *lead, layer.out_features), noise.left)
+
+
+def _inner(rows: Tensor, right: Tensor) -> Tensor:
+    if right.shape[2] == 1 and rows.shape[1] <= _FEW:  # batched products of vectors are slow
+        return (rows * right.mT).sum(-1, keepdim=True)
+    return torch.bmm(rows, right)
+
+
+def _add_product(y: Tensor, inner: Tensor, left: Tensor) -> Tensor:
+    """Add ``inner @ left^T`` to ``y`` in place."""
+    inner, left = inner.to(y.dtype), left.mT.to(y.dtype)
+    return y.addcmul_(inner, left) if inner.shape[2] == 1 else y.baddbmm_(inner, left)
 
 
 def _convolution_at_once(layer: Any, noise: Factors, x: Tensor) -> Tensor:

@@ -128,9 +128,11 @@ class LowRankPopulation(Population):
         right = rows[:, middle : middle + part.columns * self.rank].unflatten(1, (part.columns, self.rank))
         return left, right
 
-    def first_moment(self, weights: Tensor) -> Tensor:
-        """Return ``sum_i w_i s_i z_i``, shape ``(dim,)``: one product of matrices for each weight."""
-        folded = self._of_directions(weights, odd=True).to(self.noise.device, self.noise.dtype)
+    def moments(self, first: Tensor, second: Tensor | None = None) -> list[Tensor]:
+        """Return ``sum_i a_i s_i z_i``: one product of matrices for each weight."""
+        if second is not None:
+            raise NotImplementedError("low-rank noise has one standard deviation for all coordinates")
+        folded = self._of_directions(first, odd=True).to(self.noise.device, self.noise.dtype)
         shapes = {name: (part.rows, part.columns if part.factored else 1) for name, part in self.parts.items()}
         total = {name: torch.zeros(shape, dtype=folded.dtype, device=folded.device) for name, shape in shapes.items()}
         for chunk, rows in self._chunks():
@@ -142,11 +144,7 @@ class LowRankPopulation(Population):
                     total[name].addmm_(left, right)  # over members and ranks at once
                 else:
                     total[name][:, 0] += folded[chunk] @ rows[:, part.start : part.start + part.rows]
-        return torch.cat([part.flatten() for part in total.values()])
-
-    def second_moment(self, weights: Tensor) -> Tensor:
-        """Not there: an algorithm with one standard deviation does not ask for it."""
-        raise NotImplementedError("low-rank noise has one standard deviation for all coordinates")
+        return [torch.cat([part.flatten() for part in total.values()])]
 
 
 def _layout(params: Mapping[str, Tensor], rank: int) -> tuple[dict[str, _Part], int]:

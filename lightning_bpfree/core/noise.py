@@ -71,7 +71,8 @@ class Noise:
         self._lengths = [min(BLOCK, dim - start) for start in range(0, dim, BLOCK)]
         generator = torch.Generator().manual_seed(mix(seed))
         shape = (num, len(self._lengths))
-        self._offsets = torch.randint(0, TABLE_SIZE - BLOCK, shape, generator=generator).tolist()
+        self._offsets = torch.randint(0, TABLE_SIZE - BLOCK, shape, generator=generator)
+        self._starts: list[list[int]] = self._offsets.tolist()
 
     def row(self, k: int) -> Tensor:
         """Return vector ``k``, shape ``(dim,)``; not to be written to, for it can be a part of the table."""
@@ -81,9 +82,12 @@ class Noise:
             generator = torch.Generator(self.device).manual_seed(mix(self.seed, k))
             return torch.empty(self.dim, dtype=self.dtype, device=self.device).normal_(generator=generator)
         table = noise_table(self.device)
-        slices = [table[o : o + n] for o, n in zip(self._offsets[k], self._lengths, strict=True)]
+        slices = [table[o : o + n] for o, n in zip(self._starts[k], self._lengths, strict=True)]
         return (slices[0] if len(slices) == 1 else torch.cat(slices)).to(self.dtype)
 
     def rows(self, ks: Sequence[int]) -> Tensor:
         """Return vectors ``ks``, shape ``(len(ks), dim)``."""
+        if self.kind == "table" and len(self._lengths) == 1:
+            index = self._offsets[list(ks), 0].to(self.device)
+            return noise_table(self.device).unfold(0, self.dim, 1).index_select(0, index).to(self.dtype)
         return torch.stack([self.row(k) for k in ks])

@@ -59,12 +59,20 @@ class Population(ABC):
         """Return the parameters of several members, ``(len(members), *shape)`` for each name."""
 
     @abstractmethod
-    def first_moment(self, weights: Tensor) -> Tensor:
-        """Return ``sum_i w_i s_i z_i`` over the searched coordinates, shape ``(dim,)``."""
+    def moments(self, first: Tensor, second: Tensor | None = None) -> list[Tensor]:
+        """Return ``sum_i a_i s_i z_i``, and ``sum_i b_i z_i^2`` if ``b`` is given, in one pass over the noise.
 
-    @abstractmethod
-    def second_moment(self, weights: Tensor) -> Tensor:
-        """Return ``sum_i w_i z_i^2`` over the searched coordinates, shape ``(dim,)``."""
+        Args:
+            first: ``a``, shape ``(N,)``.
+            second: ``b``, shape ``(N,)``.
+
+        Returns:
+            Vectors over the searched coordinates, shape ``(dim,)``.
+        """
+
+    def evaluated(self, members: Sequence[int]) -> Iterator[Params]:
+        """Yield the members one by one; each holds until the next is asked for, for they may share memory."""
+        return (self.member(i) for i in members)
 
     def unflatten(self, flat: Tensor) -> Params:
         """Return a vector over the searched coordinates, shape ``(dim,)``, as named tensors; pruned ones are zero."""
@@ -123,13 +131,22 @@ class FullRankPopulation(Population):
 
     def member(self, i: int) -> Params:
         """Return the parameters of member ``i``."""
+        return self.coordinates.unflatten(self._moved(i, torch.empty_like(self.mean)))
+
+    def evaluated(self, members: Sequence[int]) -> Iterator[Params]:
+        """Yield the members one by one, all in the same memory where that is possible."""
+        flat = torch.empty_like(self.mean)
+        shared = self.coordinates.views(flat)
+        for i in members:
+            self._moved(i, flat)
+            yield self.coordinates.unflatten(flat) if shared is None else shared
+
+    def _moved(self, i: int, out: Tensor) -> Tensor:
         k, sign = self.direction(i)
         row = self.noise.row(k)
         if isinstance(self.std, Tensor):
-            moved = torch.addcmul(self.mean, self.std, row, value=sign)
-        else:
-            moved = torch.add(self.mean, row, alpha=sign * self.std)
-        return self.coordinates.unflatten(moved)
+            return torch.addcmul(self.mean, self.std, row, value=sign, out=out)
+        return torch.add(self.mean, row, alpha=sign * self.std, out=out)
 
     def stack(self, members: Sequence[int]) -> Params:
         """Return the parameters of several members, ``(len(members), *shape)`` for each name."""
@@ -138,24 +155,22 @@ class FullRankPopulation(Population):
         rows.mul_(torch.tensor(signs, dtype=rows.dtype, device=rows.device).unsqueeze(1))
         return self.coordinates.unflatten(rows.mul_(self.std).add_(self.mean))
 
-    def first_moment(self, weights: Tensor) -> Tensor:
-        """Return ``sum_i w_i s_i z_i``, shape ``(dim,)``."""
-        return self._sum(self._of_directions(weights, odd=True), squared=False)
-
-    def second_moment(self, weights: Tensor) -> Tensor:
-        """Return ``sum_i w_i z_i^2``, shape ``(dim,)``."""
-        return self._sum(self._of_directions(weights, odd=False), squared=True)
-
-    def _sum(self, weights: Tensor, squared: bool) -> Tensor:
+    def moments(self, first: Tensor, second: Tensor | None = None) -> list[Tensor]:
+        """Return ``sum_i a_i s_i z_i``, and ``sum_i b_i z_i^2`` if ``b`` is given."""
         total = torch.zeros_like(self.mean)
-        weights = weights.to(total.device, total.dtype)
+        odd = self._of_directions(first, odd=True).to(total.device, total.dtype)
+        squares = None if second is None else torch.zeros_like(self.mean)
+        even = odd if second is None else self._of_directions(second, odd=False).to(odd)
         for part, rows in self._chunks():
-            if len(rows) == 1:
-                row, weight = rows[0], float(weights[part])
-                total.addcmul_(row, row, value=weight) if squared else total.add_(row, alpha=weight)
-            else:
-                total += weights[part] @ (rows.square_() if squared else rows)
-        return total
+            if len(rows) > 1:
+                total += odd[part] @ rows
+                if squares is not None:
+                    squares += even[part] @ rows.square_()
+                continue
+            total.add_(rows[0], alpha=float(odd[part]))
+            if squares is not None:
+                squares.addcmul_(rows[0], rows[0], value=float(even[part]))
+        return [total] if squares is None else [total, squares]
 
 
 def directions_of(size: int, mirrored: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,6 +40,7 @@ class RandomStreams:
             "cuda": [torch.cuda.get_rng_state(device) for device in self.devices],
             "python": random.getstate(),
             "numpy": _numpy_random().get_state() if _numpy_random() else None,
+            "numpy_words": _numpy_words(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -48,14 +50,19 @@ class RandomStreams:
             torch.cuda.set_rng_state(cuda_state, device)
         random.setstate(state["python"])
         numpy_random = _numpy_random()
-        # Setting NumPy's stream costs a tenth of a millisecond, and few training steps move it.
-        if numpy_random and state["numpy"] is not None and not _same_numpy(numpy_random.get_state(), state["numpy"]):
-            numpy_random.set_state(state["numpy"])
+        # Reading NumPy's stream, and setting it, cost up to a tenth of a millisecond, and few training steps move it. A
+        # normal number that is kept for the next call can go without a word that moves.
+        words, kept = state.get("numpy_words"), state["numpy"]
+        if kept is None or not numpy_random or (words is not None and not kept[3] and words == _numpy_words()):
+            return
+        if not _same_numpy(numpy_random.get_state(), kept):
+            numpy_random.set_state(kept)
 
     def to_plain(self) -> dict[str, Any]:
         """Return the present state in tensors, lists and numbers, as checkpoints may hold."""
         state = self.save()
         version, words, gauss = state["python"]
+        del state["numpy_words"]  # as long as this process runs
         kept = None
         if state["numpy"] is not None:
             kind, key, *rest = state["numpy"]
@@ -76,6 +83,18 @@ class RandomStreams:
 def _numpy_random() -> Any:
     # If the training step holds a NumPy stream, NumPy is imported already; it is never imported for this.
     return getattr(sys.modules.get("numpy"), "random", None)
+
+
+_MT19937_BYTES = 4 * 624 + 4  # words of the generator, and how many are used
+
+
+def _numpy_words() -> bytes | None:
+    """Return the memory of NumPy's global generator, or None if that is not known."""
+    numpy_random = _numpy_random()
+    generator: Any = getattr(numpy_random, "get_bit_generator", lambda: None)()
+    if type(generator).__name__ != "MT19937":
+        return None
+    return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
 
 
 def _same_numpy(now: tuple[Any, ...], then: tuple[Any, ...]) -> bool:

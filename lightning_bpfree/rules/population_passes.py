@@ -70,9 +70,15 @@ class PopulationPasses:
             return torch.cat(values) if values else torch.zeros(0)
 
     def _one_by_one(self, step: Step, population: Population, members: Sequence[int]) -> Tensor:
-        # Losses are left where they are until the end: reading each would make a GPU wait.
-        values = [step.loss(population.member(i), recorded=False).float() for i in members]
-        return torch.stack(values) if values else torch.zeros(0)
+        # Into one tensor: reading each loss would make a GPU wait, and small tensors that live between the large ones
+        # of members leave holes in the heap, which then grows with the population.
+        losses: Tensor | None = None
+        for place, params in enumerate(population.evaluated(members)):
+            loss = step.loss(params, recorded=False)
+            if losses is None:
+                losses = torch.empty(len(members), dtype=torch.float32, device=loss.device)
+            losses[place] = loss
+        return torch.zeros(0) if losses is None else losses
 
     def _at_once(self, step: Step, population: Population, members: Sequence[int]) -> Tensor:
         step.forward_evals += len(members)

@@ -199,13 +199,12 @@ class SearchAlgorithm(ABC):
             fitness: one number a member, shape ``(N,)``; small is good.
         """
         weights = self.weights(fitness)
-        first = population.first_moment(weights.first)
+        moments = population.moments(weights.first, weights.second)
         if weights.second is not None:
-            moments = [first, population.second_moment(weights.second)]
             before = [torch.zeros_like(moment) for moment in moments] if self._moments is None else self._moments
             self._moments = [a + b for a, b in zip(before, moments, strict=True)]
         self._told += 1
-        return population.unflatten(self.gradient(first))
+        return population.unflatten(self.gradient(moments[0]))
 
     def step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """Adapt the standard deviation to what was told since the last step; nothing happens if nothing was.
