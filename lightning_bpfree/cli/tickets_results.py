@@ -42,17 +42,23 @@ def cells(study: Study) -> Cells:
     return found
 
 
-def differences(study: Study) -> dict[str, Levels]:
-    """Return the first kind's metric minus that of each other kind, paired by seed, by weights left."""
-    values = {(run["tickets"], run["seed"], run["level"]): run for run in study["runs"] if run["rule"] == study["rule"]}
-    first, *others = study["kinds"]
-    found: dict[str, Levels] = {kind: {} for kind in others}
-    for (kind, seed, level), run in values.items():
-        own = values.get((first, seed, level))
-        if kind in found and own is not None:
-            failed = own["value"] is None or run["value"] is None
-            difference = None if failed else own["value"] - run["value"]
-            found[kind].setdefault(round(own["weights_left"], 6), []).append(difference)
+def differences(study: Study) -> Cells:
+    """Return the metric of one kind minus that of another, paired by seed, by rule and ``"one - other"``.
+
+    The first kind is compared with each other kind; under a rule that it is transferred to, with that rule's own.
+    """
+    first, moved = study["kinds"][0], f"{study['kinds'][0]}_of_{study['rule']}"
+    found: Cells = {}
+    values = {(run["rule"], run["tickets"], run["seed"], run["level"]): run for run in study["runs"]}
+    for (rule, kind, seed, level), run in values.items():
+        one = first if rule == study["rule"] else moved
+        own = values.get((rule, one, seed, level))
+        if own is None or kind == one or kind.endswith("_again"):
+            continue
+        failed = own["value"] is None or run["value"] is None
+        difference = None if failed else own["value"] - run["value"]
+        levels = found.setdefault((rule, f"{one} - {kind}"), {})
+        levels.setdefault(round(own["weights_left"], 6), []).append(difference)
     return found
 
 
@@ -87,11 +93,9 @@ def table_rows(study: Study) -> tuple[list[str], list[list[str]]]:
         [rule, kind, *(written(levels[level]) if level in levels else "-" for level in left)]
         for (rule, kind), levels in found.items()
     ]
-    first = study["kinds"][0]
-    for kind, levels in differences(study).items():
-        if levels:
-            cells_of = (written(levels[level], signed=True) if level in levels else "-" for level in left)
-            rows.append([study["rule"], f"{first} - {kind}", *cells_of])
+    for (rule, pair), levels in differences(study).items():
+        cells_of = (written(levels[level], signed=True) if level in levels else "-" for level in left)
+        rows.append([rule, pair, *cells_of])
     return ["rule", "tickets", *(f"{100 * level:.3g} %" for level in left)], rows
 
 

@@ -513,6 +513,7 @@ VALUES = {  # (rule, tickets, level): one a seed
     ("ES", "random", 1): [0.5, 0.6, 0.7],
     ("ES", "snr_again", 1): [0.1, 0.1, 0.1],
     ("bp", "magnitude", 0): [1.0, 1.0, 1.0],
+    ("bp", "magnitude", 1): [0.5, 0.6, 0.7],
     ("bp", "snr_of_ES", 1): [0.6, 0.6, 0.6],
 }
 LEFT = [1.0, 0.25]
@@ -560,15 +561,19 @@ def test_statistics_by_hand() -> None:
     assert list(found) == [("ES", "snr"), ("ES", "random"), ("bp", "magnitude"), ("bp", "snr_of_ES")]
     assert found["ES", "snr"] == {1.0: [0.9, 0.8, 0.7], 0.25: [0.8, 0.7, 0.9]}
     # 0.8-0.5, 0.7-0.6, 0.9-0.7: mean 0.2, standard deviation 0.1, t = 4.303: 4.303 * 0.1 / sqrt(3) = 0.248
-    assert differences(study) == {"random": {1.0: [0.0] * 3, 0.25: pytest.approx([0.3, 0.1, 0.2])}}
+    assert differences(study) == {
+        ("ES", "snr - random"): {1.0: [0.0] * 3, 0.25: pytest.approx([0.3, 0.1, 0.2])},
+        ("bp", "snr_of_ES - magnitude"): {0.25: pytest.approx([0.1, 0.0, -0.1])},
+    }
     heads, rows = table_rows(study)
     assert heads == ["rule", "tickets", "100 %", "25 %"]
     assert rows == [
         ["ES", "snr", "0.800 ± 0.248", "0.800 ± 0.248"],
         ["ES", "random", "0.800 ± 0.248", "0.600 ± 0.248"],
-        ["bp", "magnitude", "1.000 ± 0.000", "-"],
+        ["bp", "magnitude", "1.000 ± 0.000", "0.600 ± 0.248"],
         ["bp", "snr_of_ES", "-", "0.600 ± 0.000"],
         ["ES", "snr - random", "+0.000 ± 0.000", "+0.200 ± 0.248"],
+        ["bp", "snr_of_ES - magnitude", "-", "+0.000 ± 0.248"],
     ]
     assert barrier_rows(study) == (
         ["rule", "between", "100 %", "25 %"],
@@ -580,7 +585,7 @@ def test_statistics_by_hand() -> None:
 def test_differences_are_paired_by_seed_whatever_the_order() -> None:
     study = by_hand()
     study["runs"] = [run for run in reversed(study["runs"]) if (run["tickets"], run["seed"]) != ("random", 1)]
-    assert {level: sorted(values) for level, values in differences(study)["random"].items()} == {
+    assert {level: sorted(values) for level, values in differences(study)["ES", "snr - random"].items()} == {
         1.0: [0.0, 0.0],
         0.25: pytest.approx([0.2, 0.3]),
     }
