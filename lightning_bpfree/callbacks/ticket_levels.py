@@ -18,7 +18,7 @@ from lightning_bpfree.core.masks import Masks, Restricts
 from lightning_bpfree.core.params import ParameterSlots, Params
 from lightning_bpfree.core.pruning import num_kept, top_masks
 from lightning_bpfree.core.ticket import Ticket, on_cpu
-from lightning_bpfree.rules.training_rule import TrainingRule
+from lightning_bpfree.rules.training_rule import BACKPROP_COST, TrainingRule
 
 if TYPE_CHECKING:
     from lightning_bpfree.callbacks.lottery_ticket import LotteryTicket
@@ -98,6 +98,8 @@ class Levels:
         if given.score == "snip" and (self.plan.levels > 1 or target > 0):
             rewind(module, self._init, self._buffers)  # a ticket's pruned weights too: the score is of dense weights
             self._scores = on_cpu(snip_scores(trainer, module, self.rule, self.names))
+            if self.rule is not None:
+                self.rule.record.forward_evals += BACKPROP_COST * trainer.num_training_batches
         total = sum(tensor.numel() for tensor in start.values())
         if num_kept(total, target) < (total if ticket is None else ticket.kept):
             self.masks = self._choose(target, start, None)
@@ -232,9 +234,14 @@ class Levels:
             "scores": self._scores,
             "sparsities": list(self.plan.sparsities),
             "epochs_per_level": self.plan.epochs_per_level,
+            "arguments": self._arguments(),
             "results": [dict(result) for result in self.results],
             "metrics": dict(self._metrics),
         }
+
+    def _arguments(self) -> dict[str, str]:
+        names = ("score", "scope", "weights", "permute_masks", "params", "exclude")
+        return {name: str(getattr(self.given, name)) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a state back."""
@@ -242,6 +249,17 @@ class Levels:
             raise MisconfigurationException(
                 f"LotteryTicket(epochs_per_level={self.plan.epochs_per_level}), and the checkpoint was made with "
                 f"{state['epochs_per_level']}: resume with the same number."
+            )
+        now, level = self._arguments(), state["level"]
+        if self.given.init_from is None:
+            now["sparsities"] = str(self.plan.sparsities[: level + 1])
+            state["arguments"]["sparsities"] = str(state["sparsities"][: level + 1])
+        changed = [f"{name}={value}" for name, value in now.items() if value != state["arguments"].get(name)]
+        if changed:
+            names = [entry.partition("=")[0] for entry in changed]
+            before = ", ".join(f"{name}={state['arguments'].get(name)}" for name in names)
+            raise MisconfigurationException(
+                f"LotteryTicket({', '.join(changed)}), and the checkpoint was made with {before}: resume with the same."
             )
         self.level, self.seed, self.names = state["level"], state["seed"], state["names"]
         self.masks = None if state["masks"] is None else Masks(state["masks"])

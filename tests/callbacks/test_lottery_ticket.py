@@ -33,6 +33,7 @@ class Search(ZerothOrder):
         self.scalar, self.floor = scalar, floor
         self.calls: list[str] = []
         self.masks: Masks | None = None
+        self.searched: Masks | None = None
         self.steps = 0
 
     def estimate(self, step):
@@ -42,6 +43,7 @@ class Search(ZerothOrder):
     def restrict(self, masks: Masks | None) -> None:
         self.calls.append("restrict")
         self.masks = masks
+        self.searched = self.searched if masks is None else masks
 
     def restart(self) -> None:
         self.calls.append("restart")
@@ -483,7 +485,8 @@ def test_scoring_by_snip_changes_nothing_else(make_rule, tmp_path):
             def on_train_epoch_end(self, trainer, module, seen=seen) -> None:
                 if trainer.current_epoch == 1:
                     seen.update(state(module), rng=torch.get_rng_state())
-                    seen.update({n: torch.as_tensor(v) for n, v in trainer.callback_metrics.items()})
+                    logged = {n: v for n, v in trainer.callback_metrics.items() if n != "bpfree/forward_evals"}
+                    seen.update({n: torch.as_tensor(v) for n, v in logged.items()})
 
         fit(tmp_path / score, tickets, *rule, Sees(), module=module, data=data)
         runs[score] = seen
@@ -526,9 +529,10 @@ def test_a_search_is_restricted_restarted_and_asked(tmp_path):
     tickets = LotteryTicket("snr", levels=3, keep=0.6)
     fit(tmp_path, tickets, rule)
     level = ["std", "restrict", "restart"]
-    # Twice at first, to see that it can search under masks at all; then the look after one batch.
-    assert rule.calls == ["restrict", "restrict", "std", *level, *level, "std"]
-    assert rule.masks is tickets.masks
+    # Twice at first, to see that it can search under masks; then the look after one batch; at the end it is free.
+    assert rule.calls == ["restrict", "restrict", "restart", "std", *level, *level, "std", "restrict"]
+    assert rule.searched is tickets.masks
+    assert rule.masks is None
     for ticket, following in zip(tickets.tickets, tickets.tickets[1:], strict=False):
         scores = {n: ticket.mean[n].abs() / ticket.std[n] for n in ticket.masks}
         assert following.masks == top_masks(scores, following.info["sparsity"], ticket.masks)
@@ -539,7 +543,7 @@ def test_a_search_is_restricted_under_any_score(tmp_path):
     rule = Search(scalar=True)
     tickets = LotteryTicket("magnitude", levels=2)
     fit(tmp_path, tickets, rule)
-    assert rule.masks is tickets.masks
+    assert rule.searched is tickets.masks
     assert tickets.tickets[0].std is None
 
 
@@ -814,3 +818,23 @@ def test_what_cannot_search_under_masks_is_refused_at_once(tmp_path):
     assert rule.record.batches == 0
     with pytest.raises(MisconfigurationException, match="score='magnitude'"):
         fit(tmp_path, LotteryTicket("snr", levels=2), EvolutionStrategy(population_size=8))
+
+
+def test_resuming_with_other_arguments_is_refused(tmp_path):
+    first = LotteryTicket("magnitude", 3, 0.5)
+    fit(tmp_path, first)
+    state = first.state_dict()
+    for other, said in (
+        (LotteryTicket("snip", 3, 0.5), r"score=snip.*made with score=magnitude"),
+        (LotteryTicket("magnitude", 3, 0.6), r"sparsities=\[0\.0, 0\.4"),
+        (LotteryTicket("magnitude", 3, 0.5, params="net.head.*"), r"params=net\.head"),
+    ):
+        with pytest.raises(MisconfigurationException, match=said):
+            other.load_state_dict(first.state_dict())
+    LotteryTicket("magnitude", 5, 0.5).load_state_dict(state)  # more levels behind them
+
+
+def test_the_pass_for_snip_is_counted(tmp_path):
+    rule = Backprop()
+    fit(tmp_path, LotteryTicket("snip", 1, sparsities=[0.5]), rule)
+    assert rule.record.forward_evals == 2 * 4 * 3.0  # four batches for the scores, and four of training
