@@ -221,15 +221,15 @@ def test_estimates_are_unbiased_along_the_true_gradient():
     true = torch.autograd.grad(F.cross_entropy(module.net(x), y), list(module.net.parameters()))
     flat = torch.cat([g.flatten() for g in true])
     ratios = []
-    for seed in range(60):
+    for seed in range(25):
         for rank in (None, 1):
             module.gradients.clear()
             rule = EvolutionStrategy(OpenAIES(sigma=0.01, shaping="raw"), 40, rank=rank, seed=seed)
             fitted(module, data, rule)
             found = torch.cat([g.flatten() for g in module.gradients[0].values()])
             ratios.append(float(found @ flat / flat.square().sum()))
-    # Each has a spread of sqrt(2 / 20) = 0.32 (rank 1 somewhat more): 0.03 for the mean of 120, five of them.
-    assert sum(ratios) / len(ratios) == pytest.approx(1.0, abs=0.16)
+    # Each has a spread of sqrt(2 / 20) = 0.32 (rank 1 somewhat more): 0.045 for the mean of 50, five of them.
+    assert sum(ratios) / len(ratios) == pytest.approx(1.0, abs=0.23)
 
 
 def test_noise_is_new_in_each_generation_and_the_batch_is_shared():
