@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_bpfree.cli import compare_results
-from lightning_bpfree.cli.compare_results import TITLES, confidence, run_lines
+from lightning_bpfree.cli.compare_results import TITLES, confidence, csv_fields, run_lines
+from lightning_bpfree.cli.records import write_csv, write_json
 from lightning_bpfree.cli.tables import console
 
 if TYPE_CHECKING:
@@ -51,13 +52,13 @@ def _with_summary(comparison: dict[str, Any]) -> dict[str, Any]:
 
 def write(comparison: dict[str, Any], folder: Path) -> None:
     """Write comparison.json, with a summary, and comparison.csv, with a line per run; each whole or not at all."""
-    compare_results.write_json(_with_summary(comparison), folder)
+    write_json(_with_summary(comparison), folder / "comparison.json")
     lines = (
         {**line, "condition": condition["value"]}
         for condition in comparison["conditions"]
         for line in run_lines(condition["rules"])
     )
-    compare_results.write_csv(comparison["metric"], lines, folder, first=["condition"])
+    write_csv(["condition", *csv_fields(comparison["metric"])], lines, folder / "comparison.csv")
 
 
 def by_rule(found: Sequence[Cell]) -> dict[str, dict[str, Cell]]:

@@ -5,23 +5,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
-import os
-import platform
 import tempfile
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
 from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning
-import torch
-
-import lightning_bpfree
 from lightning_bpfree.cli import recipes
 from lightning_bpfree.cli.configured import Blueprint
 from lightning_bpfree.cli.evaluation import larger_is_better
 from lightning_bpfree.cli.preconditions import CommandError
+from lightning_bpfree.cli.records import provenance
 from lightning_bpfree.rules.backprop import Backprop
 from lightning_bpfree.rules.training_rule import TrainingRule
 
@@ -147,15 +141,7 @@ def settings(options: argparse.Namespace, grid: dict[str, list[str]], argv: Sequ
     """
     tuning_metric = options.metric.replace("test", "val", 1)
     return {
-        "command": ["bpfree", "compare", *argv],
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-            "lightning_bpfree": lightning_bpfree.__version__,
-        },
-        "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+        **provenance("compare", argv),
         "metric": options.metric,
         "larger_is_better": larger_is_better(options.metric),
         "seeds": options.seeds,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_bpfree.cli.records import write_csv, write_json
 from lightning_bpfree.cli.tables import console, number
 
 TITLES = {
@@ -140,16 +139,8 @@ def _cells(row: Row) -> list[str]:
 def write(comparison: dict[str, Any], folder: Path) -> None:
     """Write comparison.json, with a summary, and comparison.csv, with a line per run; each whole or not at all."""
     summary = {budget: [row._asdict() for row in rows(comparison, budget)] for budget in comparison["budgets"]}
-    write_json({**comparison, "summary": summary}, folder)
-    write_csv(comparison["metric"], run_lines(comparison["rules"]), folder)
-
-
-def write_json(found: dict[str, Any], folder: Path) -> None:
-    """Write comparison.json."""
-    text = json.dumps(found, indent=2, allow_nan=False)
-    temporary = folder / "comparison.json.tmp"
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(folder / "comparison.json")
+    write_json({**comparison, "summary": summary}, folder / "comparison.json")
+    write_csv(csv_fields(comparison["metric"]), run_lines(comparison["rules"]), folder / "comparison.csv")
 
 
 def run_lines(rules: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -160,16 +151,10 @@ def run_lines(rules: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield {**run.get("metrics", {}), **run, **own}
 
 
-def write_csv(metric: str, lines: Iterable[dict[str, Any]], folder: Path, first: Sequence[str] = ()) -> None:
-    """Write comparison.csv, with the columns ``first`` before the others."""
-    fields = [*first, "budget", "rule", "seed", metric, "steps", "forward_evals", "seconds", "peak_memory_mib"]
-    fields += ["mean_cosine", "reused", "error"]
-    temporary = folder / "comparison.csv.tmp"
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fields, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(lines)
-    temporary.replace(folder / "comparison.csv")
+def csv_fields(metric: str) -> list[str]:
+    """Return the columns of comparison.csv."""
+    fields = ["budget", "rule", "seed", metric, "steps", "forward_evals", "seconds", "peak_memory_mib"]
+    return [*fields, "mean_cosine", "reused", "error"]
 
 
 def plot(comparison: dict[str, Any], path: Path) -> None:

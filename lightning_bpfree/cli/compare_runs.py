@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -14,6 +13,7 @@ from lightning_bpfree.callbacks.gradient_alignment import GradientAlignment
 from lightning_bpfree.cli.configured import Blueprint
 from lightning_bpfree.cli.evaluation import evaluated, mean_cosine
 from lightning_bpfree.cli.memory import PeakMemory
+from lightning_bpfree.cli.records import finite
 from lightning_bpfree.rules.training_rule import TrainingRule
 
 PROFILED_STEPS = 3  # the first may differ, and an optimizer has all its state after it
@@ -103,18 +103,13 @@ def train(blueprint: Blueprint, seed: int, stages: tuple[Any, ...], **limits: An
         metrics.update(evaluated(stage, built.trainer, built.module, built.data))
     record = built.rules[0].record
     return {
-        "metrics": {name: _finite(value) for name, value in metrics.items()},
+        "metrics": finite(metrics),
         "steps": steps,
         "batches": record.batches,
         "forward_evals": record.forward_evals,
         "seconds": watch.seconds,
-        "mean_cosine": _finite(cosine),
+        "mean_cosine": finite(cosine),
     }
-
-
-def _finite(value: float | None) -> float | None:
-    """Return None for NaN and infinity, which JSON does not have."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def step_limits(blueprint: Blueprint, steps: int) -> dict[str, Any]:

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import pkgutil
-import platform
 import tempfile
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import lightning
-import torch
-
-import lightning_bpfree
 from lightning_bpfree.cli import recipes, tickets_results
 from lightning_bpfree.cli.compare_plan import contenders
 from lightning_bpfree.cli.configured import Blueprint, silence
 from lightning_bpfree.cli.evaluation import larger_is_better
 from lightning_bpfree.cli.preconditions import CommandError, require, require_writable
+from lightning_bpfree.cli.records import finite, provenance
 from lightning_bpfree.cli.tables import console
 from lightning_bpfree.cli.tickets_runs import AGAIN, KINDS, Result, Study, plan_of
 from lightning_bpfree.rules.backprop import Backprop
@@ -68,7 +62,7 @@ def _barrier(study: Study, between: str, one: Result, other: Result) -> Result:
     barriers = study.barriers(Path(one["file"]), Path(other["file"]))
     shared = {"rule": study.rule, "tickets": one["tickets"], "between": between, "seed": one["seed"]}
     place = {"level": other["level"], "weights_left": other["weights_left"]}
-    found = {name: tickets_results.finite(barrier._asdict()) for name, barrier in barriers.items()}
+    found = {name: finite(barrier._asdict()) for name, barrier in barriers.items()}
     for barrier in found.values():
         if None in barrier["values"]:  # a maximum over NaN says nothing
             barrier.update(barrier=None, barrier_from_mean=None)
@@ -146,15 +140,7 @@ def _read(config: str) -> Blueprint:
 def settings(options: argparse.Namespace, base: Study, argv: Sequence[str]) -> dict[str, Any]:
     """Return what tickets.json says of a study before its results."""
     return {
-        "command": ["bpfree", "tickets", *argv],
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-            "lightning_bpfree": lightning_bpfree.__version__,
-        },
-        "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+        **provenance("tickets", argv),
         "metric": options.metric,
         "larger_is_better": larger_is_better(options.metric),
         "seeds": options.seeds,
@@ -181,7 +167,7 @@ def run(arguments: Sequence[str]) -> int:
         plan = {"connectivity": not options.no_connectivity, "transfers": len(targets), "seeds": options.seeds}
         task = bar.add_task("tickets", total=plan_of(options.kinds, levels=base.num_levels, **plan))
         for kind, result in parts(base, targets, options):
-            study[f"{kind}s"].append(tickets_results.finite(result))
+            study[f"{kind}s"].append(finite(result))
             if kind == "run":
                 what = f"{result['rule']}, {result['tickets']}, seed {result['seed']}, level {result['level']}"
                 bar.update(task, description=what, advance=1)

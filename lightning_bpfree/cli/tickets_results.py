@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_bpfree.cli.compare_results import confidence
+from lightning_bpfree.cli.records import write_csv, write_json
 from lightning_bpfree.cli.tables import console
 
 if TYPE_CHECKING:
@@ -70,15 +69,6 @@ def written(values: Sequence[float | None], signed: bool = False) -> str:
         return "failed"
     spread = confidence(good)
     return f"{statistics.fmean(good):{'+' * signed}.3f}" + ("" if spread is None else f" ± {spread:.3f}") + lost
-
-
-def finite(found: Any) -> Any:
-    """Return a result with None for NaN and infinity, which JSON does not have."""
-    if isinstance(found, dict):
-        return {key: finite(value) for key, value in found.items()}
-    if isinstance(found, list):
-        return [finite(value) for value in found]
-    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def _known(values: Sequence[float | None]) -> list[float]:
@@ -141,15 +131,8 @@ def show(study: Study) -> None:
 
 def write(study: Study, folder: Path) -> None:
     """Write tickets.json and tickets.csv, each whole or not at all."""
-    temporary = folder / "tickets.json.tmp"
-    temporary.write_text(json.dumps(study, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(folder / "tickets.json")
-    temporary = folder / "tickets.csv.tmp"
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(study["runs"])
-    temporary.replace(folder / "tickets.csv")
+    write_json(study, folder / "tickets.json")
+    write_csv(FIELDS, study["runs"], folder / "tickets.csv")
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def supported_kernels(module: nn.Module) -> Iterator[None]:
     Reentrant checkpoints would drop the tangent without a word, so they raise in this context.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(plain_attention())
         if any(isinstance(part, nn.LSTM) for part in module.modules()):
             # `mkldnn.flags` would set allow_tf32 too, and warn about it on builds for other devices. Newer versions of
             # set_flags also reset the precision, the last of what they return, which goes back with the switch.
@@ -112,9 +112,19 @@ def supported_kernels(module: nn.Module) -> Iterator[None]:
             precision = [None, None, others[2]] if len(others) > 2 else []
             stack.callback(torch.backends.mkldnn.set_flags, enabled, *precision)
         stack.enter_context(_no_reentrant_checkpoint())
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
         yield
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Let attention compute by its math kernel: fused ones have neither forward derivative nor batching rule."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextlib.contextmanager

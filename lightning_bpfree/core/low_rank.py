@@ -103,13 +103,15 @@ def _is_standard(layer: Any) -> bool:
 
 @contextlib.contextmanager
 def _forward(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    own = {key: layer.__dict__[key] for key in ("forward",) if key in layer.__dict__}
+    own = layer.__dict__.get("forward")
     layer.__dict__["forward"] = forward
     try:
         yield
     finally:
-        layer.__dict__.pop("forward", None)
-        layer.__dict__.update(own)
+        if own is None:
+            layer.__dict__.pop("forward", None)
+        else:
+            layer.__dict__["forward"] = own
 
 
 class _Watched(Tensor):

@@ -37,8 +37,8 @@ class Noise:
         seed: any integer.
         kind: ``"table"``: a vector is a slice of a table of 2^23 normal numbers, at an offset that the seed chooses
             (several slices above 2^20 coordinates). No number is drawn, which is many times faster; slices that overlap
-            share numbers, at different coordinates. ``"independent"``: every number is
-            drawn anew, by a generator for each ``k`` (CPU and CUDA generators differ).
+            share numbers, at different coordinates. ``"independent"``: every number is drawn anew, by a generator for
+            each ``k`` (CPU and CUDA generators differ).
         device: where the vectors are.
         dtype: float32 or float64.
 
@@ -64,8 +64,7 @@ class Noise:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if kind not in ("table", "independent"):
-            raise ValueError(f"noise={kind!r}: choose 'table' or 'independent'.")
+        check_noise(kind)
         self.dim, self.num, self.seed, self.kind, self.dtype = dim, num, seed, kind, dtype
         self.device = torch.device("cpu") if device is None else device
         self._lengths = [min(BLOCK, dim - start) for start in range(0, dim, BLOCK)]
@@ -91,3 +90,9 @@ class Noise:
             index = self._offsets[list(ks), 0].to(self.device)
             return noise_table(self.device).unfold(0, self.dim, 1).index_select(0, index).to(self.dtype)
         return torch.stack([self.row(k) for k in ks])
+
+
+def check_noise(kind: str) -> None:
+    """Raise ValueError if there is no such kind of noise."""
+    if kind not in ("table", "independent"):
+        raise ValueError(f"noise={kind!r}: choose 'table' or 'independent'.")

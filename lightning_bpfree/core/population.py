@@ -70,7 +70,7 @@ class Population(ABC):
             Vectors over the searched coordinates, shape ``(dim,)``.
         """
 
-    def evaluated(self, members: Sequence[int]) -> Iterator[Params]:
+    def in_turn(self, members: Sequence[int]) -> Iterator[Params]:
         """Yield the members one by one; each holds until the next is asked for, for they may share memory."""
         return (self.member(i) for i in members)
 
@@ -133,7 +133,7 @@ class FullRankPopulation(Population):
         """Return the parameters of member ``i``."""
         return self.coordinates.unflatten(self._moved(i, torch.empty_like(self.mean)))
 
-    def evaluated(self, members: Sequence[int]) -> Iterator[Params]:
+    def in_turn(self, members: Sequence[int]) -> Iterator[Params]:
         """Yield the members one by one, all in the same memory where that is possible."""
         flat = torch.empty_like(self.mean)
         shared = self.coordinates.views(flat)

@@ -184,18 +184,17 @@ class Step:
             NonFiniteLossError: if one of them is NaN or (unless let through) infinite, with its index.
         """
         share = range(num) if self.exchange is None else self.exchange.share(num)
-        values = evaluate(share)
-        if self.recorded_loss is not None:
+        values, own = evaluate(share), self.recorded_loss
+        if own is not None:
             # A broken loss spoils the numbers, so that all ranks learn of it from what they exchange anyway.
-            broken = torch.isnan(self.recorded_loss) if infinite else ~torch.isfinite(self.recorded_loss)
-            values = torch.where(broken.to(values.device), float("nan"), values)
+            values = torch.where(_broken(own, infinite).to(values.device), float("nan"), values)
         if self.exchange is not None:
             values = self.exchange.agree(values, num)
-        finite = ~torch.isnan(values) if infinite else torch.isfinite(values)
-        if not bool(finite.all()):
-            if self.recorded_loss is not None and not bool(torch.isfinite(self.recorded_loss)):
-                raise NonFiniteLossError(None, float(self.recorded_loss.detach()))
-            index = int((~finite).nonzero()[0])
+        broken = _broken(values, infinite)
+        if bool(broken.any()):
+            if own is not None and bool(_broken(own, infinite)):
+                raise NonFiniteLossError(None, float(own.detach()))
+            index = int(broken.nonzero()[0])
             raise NonFiniteLossError(index, float(values[index]))
         return values
 
@@ -203,6 +202,11 @@ class Step:
         """Leave random streams, buffers and metrics as the recorded evaluation left them."""
         if self._replay is not None:
             self._replay.finish()
+
+
+def _broken(numbers: Tensor, infinite: bool) -> Tensor:
+    """Whether numbers are NaN or, unless ``infinite`` ones are let through, infinite."""
+    return torch.isnan(numbers) if infinite else ~torch.isfinite(numbers)
 
 
 def loss_of(output: Any) -> Tensor:

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_bpfree.core.directions import Directions
 from lightning_bpfree.core.forward_ad import directional_derivative, directional_derivatives
 from lightning_bpfree.core.params import Params
 from lightning_bpfree.core.step import Step
 from lightning_bpfree.rules.block_passes import DUAL_COST
+from lightning_bpfree.rules.vectorising import first_line, timed, vectorises_badly
 
 LARGEST_AUTO_CHUNK = 8  # 2.125 instead of 3 forwards a direction; more chunk saves little and costs memory
-
-# Measured on CPUs: vmapped convolutions turn into slow grouped ones, and recurrent kernels do not batch over weights.
-_LOOPED = (nn.modules.conv._ConvNd, nn.RNNBase)
-
-T = TypeVar("T")
 
 
 def along_one(step: Step, params: Params, direction: Params) -> Tensor:
@@ -48,26 +41,25 @@ def chosen_chunk(step: Step, params: Params, directions: Directions, fastest: bo
         fastest: whether to time both ways, unless algorithms have to be deterministic.
     """
     ks = range(min(len(directions), LARGEST_AUTO_CHUNK))
-    timed = fastest and not torch.are_deterministic_algorithms_enabled()
-    if not timed and any(isinstance(part, _LOOPED) for part in step.module.modules()):
+    by_clock = fastest and not torch.are_deterministic_algorithms_enabled()
+    if not by_clock and vectorises_badly(step.module):
         return 1
     counted = step.forward_evals
     loss = step.loss()
     stacked = directions.stack(ks)
     try:
-        vectorised, (again, _) = _timed(lambda: along_many(step, params, stacked), loss.device, 3 if timed else 1)
+        vectorised, (again, _) = timed(lambda: along_many(step, params, stacked), loss.device, 3 if by_clock else 1)
     except Exception as error:  # whatever it is, the loop is there
-        reason = str(error).splitlines()[0]
-        rank_zero_info(f"ForwardGradient: directions one by one, since vectorising fails: {reason}")
+        rank_zero_info(f"ForwardGradient: directions one by one, since vectorising fails: {first_line(error)}")
         return 1
     finally:
         step.forward_evals = counted + 1
     if not torch.allclose(again.float(), loss.float(), rtol=1e-3):
         rank_zero_info("ForwardGradient: directions one by one, since vectorising draws another dropout mask.")
         return 1
-    if not timed:
+    if not by_clock:
         return len(ks)
-    loop, _ = _timed(lambda: along_one(step, params, directions[0]), loss.device, 3)
+    loop, _ = timed(lambda: along_one(step, params, directions[0]), loss.device, 3)
     step.forward_evals = counted + 1
     chosen = len(ks) if vectorised < loop * len(ks) else 1
     rank_zero_info(
@@ -75,14 +67,3 @@ def chosen_chunk(step: Step, params: Params, directions: Directions, fastest: bo
         f"one: chunk_size={chosen} from here on."
     )
     return chosen
-
-
-def _timed(evaluate: Callable[[], T], device: torch.device, runs: int) -> tuple[float, T]:
-    seconds = []
-    for _ in range(runs):  # the first warms up
-        start = time.perf_counter()
-        result = evaluate()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds), result

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_bpfree.core.coordinates import Coordinates
 from lightning_bpfree.core.exchange import ScalarExchange
 from lightning_bpfree.core.low_rank_population import check_rank
-from lightning_bpfree.core.noise import NoiseKind
+from lightning_bpfree.core.noise import NoiseKind, check_noise
 from lightning_bpfree.core.params import ParameterSlots, Params
 from lightning_bpfree.core.population import directions_of
 from lightning_bpfree.core.search.algorithm import SearchAlgorithm
@@ -25,6 +25,7 @@ from lightning_bpfree.core.step import Estimate, Step, loss_of
 from lightning_bpfree.rules.population_passes import PopulationPasses
 from lightning_bpfree.rules.precision import computed_in, smallest_sigma
 from lightning_bpfree.rules.training_rule import TrainingRule
+from lightning_bpfree.rules.vectorising import check_chunk_size
 
 
 class EvolutionStrategy(TrainingRule):
@@ -104,9 +105,8 @@ class EvolutionStrategy(TrainingRule):
             self.algorithm.check_low_rank()
         if not 0 <= weight_decay < float("inf"):
             raise ValueError(f"weight_decay={weight_decay!r}: give a number of at least 0, such as 1e-4.")
-        if noise not in ("table", "independent"):
-            raise ValueError(f"noise={noise!r}: choose 'table' or 'independent'.")
-        _check_chunk(chunk_size)
+        check_noise(noise)
+        check_chunk_size(chunk_size)
         self.population_size, self.rank, self.objective, self.maximize = population_size, rank, objective, maximize
         self.weight_decay, self.noise, self.chunk_size = weight_decay, noise, chunk_size
         self.masks: Mapping[str, Tensor] | None = None
@@ -277,9 +277,3 @@ class EvolutionStrategy(TrainingRule):
 def _mean_over_ranks(trainer: pl.Trainer, moment: Tensor) -> Tensor:
     there = moment.to(trainer.strategy.root_device)
     return cast("Tensor", trainer.strategy.reduce(there, reduce_op="mean")).to(moment.device)
-
-
-def _check_chunk(chunk_size: int | str) -> None:
-    whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1
-    if not whole and chunk_size not in ("auto", "fastest"):
-        raise ValueError(f"chunk_size={chunk_size!r}: give a whole number of at least 1, 'auto' or 'fastest'.")

@@ -33,6 +33,7 @@ from lightning_bpfree.rules.chunks import along_many, along_one, chosen_chunk
 from lightning_bpfree.rules.guided import guided
 from lightning_bpfree.rules.local_guess import Scope, Space
 from lightning_bpfree.rules.training_rule import TrainingRule
+from lightning_bpfree.rules.vectorising import check_chunk_size
 
 
 def forward_gradient(
@@ -149,8 +150,7 @@ class ForwardGradient(TrainingRule):
     ) -> None:
         super().__init__(params=params, **settings)
         check_directions(num_directions, directions)
-        if chunk_size not in ("auto", "fastest") and (not isinstance(chunk_size, int) or chunk_size < 1):
-            raise ValueError(f"chunk_size={chunk_size!r}: give a whole number of at least 1, 'auto' or 'fastest'.")
+        check_chunk_size(chunk_size)
         self.num_directions, self.directions = num_directions, directions
         self.orthogonal, self.normalize, self.chunk_size = orthogonal, normalize, chunk_size
         self.guess, self.target, self.space, self.scope = guess, target, space, scope

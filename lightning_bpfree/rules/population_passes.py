@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_bpfree.core.forward_ad import plain_attention
 from lightning_bpfree.core.low_rank import LowRankLayers
 from lightning_bpfree.core.low_rank_population import Factors, LowRankPopulation
 from lightning_bpfree.core.params import Params
 from lightning_bpfree.core.population import Population
 from lightning_bpfree.core.step import Step
+from lightning_bpfree.rules.vectorising import first_line, timed, vectorises_badly
 
-# Measured on CPUs: vmapped convolutions with a weight for each member turn into slow grouped ones, and recurrent
-# kernels do not batch over weights.
-_LOOPED = (nn.modules.conv._ConvNd, nn.RNNBase)
 _NUMBERS = 1 << 20  # of parameters, over all members of a chunk: beyond the caches, vectorising gains nothing
 _SMALLEST = 8  # members in a chunk below which vectorising does not pay
 _ROWS = 8192  # samples over all members of a chunk where the noise is of low rank
@@ -73,7 +71,7 @@ class PopulationPasses:
         # Into one tensor: reading each loss would make a GPU wait, and small tensors that live between the large ones
         # of members leave holes in the heap, which then grows with the population.
         losses: Tensor | None = None
-        for place, params in enumerate(population.evaluated(members)):
+        for place, params in enumerate(population.in_turn(members)):
             loss = step.loss(params, recorded=False)
             if losses is None:
                 losses = torch.empty(len(members), dtype=torch.float32, device=loss.device)
@@ -84,7 +82,9 @@ class PopulationPasses:
         step.forward_evals += len(members)
         layers = self._low_rank_layers(step, population) if isinstance(population, LowRankPopulation) else None
         step.rewind()
-        with _attention_that_batches(), _no_running_statistics(step.module):
+        with plain_attention(), _no_running_statistics(step.module), warnings.catch_warnings():
+            # Where vmap has no batching rule it loops inside, and says so at every call.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
             return self._vectorised(step, population, members, layers)
 
     def _vectorised(
@@ -126,24 +126,23 @@ class PopulationPasses:
                     "the next. Use chunk_size=1."
                 )
             return self.chunk_size
-        timed = self.chunk_size == "fastest"
-        if timed and torch.are_deterministic_algorithms_enabled():
+        by_clock = self.chunk_size == "fastest"
+        if by_clock and torch.are_deterministic_algorithms_enabled():
             rank_zero_info(
                 f"{self.rule}: algorithms have to be deterministic, so chunk_size='fastest' goes by structure."
             )
-            timed = False
-        chunk = min(population.size, _expected_chunk(step, population, timed))
-        if chunk < _SMALLEST and not timed:
+            by_clock = False
+        chunk = min(population.size, _expected_chunk(step, population, by_clock))
+        if chunk < _SMALLEST and not by_clock:
             return 1
         counted = step.forward_evals
         try:
             if not self._agrees(step, population, chunk):
                 rank_zero_info(f"{self.rule}: members one by one, since vectorised ones have other losses.")
                 return 1
-            return self._faster(step, population, chunk) if timed else chunk
+            return self._faster(step, population, chunk) if by_clock else chunk
         except Exception as error:  # whatever it is, the loop is there
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            rank_zero_info(f"{self.rule}: members one by one, since vectorising fails: {reason}")
+            rank_zero_info(f"{self.rule}: members one by one, since vectorising fails: {first_line(error)}")
             return 1
         finally:
             step.forward_evals = counted  # trials at the first batch are no part of the rule's cost
@@ -159,26 +158,16 @@ class PopulationPasses:
         return torch.allclose(vectorised, alone, rtol=0, atol=float(0.1 * spread + rounding), equal_nan=True)
 
     def _faster(self, step: Step, population: Population, chunk: int) -> int:
-        vectorised = _seconds(lambda: self._at_once(step, population, range(chunk)))
-        looped = chunk * _seconds(lambda: self._one_by_one(step, population, [0]))
+        device = next(iter(step.params.values())).device
+        vectorised, _ = timed(lambda: self._at_once(step, population, range(chunk)), device, 3)
+        alone, _ = timed(lambda: self._one_by_one(step, population, [0]), device, 3)
+        looped = chunk * alone
         chosen = chunk if vectorised < looped else 1
         rank_zero_info(
             f"{self.rule}: {chunk} members take {vectorised:.3g} s in one pass, {looped:.3g} s one by one: "
             f"chunk_size={chosen} from here on."
         )
         return chosen
-
-
-@contextlib.contextmanager
-def _attention_that_batches() -> Iterator[None]:
-    """Let attention compute by plain operations: its fused kernels have no rule for vmap."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextlib.contextmanager
@@ -195,26 +184,15 @@ def _no_running_statistics(module: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
-def _expected_chunk(step: Step, population: Population, timed: bool) -> int:
+def _expected_chunk(step: Step, population: Population, by_clock: bool) -> int:
     numbers = sum(tensor.numel() for tensor in step.params.values())
     if isinstance(population, LowRankPopulation):
         return max(_SMALLEST, _ROWS // max(1, _rows_of(step.args)))
-    if any(isinstance(part, _LOOPED) for part in step.module.modules()) and not timed:
+    if vectorises_badly(step.module) and not by_clock:
         return 1
-    return max(_SMALLEST if timed else 1, min(_NUMBERS // max(1, numbers), population.size))
+    return max(_SMALLEST if by_clock else 1, min(_NUMBERS // max(1, numbers), population.size))
 
 
 def _rows_of(args: object) -> int:
     tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, Tensor) and leaf.dim()]
     return len(tensors[0]) if tensors else 1
-
-
-def _seconds(evaluate: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(3):  # the first warms up
-        start = time.perf_counter()
-        evaluate()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)

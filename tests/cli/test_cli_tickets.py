@@ -24,7 +24,8 @@ from lightning_bpfree import Ticket
 from lightning_bpfree.cli import main, recipes, tickets, tickets_results, tickets_runs
 from lightning_bpfree.cli.compare_results import confidence
 from lightning_bpfree.cli.configured import Blueprint, silence
-from lightning_bpfree.cli.tickets_results import barrier_rows, cells, differences, figures, finite, table_rows, written
+from lightning_bpfree.cli.records import finite
+from lightning_bpfree.cli.tickets_results import barrier_rows, cells, differences, figures, table_rows, written
 from lightning_bpfree.cli.tickets_runs import AGAIN, KINDS, Study, plan_of
 from lightning_bpfree.core.connectivity import loss_barrier
 from lightning_bpfree.core.params import Params

@@ -39,7 +39,7 @@ def test_stacks_hold_the_members(population):
 
 @pytest.mark.parametrize("population", ALL, ids=lambda p: type(p).__name__)
 def test_members_in_shared_memory_are_the_members(population):
-    for i, member in zip([3, 0, 7], population.evaluated([3, 0, 7]), strict=True):
+    for i, member in zip([3, 0, 7], population.in_turn([3, 0, 7]), strict=True):
         assert all(torch.equal(tensor, population[i][name]) for name, tensor in member.items())
 
 

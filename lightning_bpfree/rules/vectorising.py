@@ -1,0 +1,51 @@
+"""What rules share that evaluate one by one or many at a time: the argument, what vectorises badly, and the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+T = TypeVar("T")
+
+# Measured on CPUs: vmapped convolutions with a weight for each evaluation turn into slow grouped ones, and recurrent
+# kernels do not batch over weights.
+_LOOPED = (nn.modules.conv._ConvNd, nn.RNNBase)
+
+
+def check_chunk_size(chunk_size: int | str) -> None:
+    """Raise ValueError unless ``chunk_size`` is a whole number of at least 1, ``"auto"`` or ``"fastest"``."""
+    whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1
+    if not whole and chunk_size not in ("auto", "fastest"):
+        raise ValueError(f"chunk_size={chunk_size!r}: give a whole number of at least 1, 'auto' or 'fastest'.")
+
+
+def vectorises_badly(module: nn.Module) -> bool:
+    """Whether a loop is faster, and at times the only way, where each evaluation has weights of its own."""
+    return any(isinstance(part, _LOOPED) for part in module.modules())
+
+
+def first_line(error: Exception) -> str:
+    """Return what an exception says in its first line; its name if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def timed(evaluate: Callable[[], T], device: torch.device, runs: int) -> tuple[float, T]:
+    """Return the shortest time of some runs, in seconds, and the last result.
+
+    Args:
+        evaluate: what to run.
+        device: to wait for.
+        runs: how many, at least 1; the first warms up.
+    """
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        result = evaluate()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), result
