@@ -28,6 +28,8 @@ sys.path.insert(0, str(DOCS))  # this file is run as a script and loaded by path
 from paired import paired_tables  # noqa: E402
 from studies import drawings, images, study_tables  # noqa: E402
 
+from lightning_bpfree.cli import compare_curves  # noqa: E402
+
 RESULTS, IMAGES = DOCS / "results", DOCS / "img"
 PART = re.compile(r"(<!-- results:(?P<name>[^>]+?) -->\n).*?(<!-- /results -->)", re.DOTALL)
 TITLES = {"epochs": "the same epochs", "forwards": "the same forward passes"}
@@ -62,11 +64,15 @@ def comparison_part(name, found, page):
     figure = os.path.relpath(IMAGES / f"{name}.png", page.parent)
     over = f" over {found['vary']['key']}" if varied else ""
     blocks.append(f"![{found['metric']} of every rule{over}, with confidence intervals]({figure})")
+    if "curve" in found:
+        blocks += curve_blocks(name, found, page)
     rules = found["conditions"][0]["rules"] if varied else found["rules"]
     chosen = [f"`{rule['label']}`: {rule['chosen']}" for rule in rules if rule.get("chosen")]
     if chosen:
         at = f", at `{found['vary']['values'][0]}` alone" if varied else ""
         blocks.append(f"Tuned by {found['tuning_metric']} on seed {found['tuning_seed']}{at}: {'; '.join(chosen)}.")
+    if any(found.get("grids", {}).values()):  # older files do not have them
+        blocks.append(grids_block(found))
     measured = [rule for rule in rules if rule.get("device")]
     memory = f"; peak memory {measured[0]['peak_memory_kind']}" if measured and not varied else ""
     device = f", {measured[0]['device']}, {found['machine']['threads']} thread(s)" if measured else ""
@@ -75,6 +81,40 @@ def comparison_part(name, found, page):
     blocks.append(f"{seeds} seed{'s' * (seeds > 1)}, {intervals}{memory}.")
     blocks.append(provenance(found, shlex.join(found["command"]), device))
     return "\n\n".join(blocks) + "\n"
+
+
+def curve_blocks(name, found, page):
+    """Return a table per budget of the batches until a value is reached, and the figure of the curves."""
+    blocks, metric = [], found["curve"]["metric"]
+    for budget in found["summary"] if found["curve"]["reach"] else ():
+        head, rows = compare_curves.reach_table(found, budget)
+        blocks.append(f"**When `{metric}` reaches a value, within {TITLES.get(budget, budget)}**")
+        blocks.append(table(head, [[f"`{label}`", *texts] for label, *texts in rows]))
+    if blocks:
+        blocks.append(
+            "Training batches at the first validation that reached it: mean ± half width of the 95 % confidence "
+            "interval, over the seeds that did."
+        )
+    figure = os.path.relpath(IMAGES / f"{name}_curves.png", page.parent)
+    return [*blocks, f"![{metric} of every rule over training batches, with confidence intervals]({figure})"]
+
+
+def grids_block(found):
+    """Return how many trials each rule had, and the grids, each with the rules that have it."""
+    grids, trials = found["grids"], found["trials"]
+    equal = len(set(trials.values())) == 1
+    sharing = {}
+    for label, grid in grids.items():
+        sharing.setdefault(json.dumps(grid), []).append(label)
+    lines = [
+        ", ".join(f"`{label}`" for label in labels)
+        + ("" if equal else f" ({trials[labels[0]]} trials)")
+        + ": "
+        + ("; ".join(f"`{key}` in {', '.join(values)}" for key, values in grids[labels[0]].items()) or "not tuned")
+        for labels in sharing.values()
+    ]
+    head = f"{trials[next(iter(trials))]} trials each" if equal else "Not the same number of trials for all"
+    return "\n".join([f"{head}:", "", *(f"- {line}" for line in lines)])
 
 
 def study_part(name, found, page):
@@ -180,9 +220,11 @@ def stale_pages():
 def stale_figures():
     """Yield the figures that are missing, or were drawn from another file: each holds the hash of its own."""
     for path in sorted(RESULTS.glob("*comparison*.json")):
-        figure, digest = IMAGES / f"{path.stem}.png", hashlib.sha256(path.read_bytes()).hexdigest()
-        if _is_stale(figure, digest):
-            yield figure, path, digest
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        has_curves = "curve" in json.loads(path.read_text(encoding="utf-8"))
+        for image in (path.stem, f"{path.stem}_curves")[: 1 + has_curves]:
+            if _is_stale(IMAGES / f"{image}.png", digest):
+                yield IMAGES / f"{image}.png", path, digest
     for path in sorted(RESULTS.glob("*_study.json")):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         for image in images(path, json.loads(path.read_text(encoding="utf-8"))):
@@ -195,9 +237,11 @@ def _is_stale(figure, digest):
 
 
 def draw(figure, path, digest):
-    """Draw the metric of every rule with its confidence interval, one panel per budget."""
+    """Draw one figure of a file of results: of a comparison, the metric of every rule, or its curves."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    if "barriers" in found:
+    if "curve" in found and figure.stem != path.stem:
+        drawing = compare_curves.figure(found)
+    elif "barriers" in found:
         drawing = dict(drawings(path, found))[figure.stem]
     elif "vary" in found:
         from lightning_bpfree.cli.compare_conditions import figure as over_conditions

@@ -20,11 +20,12 @@ class Tied(nn.Module):
         self.again.weight = self.inner.weight
         self.norm = nn.BatchNorm1d(6) if batch_norm else nn.LayerNorm(6)
         self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.act = nn.Tanh()
         self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(6, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.drop(torch.tanh(self.again(self.norm(self.frozen(self.inner(x)))))))
+        return self.head(self.drop(self.act(self.again(self.norm(self.frozen(self.inner(x)))))))
 
 
 class Problem(pl.LightningModule):

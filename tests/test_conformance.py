@@ -13,6 +13,7 @@ from lightning_bpfree import (
     LocalLoss,
     OpenAIES,
     SepCMAES,
+    TeamReinforce,
     ZerothOrder,
 )
 
@@ -41,6 +42,10 @@ RULES = {
     ),
     "forward_forward_goodness": partial(ForwardForward, ONE_BLOCK, network="net"),
     "forward_forward_readout": partial(ForwardForward, ONE_BLOCK, network="net", prediction="readout"),
+    "team_critic": partial(TeamReinforce, num_samples=1, baseline="critic"),
+    "team_boltzmann": partial(TeamReinforce, num_samples=2, exploration="boltzmann"),
+    "team_weight_max": partial(TeamReinforce, num_samples=1, baseline="none", credit="weight_max"),
+    "team_map": partial(TeamReinforce, num_samples=1, baseline="none", unit="gaussian", credit="map_propagation"),
     "zeroth_order_central": partial(ZerothOrder, 2),
     "zeroth_order_forward": partial(ZerothOrder, 2, scheme="forward", directions="rademacher"),
 }
@@ -57,6 +62,13 @@ EXCEPTIONS = {
     ("local_guess_weights", "the_signature_is_kept"): "needs labels",
     ("local_guess_activations", "the_signature_is_kept"): "needs labels",
     ("local_guess_local", "the_signature_is_kept"): "needs labels",
+    **{
+        (f"team_{name}", holds): why
+        for name in ("critic", "boltzmann", "weight_max", "map")
+        for holds, why in (("several_dataloaders", "one call of the network a step"), ("the_signature_is_kept", "labels"))
+    },
+    ("team_critic", "accumulation_is_the_mean_of_micro_batches"): "its critic learns when the optimizer steps",
+    ("team_boltzmann", "random_streams_move_as_in_a_plain_step"): "its draws of an input are rows of the batch",
     ("forward_forward_goodness", "several_dataloaders"): "one call of the network a step",
     ("forward_forward_readout", "several_dataloaders"): "one call of the network a step",
     ("forward_forward_goodness", "the_signature_is_kept"): "needs labels",

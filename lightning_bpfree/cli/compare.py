@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import subprocess
 import sys
@@ -14,8 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_bpfree.cli import compare_conditions, compare_results
-from lightning_bpfree.cli.compare_plan import Contender, contenders, settings, tuning_grid, variation
+from lightning_bpfree.cli import compare_conditions, compare_curves, compare_results
+from lightning_bpfree.cli.compare_plan import Contender, contenders, curve, settings, tuning, variation
 from lightning_bpfree.cli.preconditions import CommandError, require, require_writable
 from lightning_bpfree.cli.tables import console
 
@@ -40,11 +39,9 @@ class Part(NamedTuple):
     folder: Path
     name: str
 
-    @property
-    def runs(self) -> int:
-        """How many trainings a rule has."""
-        grid = self.plan["grid"]
-        trials = math.prod(len(values) for values in grid.values()) if grid else 0
+    def runs(self, label: str) -> int:
+        """Return how many trainings a rule has."""
+        trials: int = self.plan["trials"].get(label, 0)
         return trials + len(self.plan["seeds"]) * len(self.plan["budgets"])
 
 
@@ -60,7 +57,7 @@ def compare(plan: dict[str, Any], rules: Sequence[Contender], out: Path) -> dict
     parts, files, done = _parts(plan, comparison, out / "rules"), _files(plan), 0
     files.write(comparison, out)
     with _progress() as progress:
-        task = progress.add_task("compare", total=sum(part.runs for part in parts) * len(rules))
+        task = progress.add_task("compare", total=sum(part.runs(rule.label) for part in parts for rule in rules))
         for part in parts:
             if part.results is not comparison:
                 comparison["conditions"].append(part.results)
@@ -71,7 +68,7 @@ def compare(plan: dict[str, Any], rules: Sequence[Contender], out: Path) -> dict
                         progress.update(task, description=f"{contender.label}: {what}")
                     elif event["kind"] in ("run", "trial"):
                         progress.advance(task)
-                done += part.runs
+                done += part.runs(contender.label)
                 progress.update(task, completed=done)
                 files.write(comparison, out)
     return comparison
@@ -79,7 +76,9 @@ def compare(plan: dict[str, Any], rules: Sequence[Contender], out: Path) -> dict
 
 def _files(plan: dict[str, Any]) -> ModuleType:
     """Return what writes and shows a comparison."""
-    return compare_conditions if "vary" in plan else compare_results
+    if "vary" in plan:
+        return compare_conditions
+    return compare_curves if "curve" in plan else compare_results
 
 
 def _progress() -> Progress:
@@ -101,7 +100,9 @@ def _parts(plan: dict[str, Any], comparison: dict[str, Any], folder: Path) -> li
         return [Part(plan, comparison, folder, "")]
     parts = []
     for place, value in enumerate(plan["vary"]["values"]):
-        own = {**plan, "values": {plan["vary"]["key"]: value}, "grid": {} if place else plan["grid"]}
+        own = {**plan, "values": {plan["vary"]["key"]: value}}
+        if place:
+            own |= {"grids": {}, "trials": {}}
         name = f"{place + 1}-" + re.sub(r"[^\w.+-]+", "_", value)
         parts.append(Part(own, {"value": value, "rules": []}, folder / name, value))
     return parts
@@ -110,9 +111,9 @@ def _parts(plan: dict[str, Any], comparison: dict[str, Any], folder: Path) -> li
 def _rule_in(part: Part, contender: Contender, first: Part) -> Iterator[Event]:
     """Train a rule with what it was tuned to in the first part, put what it reports into ``part``, and yield it."""
     result: dict[str, Any] = {"label": contender.label, "trials": [], "runs": [], "error": None}
-    budgets, plan = _forward_budgets(part.results), part.plan
+    budgets, plan = _forward_budgets(part.results), {**part.plan, "grid": part.plan["grids"].get(contender.label, {})}
     part.results["rules"].append(result)
-    if part is not first and first.plan["grid"]:
+    if part is not first and first.plan["grids"][contender.label]:
         tuned = first.results["rules"][len(part.results["rules"]) - 1]
         if "chosen" not in tuned:
             result["error"] = f"not tuned: {tuned['error']}"
@@ -202,8 +203,9 @@ def _parser() -> argparse.ArgumentParser:
         "--tune",
         action="append",
         default=[],
-        metavar="KEY=V1,V2",
-        help="grid for every rule, such as model.init_args.lr=0.01,0.1; the best by the validation metric is taken",
+        metavar="[LABEL:]KEY=V1,V2",
+        help="grid for every rule, such as model.init_args.lr=0.01,0.1; the best by the validation metric is taken. "
+        "With the name of an overlay, such as zeroth_order:model.init_args.lr=0.01,0.1: for that rule, in their place",
     )
     add(
         "--vary",
@@ -212,9 +214,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=V1,V2",
         help="repeat it all for every value, such as data.init_args.corruption=none,gaussian; tuned at the first",
     )
-    add("--metric", default="test_acc", help="default: test_acc; tuned by its namesake with val for test")
     add("--epochs", type=int, metavar="N", help="in place of the base's trainer.max_epochs")
+    _add_metrics(parser)
     return parser
+
+
+def _add_metrics(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--metric", default="test_acc", help="default: test_acc; tuned by its namesake with val for test")
+    add("--curve", metavar="METRIC", help="noted at every validation of the training, such as val_acc; default: none")
+    add("--reach", nargs="+", type=float, metavar="V", help="after how many batches --curve is as good as each")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -223,15 +232,16 @@ def run(arguments: Sequence[str]) -> int:
     require("rich", "matplotlib")
     if options.epochs is not None:
         overrides.append(f"--trainer.max_epochs={options.epochs}")
-    rules = contenders(options, overrides)
-    grid, vary = tuning_grid(options, rules[0].config), variation(options, rules[0].config)
+    noted, rules = curve(options), contenders(options, overrides)
+    tuned, vary = tuning(options, rules), variation(options, rules[0].config)
     require_writable(options.out, "--out DIR")
-    plan = settings(options, grid, arguments)
+    plan = {**settings(options, tuned, arguments), **noted}
     comparison = compare(plan if vary is None else {**plan, "vary": vary}, rules, options.out)
     files = _files(comparison)
     files.plot(comparison, options.out / "comparison.png")
     files.show(comparison)
-    for name in ("comparison.json", "comparison.csv", "comparison.png"):
+    curves = ["comparison_curves.png"] if noted else []
+    for name in ("comparison.json", "comparison.csv", "comparison.png", *curves):
         console().print(str(options.out / name), soft_wrap=True, highlight=False, markup=False)
     parts = comparison["conditions"] if vary else [comparison]
     succeeded = any(run["error"] is None for part in parts for rule in part["rules"] for run in rule["runs"])

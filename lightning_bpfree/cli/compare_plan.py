@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from glob import glob
@@ -18,6 +19,8 @@ from lightning_bpfree.cli.preconditions import CommandError
 from lightning_bpfree.cli.records import provenance
 from lightning_bpfree.rules.backprop import Backprop
 from lightning_bpfree.rules.training_rule import TrainingRule
+
+Grid = dict[str, list[str]]  # the values of each key
 
 TUNING_SEED = 1000  # used for nothing else, lest a rule be tuned on the seeds by which it is judged
 
@@ -86,11 +89,75 @@ def _kind(callback: Any) -> type:
     return kind
 
 
-def tuning_grid(options: argparse.Namespace, config: str) -> dict[str, list[str]]:
-    """Return the values of each tuned key, having parsed each of them with a configuration."""
-    grid = dict(_key_and_values("--tune", entry, "model.init_args.lr=0.01,0.1") for entry in options.tune)
-    _parse(grid, config)
-    return grid
+def tuning(options: argparse.Namespace, rules: Sequence[Contender]) -> dict[str, Any]:
+    """Return the grid for rules without one of their own, and the grid and the number of trials of every rule.
+
+    Raises:
+        CommandError: a value cannot be parsed with the configuration of its rule, or no rule has the label.
+    """
+    grid, own = _grids(options.tune, [rule.label for rule in rules])
+    _parse(grid, rules[0].config)
+    for rule in rules:
+        _parse(own.get(rule.label, {}), rule.config)
+    grids = {rule.label: own.get(rule.label, grid) for rule in rules}
+    return {"grid": grid, "grids": grids, "trials": {label: trials(each) for label, each in grids.items()}}
+
+
+def trials(grid: Grid) -> int:
+    """Return how many trainings a grid asks for.
+
+    Examples:
+        >>> trials({"lr": ["0.01", "0.1"], "momentum": ["0", "0.5", "0.9"]}), trials({})
+        (6, 0)
+    """
+    return math.prod(len(values) for values in grid.values()) if grid else 0
+
+
+def _grids(entries: Sequence[str], labels: Sequence[str]) -> tuple[Grid, dict[str, Grid]]:
+    """Return the grid of entries without a label, and that of each label."""
+    grid: Grid = {}
+    own: dict[str, Grid] = {}
+    for entry in entries:
+        label, rest = _labelled(entry)
+        if label is not None and label not in labels:
+            raise CommandError(f"--tune {entry}: no rule has the label {label!r}; labels are {', '.join(labels)}.")
+        key, values = _key_and_values("--tune", rest, "model.init_args.lr=0.01,0.1", entry)
+        (grid if label is None else own.setdefault(label, {}))[key] = values
+    return grid, own
+
+
+def _labelled(entry: str) -> tuple[str | None, str]:
+    """Return the label of an entry of ``--tune``, None if it has none, and what stands behind.
+
+    Examples:
+        >>> _labelled("zeroth_order:model.init_args.lr=0.1"), _labelled("data.init_args.url=http://host")
+        (('zeroth_order', 'model.init_args.lr=0.1'), (None, 'data.init_args.url=http://host'))
+    """
+    left, equals, values = entry.partition("=")
+    label, colon, key = left.rpartition(":")  # a value may have colons too, a key has none
+    return (label, key + equals + values) if colon else (None, entry)
+
+
+def curve(options: argparse.Namespace) -> dict[str, Any]:
+    """Return which learning curves are noted, and what they are to reach; empty if none are asked for.
+
+    Raises:
+        CommandError: the options do not go together.
+    """
+    metric, reach = options.curve, options.reach or []
+    given = " ".join(f"{value:g}" for value in reach)
+    if metric is None and reach:
+        raise CommandError(f"--reach {given}: of which metric? Name one of validation, such as --curve val_acc.")
+    if metric is None:
+        return {}
+    if not all(map(math.isfinite, reach)):
+        raise CommandError(f"--reach {given}: give finite numbers, values of {metric} to be reached.")
+    if options.vary:
+        raise CommandError(
+            f"--curve {metric}: not together with --vary. Leave --vary out, and run a comparison for each value "
+            f"instead, with --{options.vary[0].partition('=')[0]}=VALUE."
+        )
+    return {"curve": {"metric": metric, "larger_is_better": larger_is_better(metric), "reach": reach}}
 
 
 def variation(options: argparse.Namespace, config: str) -> dict[str, Any] | None:
@@ -107,21 +174,21 @@ def variation(options: argparse.Namespace, config: str) -> dict[str, Any] | None
     key, values = _key_and_values("--vary", entry, "data.init_args.corruption=none,gaussian")
     if len(values) < 2 or len(set(values)) < len(values):
         raise CommandError(f"--vary {entry}: give two or more values, each once; the first is compared with.")
-    if any(tuned.partition("=")[0] == key for tuned in options.tune):
+    if any(_labelled(tuned)[1].partition("=")[0] == key for tuned in options.tune):
         raise CommandError(f"--vary {entry}: {key} is tuned as well; take it out of --vary or of --tune.")
     _parse({key: values}, config)
     return {"key": key, "values": values}
 
 
-def _key_and_values(option: str, entry: str, example: str) -> tuple[str, list[str]]:
+def _key_and_values(option: str, entry: str, example: str, given: str | None = None) -> tuple[str, list[str]]:
     key, equals, rest = entry.partition("=")
     values = [value for value in rest.split(",") if value]
     if not key or not equals or not values:
-        raise CommandError(f"{option} {entry}: give KEY=V1,V2,..., such as {example}.")
+        raise CommandError(f"{option} {given or entry}: give KEY=V1,V2,..., such as {example}.")
     return key, values
 
 
-def _parse(grid: dict[str, list[str]], config: str) -> None:
+def _parse(grid: Grid, config: str) -> None:
     """Raise CommandError if a configuration cannot take a value of ``grid``."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
@@ -131,12 +198,12 @@ def _parse(grid: dict[str, list[str]], config: str) -> None:
                 Blueprint(["-c", str(file), f"--{key}={value}"])
 
 
-def settings(options: argparse.Namespace, grid: dict[str, list[str]], argv: Sequence[str]) -> dict[str, Any]:
+def settings(options: argparse.Namespace, tuned: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
     """Return what comparison.json says of a comparison before its results.
 
     Args:
         options: of the command line.
-        grid: see :func:`tuning_grid`.
+        tuned: see :func:`tuning`.
         argv: the command line behind ``bpfree compare``.
     """
     tuning_metric = options.metric.replace("test", "val", 1)
@@ -146,7 +213,7 @@ def settings(options: argparse.Namespace, grid: dict[str, list[str]], argv: Sequ
         "larger_is_better": larger_is_better(options.metric),
         "seeds": options.seeds,
         "budgets": options.budget,
-        "grid": grid,
+        **tuned,
         "tuning_metric": tuning_metric,
         "tuning_seed": max(TUNING_SEED, max(options.seeds) + 1),
     }

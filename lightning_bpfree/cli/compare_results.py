@@ -136,10 +136,14 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
+def summary(comparison: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of each budget, as comparison.json has them."""
+    return {budget: [row._asdict() for row in rows(comparison, budget)] for budget in comparison["budgets"]}
+
+
 def write(comparison: dict[str, Any], folder: Path) -> None:
     """Write comparison.json, with a summary, and comparison.csv, with a line per run; each whole or not at all."""
-    summary = {budget: [row._asdict() for row in rows(comparison, budget)] for budget in comparison["budgets"]}
-    write_json({**comparison, "summary": summary}, folder / "comparison.json")
+    write_json({**comparison, "summary": summary(comparison)}, folder / "comparison.json")
     write_csv(csv_fields(comparison["metric"]), run_lines(comparison["rules"]), folder / "comparison.csv")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_bpfree.callbacks.gradient_alignment import GradientAlignment
 from lightning_bpfree.cli.configured import Blueprint
@@ -17,6 +19,10 @@ from lightning_bpfree.cli.records import finite
 from lightning_bpfree.rules.training_rule import TrainingRule
 
 PROFILED_STEPS = 3  # the first may differ, and an optimizer has all its state after it
+
+
+class MetricMissingError(Exception):
+    """A metric that the comparison asks for is not among those that the module logs."""
 
 
 class Stopwatch(Callback):
@@ -56,6 +62,26 @@ class StepMeter(Callback):
         self.peak_mib = self.memory.peak()
 
 
+class LearningCurve(Callback):
+    """Notes a metric at every validation of a fit, and draws no random numbers, so that the training stays the same.
+
+    Args:
+        metric: its name; None notes nothing.
+    """
+
+    def __init__(self, metric: str | None) -> None:
+        self.metric = metric
+        self.points: list[list[float]] = []
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add how many batches the rule has trained, and the metric; NaN where it has not been logged."""
+        # Neither the check before the training nor the validation after it is a point of the curve.
+        if self.metric is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        value = float(trainer.callback_metrics.get(self.metric, math.nan))
+        self.points.append([_rule(trainer).record.batches, value])
+
+
 def _rule(trainer: pl.Trainer) -> TrainingRule:
     return next(cb for cb in trainer.callbacks if isinstance(cb, TrainingRule))  # type: ignore[attr-defined]
 
@@ -71,6 +97,8 @@ def profile(blueprint: Blueprint, seed: int) -> dict[str, Any]:
         max_epochs=1,
         limit_train_batches=PROFILED_STEPS * blueprint.config.trainer.accumulate_grad_batches,
         limit_val_batches=1,  # not 0, for early stopping and schedulers may ask for a metric of it
+        val_check_interval=1.0,  # at the end: more batches than there are would be refused
+        check_val_every_n_epoch=1,
         num_sanity_val_steps=0,
     )
     built.trainer.fit(built.module, datamodule=built.data)
@@ -85,22 +113,32 @@ def profile(blueprint: Blueprint, seed: int) -> dict[str, Any]:
     }
 
 
-def train(blueprint: Blueprint, seed: int, stages: tuple[Any, ...], **limits: Any) -> dict[str, Any]:
+def train(
+    blueprint: Blueprint, seed: int, stages: tuple[Any, ...], curve: str | None = None, **limits: Any
+) -> dict[str, Any]:
     """Train once, and return the metrics of the last weights and what they have cost.
 
     Args:
         blueprint: the configuration.
         seed: for ``seed_everything``.
         stages: what to evaluate on afterwards: ``"validate"``, ``"test"``.
+        curve: a metric of validation to note during the training, if any.
         **limits: arguments of the Trainer that set the budget.
+
+    Raises:
+        MetricMissingError: validation does not log ``curve``.
     """
-    watch = Stopwatch()
-    built = blueprint.build(seed=seed, callbacks=[watch], strategy="auto", **limits)
+    watch, noted = Stopwatch(), LearningCurve(curve)
+    built = blueprint.build(seed=seed, callbacks=[watch, noted], strategy="auto", **limits)
     built.trainer.fit(built.module, datamodule=built.data)
     metrics = {name: float(value) for name, value in built.trainer.callback_metrics.items()}
     cosine, steps = mean_cosine(built.trainer), built.trainer.global_step
     for stage in stages:
-        metrics.update(evaluated(stage, built.trainer, built.module, built.data))
+        found = evaluated(stage, built.trainer, built.module, built.data)
+        if stage == "validate" and curve is not None and curve not in found:
+            known = ", ".join(sorted(found)) or "nothing"
+            raise MetricMissingError(f"--curve {curve}: the validation does not log it; it logs: {known}")
+        metrics.update(found)
     record = built.rules[0].record
     return {
         "metrics": finite(metrics),
@@ -109,6 +147,7 @@ def train(blueprint: Blueprint, seed: int, stages: tuple[Any, ...], **limits: An
         "forward_evals": record.forward_evals,
         "seconds": watch.seconds,
         "mean_cosine": finite(cosine),
+        **({} if curve is None else {"curve": finite(noted.points)}),
     }
 
 
@@ -120,4 +159,7 @@ def step_limits(blueprint: Blueprint, steps: int) -> dict[str, Any]:
         # An epoch that max_steps cuts short has no validation, which early stopping and schedulers may wait for.
         batches = steps * blueprint.config.trainer.accumulate_grad_batches
         limits["limit_train_batches"] = batches if configured is None else min(configured, batches)
+        interval = blueprint.config.trainer.val_check_interval
+        if isinstance(interval, int) and interval > limits["limit_train_batches"]:
+            limits["val_check_interval"] = limits["limit_train_batches"]  # more than an epoch has would be refused
     return limits

@@ -20,16 +20,12 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_bpfree.cli.compare_runs import profile, step_limits, train
+from lightning_bpfree.cli.compare_runs import MetricMissingError, profile, step_limits, train
 from lightning_bpfree.cli.configured import Blueprint
 from lightning_bpfree.rules.training_rule import BACKPROP_COST
 
 Send = Callable[..., None]
 Result = dict[str, Any]
-
-
-class MetricMissingError(Exception):
-    """The metric to compare by is not among those that the module logs."""
 
 
 class RefusedError(Exception):
@@ -46,6 +42,7 @@ class Contest:
 
     def __init__(self, spec: dict[str, Any], send: Send) -> None:
         self.spec, self.send = spec, send
+        self.curve = spec["curve"]["metric"] if "curve" in spec else None
 
     def run(self) -> None:
         """Profile, tune, and train for every seed and budget."""
@@ -86,7 +83,8 @@ class Contest:
         return best[1]
 
     def _trial(self, values: dict[str, str]) -> Result:
-        return train(self._blueprint(values), self.spec["tuning_seed"], ("validate",))
+        # The curve is not kept, but one that validation does not log is found before hours of tuning.
+        return train(self._blueprint(values), self.spec["tuning_seed"], ("validate",), self.curve)
 
     def _budgets(self, blueprint: Blueprint, seed: int, profiled: Result) -> None:
         budgets, is_backprop = self.spec["budgets"], profiled["rule"] == "Backprop"
@@ -117,7 +115,7 @@ class Contest:
 
     def _run(self, blueprint: Blueprint, seed: int, budget: str, **limits: Any) -> Result:
         self.send("begin", what=f"seed {seed}, budget {budget}")
-        result = _attempted(lambda: train(blueprint, seed, ("validate", "test"), **limits))
+        result = _attempted(lambda: train(blueprint, seed, ("validate", "test"), self.curve, **limits))
         if result.get("refused"):
             raise RefusedError(result["error"])
         if _metric(result, self.spec["metric"]) is None and result["error"] is None:
@@ -131,6 +129,8 @@ def _attempted(run: Callable[[], Result]) -> Result:
     """Return what ``run`` returns, or its error."""
     try:
         return {**run(), "error": None}
+    except MetricMissingError:
+        raise
     except Exception as error:
         traceback.print_exc()  # to the log
         refused = isinstance(error, MisconfigurationException)

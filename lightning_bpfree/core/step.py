@@ -54,11 +54,12 @@ class NonFiniteLossError(Exception):
     Args:
         index: which of the numbers, the ``k`` of its direction; None for the unperturbed loss.
         value: the number.
+        what: what the number is, if neither of these.
     """
 
-    def __init__(self, index: int | None, value: float) -> None:
+    def __init__(self, index: int | None, value: float, what: str | None = None) -> None:
         self.index, self.value = index, value
-        which = "the unperturbed loss" if index is None else f"the evaluation of direction k={index}"
+        which = what or ("the unperturbed loss" if index is None else f"the evaluation of direction k={index}")
         super().__init__(f"{which} gave {value}")
 
 

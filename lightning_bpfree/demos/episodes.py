@@ -1,9 +1,9 @@
-"""Episodes of gymnasium's environments: many at once, and each a function of its policy and seed."""
+"""Episodes of gymnasium's environments: many at once, each a function of its policy and seed; or ever new ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,25 @@ def _gymnasium() -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('This task needs gymnasium: pip install "lightning-bpfree[control]"') from error
     return gymnasium
+
+
+def check_seeds(seeds: Tensor) -> None:
+    """Raise ValueError unless these are seeds of episodes: integers of at least 0, shape (B,), one or more."""
+    if not isinstance(seeds, Tensor) or seeds.dim() != 1 or not len(seeds) or seeds.is_floating_point():
+        what = f"{tuple(seeds.shape)}, {seeds.dtype}" if isinstance(seeds, Tensor) else type(seeds).__name__
+        raise ValueError(
+            f"seeds are {what}; give an integer tensor of shape ('B',) with a seed or more, such as EpisodeSeeds's."
+        )
+    if seeds.min() < 0:
+        raise ValueError(f"seeds go down to {int(seeds.min())}; give seeds of at least 0.")
+
+
+def _cartpole_starts(seeds: list[int]) -> Any:
+    """The states, shape (4, B), in which a single CartPole environment begins from these seeds."""
+    import numpy as np
+    from gymnasium.utils.seeding import np_random
+
+    return np.stack([np_random(seed)[0].uniform(low=-0.05, high=0.05, size=4) for seed in seeds], axis=1)
 
 
 class Episodes:
@@ -93,13 +112,9 @@ class Episodes:
         if not self._in_one_array:
             return env.reset(seed=seeds)[0]
         # CartPole in one array takes one seed for all: each episode gets the start that a single environment gives it.
-        import numpy as np
-        from gymnasium.utils.seeding import np_random
-
         env.reset(seed=seeds[0])
-        starts = [np_random(seed)[0].uniform(low=-0.05, high=0.05, size=4) for seed in seeds]
-        env.state = np.stack(starts, axis=1)
-        return env.state.T.astype(np.float32)
+        env.state = _cartpole_starts(seeds)
+        return env.state.T.astype("float32")
 
     def actions(self, scores: Tensor) -> Any:
         """What scores stand for: the action of the highest, or tanh of each, scaled to the box.
@@ -144,3 +159,114 @@ class Episodes:
             totals += np.where(running, rewards, 0.0)  # an episode that has ended begins anew, which does not count
             running &= ~(terminated | truncated)
         return torch.from_numpy(totals).float()
+
+
+class Step(NamedTuple):
+    """What one step of several episodes gave; on the CPU."""
+
+    observations: Any  # where it led to, an array (num, ...); of an episode that ended, its last one
+    rewards: Tensor  # float32, (num,)
+    terminated: Tensor  # bool, (num,): the episode came to an end of its own
+    done: Tensor  # bool, (num,): terminated, or cut off at the limit of steps
+    returns: list[float]  # the sums of the rewards of the episodes that ended
+
+
+class RunningEpisodes:
+    """Episodes that run side by side and are stepped together; where they end, others begin.
+
+    Copies and pickles hold no environment, and have to :meth:`begin`.
+
+    Args:
+        env_id: Id of a registered environment with observations in a box and numbered actions.
+        num: Episodes at once, at least 1.
+        max_steps: Steps after which an episode is cut off; None: the environment's own limit.
+
+    Attributes:
+        num_actions: How many actions there are.
+        observations: What the running episodes show, an array (num, ...); None before :meth:`begin`.
+
+    Raises:
+        ModuleNotFoundError: gymnasium is not installed.
+        ValueError: An argument is out of range, or the environment is of another kind.
+
+    Example:
+        >>> running = RunningEpisodes("CartPole-v1", 2, max_steps=3)
+        >>> running.begin([5, 6])
+        >>> [running.step(torch.tensor([0, 1])).returns for _ in range(3)]
+        [[], [], [3.0, 3.0]]
+        >>> running.renew([7, 8])
+    """
+
+    def __init__(self, env_id: str, num: int, max_steps: int | None = None) -> None:
+        check_at_least(1, num=num)
+        self._episodes = Episodes(env_id, max_steps)
+        space = self._episodes._action_space
+        if not hasattr(space, "n"):
+            raise ValueError(
+                f"env_id is {env_id!r}, whose actions are {space}; choose an environment with Discrete actions."
+            )
+        self.num, self.num_actions = num, self._episodes.num_scores
+        self.observations: Any = None
+        self._first_action = int(space.start)
+        self._env: Any = None
+        self._totals: Any = None
+        self._ended: list[int] = []
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._episodes.env_id, self.num, self._episodes.max_steps)
+
+    def begin(self, seeds: list[int]) -> None:
+        """Begin `num` episodes from as many seeds, whatever is running."""
+        import numpy as np
+
+        self._check_number(seeds, self.num)
+        self._env = self._episodes._environment(self.num)
+        self.observations, self._totals, self._ended = self._episodes._reset(self._env, seeds), np.zeros(self.num), []
+
+    def step(self, actions: Tensor) -> Step:
+        """Take an action, from 0 to num_actions - 1, in each episode; shape (num,).
+
+        Raises:
+            RuntimeError: No episodes were begun, or some have ended without others in their place.
+        """
+        if self.observations is None:
+            raise RuntimeError("No episodes run yet; call begin() with their seeds.")
+        if self._ended:
+            raise RuntimeError(f"Episodes {self._ended} have ended; call renew() with a seed for each.")
+        observations, rewards, terminated, truncated = self._advance(actions.cpu().numpy() + self._first_action)
+        self.observations, done = observations, terminated | truncated
+        self._totals += rewards
+        self._ended = done.nonzero()[0].tolist()
+        returns = self._totals[self._ended].tolist()
+        self._totals[self._ended] = 0.0
+        rewards, terminated, done = map(torch.from_numpy, (rewards.astype("float32"), terminated, done))
+        return Step(observations, rewards, terminated, done, returns)
+
+    def _advance(self, actions: Any) -> Any:
+        import numpy as np
+
+        if self._episodes._in_one_array:
+            return self._env.step(actions)[:4]
+        # One after the other, since several environments together begin anew by themselves, and without a seed.
+        steps = [env.step(action)[:4] for env, action in zip(self._env.envs, actions, strict=True)]
+        observations, rewards, terminated, truncated = (np.stack(parts) for parts in zip(*steps, strict=True))
+        return observations, rewards, terminated, truncated
+
+    def renew(self, seeds: list[int]) -> None:
+        """Begin others in place of the episodes that the last step ended, from as many seeds."""
+        env, ended = self._env, self._ended
+        self._check_number(seeds, len(ended))
+        self.observations = self.observations.copy()  # the last step's own stay what they are
+        if self._episodes._in_one_array:
+            env.state[:, ended] = _cartpole_starts(seeds)
+            env.steps[ended], env.prev_done[ended] = 0, False
+            self.observations[ended] = env.state[:, ended].T
+        else:
+            for index, seed in zip(ended, seeds, strict=True):
+                self.observations[index] = env.envs[index].reset(seed=seed)[0]
+        self._ended = []
+
+    @staticmethod
+    def _check_number(seeds: list[int], num: int) -> None:
+        if len(seeds) != num:
+            raise ValueError(f"There are {len(seeds)} seeds for {num} episodes; give one for each.")

@@ -110,7 +110,13 @@ class Classifier(LightningModule):
         log = functools.partial(self.log, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(y))
         log(f"{stage}_loss", loss.detach(), sync_dist=True)
         log(f"{stage}_acc", accuracy)  # a metric object adds up its own counts, across processes as well
+        for name, value in self._also_logged(logits.detach(), y).items():
+            log(f"{stage}_{name}", value, sync_dist=True)
         return loss
+
+    def _also_logged(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Further values to log, means over the batch, by what follows the stage in their names; for subclasses."""
+        return {}
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and a scheduler that steps with it where the learning rate is not constant.

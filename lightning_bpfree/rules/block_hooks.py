@@ -49,7 +49,7 @@ def nothing_lost(blocks: Sequence[Block], trained: Mapping[int, str]) -> Iterato
 
     def look(block: Block, values: object) -> None:
         tensors = [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.requires_grad]
-        lost = sorted({trained[key] for tensor in tensors for key in _reached(tensor) if key in trained})
+        lost = sorted({trained[id(leaf)] for tensor in tensors for leaf in reached(tensor) if id(leaf) in trained})
         if lost:
             raise MisconfigurationException(
                 f"ForwardGradient: {', '.join(lost)} runs before the end of block {block.name} but belongs to no "
@@ -75,17 +75,17 @@ def nothing_lost(blocks: Sequence[Block], trained: Mapping[int, str]) -> Iterato
             handle.remove()
 
 
-def _reached(tensor: Tensor) -> set[int]:
-    """Return the ids of the leaves that the graph of ``tensor`` reaches."""
+def reached(tensor: Tensor) -> list[Tensor]:
+    """Return the leaves that the graph of ``tensor`` reaches."""
     if tensor.grad_fn is None:
-        return {id(tensor)}
-    found, seen, waiting = set(), set(), [tensor.grad_fn]
+        return [tensor]
+    found, seen, waiting = [], set(), [tensor.grad_fn]
     while waiting:
         node = waiting.pop()
         if node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):  # where gradients of a leaf are accumulated
-            found.add(id(node.variable))
+            found.append(node.variable)
         waiting += [following for following, _ in node.next_functions if following is not None]
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,11 +57,19 @@ class BlockRates:
             handle.remove()
         self._handles = []
 
+    def begin(self, before: Mapping[int, torch.Tensor]) -> None:
+        """Scale the step that is under way as well, given the parameters before it, by their ids."""
+        self._before = [before[id(parameter)] for parameter, _ in self.factors if id(parameter) in before]
+        if len(self._before) != len(self.factors):  # no step is under way
+            self._before = []
+
     def _remember(self, *_: Any) -> None:
         self._before = [parameter.detach().clone() for parameter, _ in self.factors]
 
     @torch.no_grad()
     def _scale(self, *_: Any) -> None:
+        if not self._before:
+            return
         for (parameter, factor), before in zip(self.factors, self._before, strict=True):
             parameter.copy_(before + factor * (parameter - before))
         self._before = []

@@ -79,6 +79,8 @@ class GoodnessNetwork:
         record: knows the seed of the embedding's start.
     """
 
+    rule = "ForwardForward"
+
     def __init__(
         self,
         network: nn.Module,

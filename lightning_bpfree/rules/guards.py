@@ -45,10 +45,11 @@ def check_fit(rule: TrainingRule, rules: list[str], trainer: pl.Trainer, module:
         )
     for part in module.modules():
         stand_in = part.__dict__.get("forward")
-        if type(stand_in).__name__ == "GoodnessNetwork" and rule.estimates_user_loss:
+        other = getattr(type(stand_in), "rule", name)
+        if other != name:
             raise MisconfigurationException(
-                f"{name} would train through the goodness of labels: ForwardForward has trained {type(part).__name__}, "
-                "which still predicts in its way. Call ForwardForward(...).uninstall(module) first."
+                f"{name} would train through what {other} has put in the place of {type(part).__name__}'s forward "
+                f"pass, which still computes in its way. Call {other}(...).uninstall(module) first."
             )
     _check_strategy(rule, trainer)
 

@@ -1,0 +1,101 @@
+"""Training batches that are drawn when they are asked for: a task without a data set, as a LightningDataModule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_bpfree.demos.control import FreshSampler
+from lightning_bpfree.demos.in_memory import BatchDataset, pass_through
+from lightning_bpfree.demos.nets import check_at_least
+
+__all__ = ["Batch", "FreshBatches", "FreshDataModule"]
+
+Batch = tuple[Tensor, Tensor]  # inputs and targets, B first
+_EVAL_SEEDS = {"val": 0, "test": 1}
+_TRAINING_SEEDS = (1 << 32) - len(_EVAL_SEEDS)  # what RandomState takes, less the seeds of validation and test
+_EVAL_BATCH = 1024
+
+
+class FreshBatches(Dataset[Batch]):
+    """Batches by number: each is drawn whole, from a generator that its number seeds, whenever it is asked for.
+
+    Use with ``batch_size=None`` and ``collate_fn=pass_through``, so that a loader asks for one batch after the other.
+
+    Args:
+        draw: From a number of samples and a generator to a batch.
+        batch_size: Samples a batch.
+
+    Example:
+        >>> import torch
+        >>> def draw(num, state):
+        ...     x = torch.from_numpy(state.standard_normal((num, 2)))
+        ...     return x, x.sum(1)
+        >>> batches = FreshBatches(draw, 4)
+        >>> torch.equal(batches[7][0], batches[7][0]), torch.equal(batches[7][0], batches[8][0])
+        (True, False)
+    """
+
+    def __init__(self, draw: Callable[[int, np.random.RandomState], Batch], batch_size: int) -> None:
+        self.draw, self.batch_size = draw, batch_size
+        self._state = np.random.RandomState(0)  # seeded anew for each batch: making one takes longer than the batch
+
+    def __len__(self) -> int:
+        return _TRAINING_SEEDS
+
+    def __getitem__(self, index: int) -> Batch:
+        self._state.seed(len(_EVAL_SEEDS) + index)
+        return self.draw(self.batch_size, self._state)
+
+
+class FreshDataModule(LightningDataModule):
+    """What tasks without a data set share; a subclass says in :meth:`draw` how samples are made.
+
+    Training batches are new ones in every epoch, and ``seed_everything`` decides them: their numbers are drawn with
+    torch's global generator when an epoch begins. On several devices each gets its share of an epoch's numbers, hence
+    batches of its own. The samples for validation and test are drawn once from two fixed seeds, which training does not
+    use, by NumPy's frozen RandomState: they are the same in every run and version.
+
+    Args:
+        batch_size: Samples a training batch, at least 1.
+        batches_per_epoch: Training batches an epoch, at least 1, over all devices.
+        eval_samples: Samples for validation, and as many others for the test; at least 1.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(self, batch_size: int = 32, batches_per_epoch: int = 500, eval_samples: int = 4096) -> None:
+        super().__init__()
+        check_at_least(1, batch_size=batch_size, batches_per_epoch=batches_per_epoch, eval_samples=eval_samples)
+        self.batch_size, self.batches_per_epoch, self.eval_samples = batch_size, batches_per_epoch, eval_samples
+
+    def draw(self, num: int, state: np.random.RandomState) -> Batch:
+        """That many samples, independent of one another, decided by the generator alone."""
+        raise NotImplementedError
+
+    def dataset(self, split: Literal["val", "test"]) -> BatchDataset:
+        """The samples of validation or test; its ``tensors`` are the inputs and the targets."""
+        return BatchDataset(*self.draw(self.eval_samples, np.random.RandomState(_EVAL_SEEDS[split])))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training batches that are new in each epoch."""
+        return DataLoader(
+            FreshBatches(self.draw, self.batch_size),
+            batch_size=None,
+            sampler=FreshSampler(self.batches_per_epoch, _TRAINING_SEEDS),
+            collate_fn=pass_through,
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Validation batches, always the same."""
+        return DataLoader(self.dataset("val"), batch_size=_EVAL_BATCH, collate_fn=pass_through)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Test batches, always the same."""
+        return DataLoader(self.dataset("test"), batch_size=_EVAL_BATCH, collate_fn=pass_through)

@@ -1,0 +1,178 @@
+"""A random network to imitate: regression on fresh Gaussian inputs, whose reward is minus the squared error.
+
+After the scalar regression of S. Chung, "MAP propagation algorithm: faster learning with a team of reinforcement
+learning agents", NeurIPS 2021, arXiv 2010.07893, where networks with 64 and 32 hidden units learn in batches of 128.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_bpfree.demos.fresh import Batch, FreshDataModule
+from lightning_bpfree.demos.nets import check_at_least, check_choice
+
+__all__ = ["RandomNetDataModule", "Regressor"]
+
+_HIDDEN = 8
+_PROBES = 4096  # inputs by which it is judged whether a target network says enough
+
+
+class RandomNetDataModule(FreshDataModule):
+    """Standard Gaussian inputs, and what a fixed random network makes of them.
+
+    Batches are pairs, both float32: inputs of shape (B, in_features), independent standard normal; targets of shape
+    (B, 1), at least 0: ``relu(relu(x @ W) @ v)``, with 8 hidden units and no biases. `W` and `v` are uniform within
+    Glorot's bounds, ``sqrt(6 / (inputs + outputs))``. The outer ReLU would silence many such networks, hence they are
+    drawn one after the other, from a generator that `target_seed` seeds, until one gives a positive target to at least
+    half of 4,096 inputs.
+
+    Training batches are new in every epoch, and ``seed_everything`` decides them. Inputs for validation and test are
+    the same in every run.
+
+    Args:
+        in_features: Numbers in an input, at least 1.
+        batch_size: Samples a training batch, at least 1.
+        batches_per_epoch: Training batches an epoch, at least 1, over all devices.
+        eval_samples: Samples for validation, and as many others for the test; at least 1.
+        target_seed: Decides the target network, and nothing else does; 0 to 2**32 - 1.
+
+    Attributes:
+        weights: `W`, shape (in_features, 8), and `v`, shape (8, 1).
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> x, y = next(iter(RandomNetDataModule(batch_size=5).train_dataloader()))
+        >>> tuple(x.shape), tuple(y.shape)
+        ((5, 8), (5, 1))
+    """
+
+    def __init__(
+        self,
+        in_features: int = 8,
+        batch_size: int = 32,
+        batches_per_epoch: int = 500,
+        eval_samples: int = 4096,
+        target_seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, batches_per_epoch, eval_samples)
+        check_at_least(1, in_features=in_features)
+        if not 0 <= target_seed < 1 << 32:
+            raise ValueError(f"target_seed is {target_seed}; give a seed from 0 to {(1 << 32) - 1}.")
+        self.in_features, self.target_seed = in_features, target_seed
+        self.weights = self._draw_weights(np.random.RandomState(target_seed))
+
+    def _draw_weights(self, state: np.random.RandomState) -> tuple[Tensor, Tensor]:
+        probes = torch.from_numpy(state.standard_normal((_PROBES, self.in_features))).float()
+        while True:
+            weights = tuple(
+                torch.from_numpy(state.uniform(-1, 1, shape) * math.sqrt(6 / sum(shape))).float()
+                for shape in ((self.in_features, _HIDDEN), (_HIDDEN, 1))
+            )
+            self.weights = weights[0], weights[1]
+            if (self.target(probes) > 0).float().mean() >= 0.5:
+                return self.weights
+
+    def target(self, inputs: Tensor) -> Tensor:
+        """The targets, shape (B, 1), of inputs of shape (B, in_features)."""
+        inner, outer = (weight.to(inputs) for weight in self.weights)
+        return torch.relu(torch.relu(inputs @ inner) @ outer)
+
+    def draw(self, num: int, state: np.random.RandomState) -> Batch:
+        """That many inputs, and their targets."""
+        inputs = torch.from_numpy(state.standard_normal((num, self.in_features))).float()
+        return inputs, self.target(inputs)
+
+
+class Regressor(LightningModule):
+    """Least squares with any network, and the reward of outputs that were not the network's mean.
+
+    Batches are pairs (inputs, targets), targets float of shape (B, 1). Logs, as means over the epoch, the mean squared
+    error: ``train_loss``, ``val_loss`` and ``test_loss``.
+
+    Args:
+        net: Network from inputs to outputs of shape (B, 1).
+        lr: Learning rate, above 0.
+        optimizer: ``sgd`` or ``adam``.
+
+    Raises:
+        ValueError: An argument is out of range; from the first batch, if the output of `net` has another shape than the
+            targets.
+
+    Example:
+        >>> batch = torch.zeros(2, 3), torch.tensor([[1.0], [2.0]])
+        >>> Regressor(nn.Linear(3, 1)).reward(batch, torch.tensor([[1.0], [1.0], [4.0], [2.0]]))
+        tensor([-0., -1., -9., -0.])
+    """
+
+    def __init__(self, net: nn.Module, lr: float = 0.01, optimizer: Literal["sgd", "adam"] = "sgd") -> None:
+        super().__init__()
+        check_choice("optimizer", optimizer, ("sgd", "adam"))
+        if not lr > 0:
+            raise ValueError(f"lr is {lr}; give a learning rate above 0.")
+        self.save_hyperparameters(ignore=["net"])
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs, shape (B, 1)."""
+        outputs: Tensor = self.net(x)
+        return outputs
+
+    def reward(self, batch: tuple[Tensor, Tensor], action: Tensor) -> Tensor:
+        """Minus the squared error of each row, shape (M * B,).
+
+        Args:
+            batch: Inputs and targets, of which the targets, shape (B, 1), are used.
+            action: Outputs for M copies of the batch one behind the other, shape (M * B, 1): row m * B + b is an output
+                for sample b.
+
+        Raises:
+            ValueError: The rows are not M times those of the batch, or not of one number.
+        """
+        targets = batch[1]
+        if action.dim() != 2 or action.shape[1] != 1 or not len(action) or len(action) % len(targets):
+            raise ValueError(
+                f"action has shape {tuple(action.shape)}; for a batch of {len(targets)} samples give one number a row, "
+                f"and {len(targets)} rows for each copy of the batch."
+            )
+        copies = len(action) // len(targets)
+        return -(action - targets.repeat(copies, 1)).square().squeeze(1)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Mean squared error of the batch."""
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log ``val_loss``."""
+        self._step(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log ``test_loss``."""
+        self._step(batch, "test")
+
+    def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
+        x, y = batch
+        outputs = self(x)
+        if outputs.shape != y.shape:
+            raise ValueError(
+                f"net gives outputs of shape {tuple(outputs.shape)} for targets of shape {tuple(y.shape)}; build it "
+                "with an output of 1."
+            )
+        loss = F.mse_loss(outputs, y)
+        log = functools.partial(self.log, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
+        log(f"{stage}_loss", loss.detach(), batch_size=len(y))
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer."""
+        kind = torch.optim.SGD if self.hparams["optimizer"] == "sgd" else torch.optim.Adam
+        return kind(self.parameters(), lr=self.hparams["lr"])

@@ -1,0 +1,353 @@
+"""A network whose activations are replaced by stochastic units, and its forward pass in training and evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from lightning_bpfree.core.directions import mix
+from lightning_bpfree.nn.joint_boltzmann import Machine, MachineLayer
+from lightning_bpfree.nn.lateral import Boltzmann, Drawn, LateralWeights
+from lightning_bpfree.nn.stochastic import Softmax, StochasticUnit
+from lightning_bpfree.rules.own_modules import OwnModules
+
+if TYPE_CHECKING:
+    from lightning_bpfree.rules.team_settings import TeamSettings
+
+Visit = Callable[["Layer"], Tensor]
+TrainingPass = Callable[["TeamNetwork", Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
+
+
+@dataclass
+class Layer:
+    """One layer of units in one forward pass.
+
+    Args:
+        name: of the module in whose place the units are; with a number from its second call on.
+        unit: what the units are.
+        potential: what enters them, ``(rows, ...)``, with the graph of the segment below and no more.
+        value: what they gave, cut off from the graph.
+        drawn: how it was drawn; None for values that were set.
+        linear: the ``nn.Linear`` that made the potentials, if they come straight from one.
+        below: what entered it.
+        chained: whether that was the value of the layer before.
+    """
+
+    name: str
+    unit: StochasticUnit
+    potential: Tensor
+    value: Tensor = field(default_factory=lambda: torch.empty(0))
+    drawn: Drawn | None = None
+    linear: nn.Linear | None = None
+    below: Tensor | None = None
+    chained: bool = False
+
+    def score(self) -> Tensor:
+        """Return the derivative of the log probability of the value by the potential."""
+        if self.drawn is not None:
+            return self.drawn.score
+        return self.unit.score(self.potential.detach(), self.value.detach())
+
+
+class Site:
+    """Stands in for the forward pass of one activation.
+
+    Args:
+        team: the network it belongs to.
+        name: of the activation in the network.
+        module: the activation.
+    """
+
+    rule = "TeamReinforce"
+
+    def __init__(self, team: TeamNetwork, name: str, module: nn.Module) -> None:
+        self.team, self.name, self.module = team, name, module
+        own = module.__dict__.get("forward")
+        self.own: Any = own.own if isinstance(own, Site) else own
+
+    def __call__(self, potential: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Return the values of the units at these potentials."""
+        return self.team.visited(self, potential)
+
+
+class TeamNetwork:
+    """Stands in for ``network.forward``: a team of stochastic units, drawn in training and read out in evaluation.
+
+    Args:
+        network: the network.
+        activations: names and modules whose place the units take.
+        settings: what the team is.
+        lateral: holds the lateral weights.
+        seed: of what evaluation draws.
+    """
+
+    rule = "TeamReinforce"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        activations: dict[str, nn.Module],
+        settings: TeamSettings,
+        lateral: OwnModules,
+        seed: int = 0,
+    ) -> None:
+        self.network, self.settings, self.lateral, self.seed = network, settings, lateral, seed
+        self.units, self.output, self.exploration = settings.units, settings.output, settings.exploration
+        self.training_pass: TrainingPass | None = None
+        self.generator: torch.Generator | None = None
+        self.noted: dict[str, Tensor] | None = None
+        """What an evaluation has returned by means and by draws, if that is noted."""
+        own = network.__dict__.get("forward")
+        self._own: Any = own._own if isinstance(own, TeamNetwork) else own
+        self.num_weights = sum(p.numel() for p in network.parameters() if p.dim() > 1)
+        self.sites = [Site(self, name, module) for name, module in activations.items()]
+        self._visit: Visit | None = None
+        self._layers: list[Layer] = []
+        self._linears: dict[int, tuple[nn.Linear, Tensor, Tensor]] = {}
+
+    # --- in the network's place ---
+
+    def install(self) -> None:
+        """Take the place of the forward passes of network and activations."""
+        self.network.forward = self
+        for site in self.sites:
+            site.module.forward = site
+
+    @property
+    def installed(self) -> bool:
+        """Whether the network computes by this."""
+        return self.network.__dict__.get("forward") is self
+
+    def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what the network's callers see."""
+        if self.training_pass is not None:
+            return self.training_pass(self, inputs, args, kwargs)
+        scores = self.scores(inputs, args, kwargs, self.settings.evaluation)
+        if self.noted is not None:
+            other = "mean" if self.settings.evaluation == "samples" else "samples"
+            self.noted = {self.settings.evaluation: scores, other: self.scores(inputs, args, kwargs, other)}
+        return scores
+
+    # --- one forward pass ---
+
+    def visited(self, site: Site, potential: Tensor) -> Tensor:
+        """Return the values of units at ``potential``, as the present pass wants them."""
+        if self._visit is None:  # an activation on its own, outside of the network's forward pass
+            unit = self._unit(site, 0)
+            return unit.mean(potential)
+        calls = sum(layer.name.partition("#")[0] == site.name for layer in self._layers)
+        name = f"{site.name}#{calls + 1}" if calls else site.name
+        layer = Layer(name, self._unit(site, len(self._layers)), potential)
+        self._notice_linear(layer)
+        self._layers.append(layer)
+        layer.value = self._visit(layer)
+        return layer.value
+
+    def _unit(self, site: Site, index: int) -> StochasticUnit:
+        if isinstance(site.module, StochasticUnit):
+            return site.module
+        return self.units[index] if 1 < len(self.units) > index else self.units[0]
+
+    def _notice_linear(self, layer: Layer) -> None:
+        linear, below, output = self._linears.get(id(layer.potential), (None, None, None))
+        if output is layer.potential:
+            layer.linear, layer.below = linear, below
+            layer.chained = bool(self._layers) and below is self._layers[-1].value
+
+    def run(self, inputs: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], visit: Visit) -> list[Layer]:
+        """Run the network's own forward pass once.
+
+        Args:
+            inputs: the first argument of the call.
+            args: further ones.
+            kwargs: those by name.
+            visit: gives the value of each layer of units.
+
+        Returns:
+            the layers of units in the order in which they ran, and the output behind them, without a value.
+        """
+        self._visit, self._layers = visit, []
+        forward = self._own or type(self.network).forward.__get__(self.network)
+        try:
+            with self._watching_linears():
+                output = forward(inputs, *args, **kwargs)
+            layers = self._layers
+            if not isinstance(output, Tensor):
+                raise ValueError(
+                    f"network: {type(self.network).__name__} returns a {type(output).__name__}; a team acts by one "
+                    "tensor of scores. Name the submodule that returns them, network=...."
+                )
+            last = Layer("output", self.output or Softmax(), output)
+            self._notice_linear(last)
+        finally:
+            self._visit, self._layers, self._linears = None, [], {}
+        self._check(layers, len(inputs))
+        return [*layers, last]
+
+    @contextlib.contextmanager
+    def _watching_linears(self) -> Iterator[None]:
+        if not self.settings.looks_at_linears:
+            yield
+            return
+
+        def seen(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self._linears[id(output)] = module, args[0], output
+
+        linears = [part for part in self.network.modules() if isinstance(part, nn.Linear)]
+        handles = [part.register_forward_hook(seen) for part in linears]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check(self, layers: Sequence[Layer], rows: int) -> None:
+        if not layers:
+            raise ValueError(
+                f"units: none of {', '.join(site.name for site in self.sites)} ran in the network's forward pass."
+            )
+        for layer in layers:
+            if layer.potential.shape[:1] != (rows,):
+                raise ValueError(
+                    f"units: {layer.name} gets {tuple(layer.potential.shape)} for {rows} samples; their number must "
+                    "come first (batch_first=True)."
+                )
+        if 1 < len(self.units) != len(layers):
+            raise ValueError(
+                f"unit: {len(self.units)} units for {len(layers)} layers of units "
+                f"({', '.join(layer.name for layer in layers)}): give one, or one for each layer."
+            )
+
+    def lateral_weight(self, layer: Layer) -> Tensor | None:
+        """Return the lateral weights of a layer; None where its units draw independently."""
+        if not self.exploration.has_lateral_weights:
+            return None
+        if layer.potential.dim() != 2:
+            raise ValueError(
+                f"exploration={type(self.exploration).__name__}: {layer.name} has potentials of shape "
+                f"{tuple(layer.potential.shape)}, and lateral weights need (B, n). Name other units, or use "
+                "exploration='independent'."
+            )
+        num = layer.potential.shape[1]
+        build = partial(LateralWeights, num)
+        device = layer.potential.device
+        dtype = torch.float64 if layer.potential.dtype == torch.float64 else torch.float32
+        module = self.lateral.get(f"lateral/{layer.name}", build, mix(self.seed, num), device, dtype)
+        weight: Tensor = module.weight.detach()  # type: ignore[operator]
+        return weight
+
+    def draw(self, layer: Layer, generator: torch.Generator | None, negative_phase: bool) -> Tensor:
+        """Draw a layer, note how, and return the values."""
+        exploration, weight = self.exploration, self.lateral_weight(layer)
+        layer.drawn = exploration.draw(
+            layer.unit, layer.potential, weight, negative_phase=negative_phase, generator=generator
+        )
+        return as_input(layer, layer.drawn.value)
+
+    def machine(self, layers: Sequence[Layer]) -> Machine:
+        """Return the Boltzmann machine over layers of units and the output, the last of ``layers``.
+
+        Raises:
+            ValueError: if there is more than a linear layer between two of them.
+        """
+        assert isinstance(self.exploration, Boltzmann)
+        parts = [MachineLayer(layers[0].unit, lateral=self.lateral_weight(layers[0]))]
+        for layer in layers[1:]:
+            if layer.linear is None or not layer.chained:
+                raise ValueError(
+                    f"Boltzmann(whole_network=True): between {layer.name} and the layer of units before it must be "
+                    "one nn.Linear and nothing else. Use Boltzmann() with baseline='per_layer' for other networks."
+                )
+            bias = None if layer.linear.bias is None else layer.linear.bias.detach()
+            lateral = None if layer is layers[-1] else self.lateral_weight(layer)
+            parts.append(MachineLayer(layer.unit, layer.linear.weight.detach(), bias, lateral))
+        return Machine(parts, self.exploration)
+
+    # --- evaluation ---
+
+    def scores(self, inputs: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], evaluation: str) -> Tensor:
+        """Return the output by the units' means, or averaged over draws, ``(B, C)``."""
+        copies = self.settings.eval_samples if evaluation == "samples" else 1
+        args, kwargs = repeated(args, kwargs, len(inputs), copies)
+        many = inputs.repeat(copies, *[1] * (inputs.dim() - 1)) if copies > 1 else inputs
+        if evaluation == "mean":
+            visit: Visit = lambda layer: self.exploration.mean(  # noqa: E731
+                layer.unit, layer.potential, self.lateral_weight(layer)
+            )
+        else:
+            generator = self.evaluation_generator(inputs.device)
+            visit = lambda layer: self.draw(layer, generator, negative_phase=False)  # noqa: E731
+        layers = self.run(many, args, kwargs, visit)
+        output = self._machine_scores(layers, evaluation) if self.is_one_machine else layers[-1].potential
+        return averaged(output, copies, self.output)
+
+    @property
+    def is_one_machine(self) -> bool:
+        """Whether all layers and the output are drawn jointly."""
+        return isinstance(self.exploration, Boltzmann) and self.exploration.whole_network
+
+    def _machine_scores(self, layers: list[Layer], evaluation: str) -> Tensor:
+        machine, first = self.machine(layers), layers[0].potential
+        if evaluation == "mean":
+            values = machine.mean_field(first)
+        else:
+            values = machine.draw(first, self.evaluation_generator(first.device))
+        return machine.potentials(first, values, len(layers) - 1)
+
+    def evaluation_generator(self, device: torch.device) -> torch.Generator:
+        """Return the generator of what evaluation draws; its own, so that no other random stream moves."""
+        if self.generator is None or self.generator.device != device:
+            self.generator = torch.Generator(device).manual_seed(mix(self.seed, 0x5EED))
+        return self.generator
+
+
+def as_input(layer: Layer, value: Tensor) -> Tensor:
+    """Return values as the network takes them: cut off, and of its type unless autocast sees to that."""
+    value = value.detach()
+    cast = value.dtype != layer.potential.dtype and not torch.is_autocast_enabled(value.device.type)
+    return value.to(layer.potential.dtype) if cast else value
+
+
+def repeated(
+    args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, copies: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments for ``copies`` batches one behind the other: tensors of ``rows`` rows are repeated."""
+
+    def times(tensor: Tensor) -> Tensor:
+        fits = tensor.dim() > 0 and len(tensor) == rows
+        return tensor.repeat(copies, *[1] * (tensor.dim() - 1)) if fits else tensor
+
+    if copies == 1 or not (args or kwargs):
+        return args, kwargs
+    made: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(Tensor, times, (args, kwargs))
+    return made
+
+
+def averaged(output: Tensor, copies: int, unit: StochasticUnit | None) -> Tensor:
+    """Return the average over ``copies`` batches one behind the other: for a softmax, of probabilities, as logits."""
+    if copies == 1:
+        return output
+    shaped = output.view(copies, -1, *output.shape[1:])
+    if isinstance(unit, Softmax):
+        t = unit.temperature
+        return t * (torch.log_softmax(shaped / t, -1).logsumexp(0) - torch.log(torch.tensor(float(copies))))
+    return shaped.mean(0)
+
+
+def strip_team(network: nn.Module) -> None:
+    """Give a network and its activations their own forward passes back."""
+    for part in network.modules():
+        stand_in = part.__dict__.get("forward")
+        if isinstance(stand_in, TeamNetwork | Site):
+            own = stand_in._own if isinstance(stand_in, TeamNetwork) else stand_in.own
+            if own is None:
+                del part.__dict__["forward"]
+            else:
+                part.forward = own
