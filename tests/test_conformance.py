@@ -65,7 +65,10 @@ EXCEPTIONS = {
     **{
         (f"team_{name}", holds): why
         for name in ("critic", "boltzmann", "weight_max", "map")
-        for holds, why in (("several_dataloaders", "one call of the network a step"), ("the_signature_is_kept", "labels"))
+        for holds, why in (
+            ("several_dataloaders", "one call of the network a step"),
+            ("the_signature_is_kept", "labels"),
+        )
     },
     ("team_critic", "accumulation_is_the_mean_of_micro_batches"): "its critic learns when the optimizer steps",
     ("team_boltzmann", "random_streams_move_as_in_a_plain_step"): "its draws of an input are rows of the batch",

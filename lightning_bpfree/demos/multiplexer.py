@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_bpfree.demos.fresh import Batch, FreshDataModule
@@ -104,10 +105,11 @@ class MultiplexerDataModule(FreshDataModule):
 class PolicyClassifier(Classifier):
     """A classifier seen as a policy that chooses a class at random, by its probabilities: +1 if it is right, else -1.
 
-    Beside what :class:`Classifier` logs, it logs ``train_reward``, ``val_reward`` and ``test_reward``, in [-1, 1]: the
-    mean over samples, and over the epoch, of ``2 * softmax(logits)[label] - 1``, the reward that such a policy expects.
-    No action is drawn, hence it has no noise but the network's own. Arguments and errors are those of
-    :class:`Classifier`.
+    Beside what :class:`Classifier` logs, it logs ``val_reward`` and ``test_reward``, in [-1, 1]: the mean over samples
+    of ``2 * softmax(logits)[label] - 1``, the reward that such a policy expects. No action is drawn, hence it has no
+    noise but the network's own. In training it logs less than that class, for on-line learning takes many small steps:
+    ``train_loss`` and ``train_reward`` of single batches, as often as the Trainer's ``log_every_n_steps`` says.
+    Arguments and errors are those of :class:`Classifier`.
 
     Example:
         >>> from lightning_bpfree.demos.modules import MLP
@@ -121,6 +123,17 @@ class PolicyClassifier(Classifier):
         """Expected reward of each sample, shape (B,), from logits (B, num_classes) and labels int64 (B,)."""
         right = torch.softmax(logits, -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         return 2 * right - 1
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Mean cross-entropy of the batch, label smoothing included."""
+        x, y = batch
+        logits = self(x)
+        loss = F.cross_entropy(logits, y, label_smoothing=self.hparams["label_smoothing"])
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.trainer.global_step + 1) % every == 0:
+            self.log("train_loss", loss.detach())
+            self.log("train_reward", self.expected_reward(logits.detach(), y).mean(), prog_bar=True)
+        return loss
 
     def _also_logged(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         return {"reward": self.expected_reward(logits, labels).mean()}

@@ -103,8 +103,7 @@ class Independent(Exploration):
         generator: torch.Generator | None = None,
     ) -> Drawn:
         """Draw; the mean of the score is known exactly, so that ``negative_phase=False`` changes nothing."""
-        value = unit.sample(potential, generator)
-        return Drawn(value, unit.score(potential.detach(), value))
+        return Drawn(*unit.draw(potential.detach(), generator))
 
     def mean(self, unit: StochasticUnit, potential: Tensor, weight: Tensor | None = None) -> Tensor:
         """Return the means."""

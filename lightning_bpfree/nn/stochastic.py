@@ -58,6 +58,12 @@ class StochasticUnit(nn.Module, ABC):
             generator: where random numbers come from; None for torch's global stream.
         """
 
+    @torch.no_grad()
+    def draw(self, potential: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Return a draw and its score."""
+        value = self.sample(potential, generator)
+        return value, self.score(potential, value)
+
     @abstractmethod
     def score(self, potential: Tensor, value: Tensor) -> Tensor:
         """Return the derivative of ``log_prob(potential, value)`` by the potential, shaped like it."""
@@ -136,6 +142,14 @@ class Bernoulli(StochasticUnit):
         """Return values drawn independently."""
         probability = self.probability(potential)
         return self.valued((_uniform(probability, generator) < probability).to(probability.dtype))
+
+    @torch.no_grad()
+    def draw(self, potential: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Return values drawn independently, and their scores."""
+        probability = self.probability(potential)  # once for both
+        upper = (_uniform(probability, generator) < probability).to(probability.dtype)
+        score = upper - probability
+        return self.valued(upper), score if self.temperature == 1.0 else score / self.temperature
 
     def score(self, potential: Tensor, value: Tensor) -> Tensor:
         """Return how far the values are from their means, over the temperature and the distance of the two values."""

@@ -44,19 +44,61 @@ class Credit(ABC):
 
 def by_signals(signals: Sequence[Tensor], layers: Sequence[Layer], parameters: Sequence[Tensor]) -> Gradients:
     """Return what signals on potentials amount to in parameters; every segment is differentiated by itself."""
-    rows = len(signals[0])
-    pairs = [(layer.potential, signal) for layer, signal in zip(layers, signals, strict=True)]
-    pairs = [(potential, signal) for potential, signal in pairs if potential.requires_grad]
-    if not pairs or not parameters:
-        return [None] * len(parameters)
-    return list(
-        torch.autograd.grad(
-            [potential for potential, _ in pairs],
-            list(parameters),
-            [(signal / rows).to(potential.dtype) for potential, signal in pairs],
-            allow_unused=True,
+    rows, total = len(signals[0]), Sums(parameters)
+    for layer, signal in zip(layers, signals, strict=True):
+        total.add(layer, signal / rows, [])
+    return total.gradients
+
+
+class Sums:
+    """Gradients of parameters, collected segment by segment.
+
+    Args:
+        parameters: what is trained.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = list(parameters)
+        self.places = {id(parameter): place for place, parameter in enumerate(parameters)}
+        self.gradients: Gradients = [None] * len(self.parameters)
+
+    def add(self, layer: Layer, signal: Tensor, values: Sequence[Tensor]) -> Gradients:
+        """Add what a signal on a layer's potentials amounts to, and return its derivative by ``values``.
+
+        Args:
+            layer: the layer.
+            signal: shaped like its potentials.
+            values: of layers below, in their order; what is asked for.
+        """
+        if not layer.potential.requires_grad:
+            return [None] * len(values)
+        if layer.linear is not None and (layer.chained or not layer.below.requires_grad):  # type: ignore[union-attr]
+            return self._add_linear(layer, signal, len(values))
+        found = torch.autograd.grad(
+            layer.potential, [*values, *self.parameters], signal.to(layer.potential.dtype), allow_unused=True
         )
-    )
+        for place, gradient in enumerate(found[len(values) :]):
+            self._add(place, gradient)
+        return list(found[: len(values)])
+
+    @torch.no_grad()
+    def _add_linear(self, layer: Layer, signal: Tensor, num_values: int) -> Gradients:
+        """Do the same by products of matrices: autograd takes several times as long for small ones."""
+        linear, below = layer.linear, layer.below
+        assert linear is not None
+        assert below is not None
+        signal = signal.to(torch.promote_types(linear.weight.dtype, torch.float32))
+        if id(linear.weight) in self.places:
+            self._add(self.places[id(linear.weight)], signal.T @ below.detach().to(signal.dtype))
+        if linear.bias is not None and id(linear.bias) in self.places:
+            self._add(self.places[id(linear.bias)], signal.sum(0))
+        said: Gradients = [None] * num_values
+        if layer.chained and num_values:
+            said[-1] = signal @ linear.weight.to(signal.dtype)
+        return said
+
+    def _add(self, place: int, gradient: Tensor | None) -> None:
+        self.gradients[place] = _added(self.gradients[place], gradient)
 
 
 def over_units(advantage: Tensor, like: Tensor) -> Tensor:
@@ -114,25 +156,19 @@ class TopDown(Credit):
         self, work: TeamPass, advantages: Sequence[Tensor], parameters: Sequence[Tensor], by_output: Tensor | None
     ) -> Gradients:
         """Return gradients of all segments, differentiated one by one from the top."""
-        layers, rows = work.layers, len(advantages[-1])
-        total: Gradients = [None] * len(parameters)
-        said: list[Tensor | None] = [None] * len(layers)
+        layers, rows, total = work.layers, len(advantages[-1]), Sums(parameters)
+        said: Gradients = [None] * len(layers)
         signal: Tensor | None = output_signal(layers[-1], advantages[-1], by_output) / rows
         for index in range(len(layers) - 1, -1, -1):
             layer = layers[index]
             if index < len(layers) - 1:
                 above = said[index]
                 signal = None if above is None else self.signal(layer, above, layers[index + 1], advantages[-1])
-            if signal is None or not layer.potential.requires_grad:
+            if signal is None:
                 continue
-            values = [lower.value for lower in layers[:index]]
-            found = torch.autograd.grad(
-                layer.potential, [*values, *parameters], signal.to(layer.potential.dtype), allow_unused=True
-            )
-            for place, gradient in enumerate(found[:index]):
+            for place, gradient in enumerate(total.add(layer, signal, [lower.value for lower in layers[:index]])):
                 said[place] = _added(said[place], gradient)
-            total = [_added(old, new) for old, new in zip(total, found[index:], strict=True)]
-        return total
+        return total.gradients
 
 
 def _added(old: Tensor | None, new: Tensor | None) -> Tensor | None:

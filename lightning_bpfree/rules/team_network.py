@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,7 @@ class Layer:
         potential: what enters them, ``(rows, ...)``, with the graph of the segment below and no more.
         value: what they gave, cut off from the graph.
         drawn: how it was drawn; None for values that were set.
-        linear: the ``nn.Linear`` that made the potentials, if they come straight from one.
+        linear: the ``nn.Linear`` that made the potentials, ``(rows, n)``, if they come straight from one.
         below: what entered it.
         chained: whether that was the value of the layer before.
     """
@@ -108,6 +107,7 @@ class TeamNetwork:
         self._own: Any = own._own if isinstance(own, TeamNetwork) else own
         self.num_weights = sum(p.numel() for p in network.parameters() if p.dim() > 1)
         self.sites = [Site(self, name, module) for name, module in activations.items()]
+        self._handles: list[Any] = []
         self._visit: Visit | None = None
         self._layers: list[Layer] = []
         self._linears: dict[int, tuple[nn.Linear, Tensor, Tensor]] = {}
@@ -116,6 +116,9 @@ class TeamNetwork:
 
     def install(self) -> None:
         """Take the place of the forward passes of network and activations."""
+        if not self._handles:
+            linears = [part for part in self.network.modules() if isinstance(part, nn.Linear)]
+            self._handles = [part.register_forward_hook(self._seen) for part in linears]
         self.network.forward = self
         for site in self.sites:
             site.module.forward = site
@@ -157,7 +160,7 @@ class TeamNetwork:
 
     def _notice_linear(self, layer: Layer) -> None:
         linear, below, output = self._linears.get(id(layer.potential), (None, None, None))
-        if output is layer.potential:
+        if output is layer.potential and output.dim() == 2:
             layer.linear, layer.below = linear, below
             layer.chained = bool(self._layers) and below is self._layers[-1].value
 
@@ -176,8 +179,7 @@ class TeamNetwork:
         self._visit, self._layers = visit, []
         forward = self._own or type(self.network).forward.__get__(self.network)
         try:
-            with self._watching_linears():
-                output = forward(inputs, *args, **kwargs)
+            output = forward(inputs, *args, **kwargs)
             layers = self._layers
             if not isinstance(output, Tensor):
                 raise ValueError(
@@ -191,22 +193,11 @@ class TeamNetwork:
         self._check(layers, len(inputs))
         return [*layers, last]
 
-    @contextlib.contextmanager
-    def _watching_linears(self) -> Iterator[None]:
-        if not self.settings.looks_at_linears:
-            yield
-            return
-
-        def seen(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def _seen(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # Hooks of others may change what a layer computes, and subclasses compute more than a product.
+        alone = len(module._forward_hooks) == 1 and not module._forward_pre_hooks
+        if self._visit is not None and alone and type(module) is nn.Linear and "weight" in module._parameters:
             self._linears[id(output)] = module, args[0], output
-
-        linears = [part for part in self.network.modules() if isinstance(part, nn.Linear)]
-        handles = [part.register_forward_hook(seen) for part in linears]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _check(self, layers: Sequence[Layer], rows: int) -> None:
         if not layers:
@@ -336,8 +327,8 @@ def averaged(output: Tensor, copies: int, unit: StochasticUnit | None) -> Tensor
         return output
     shaped = output.view(copies, -1, *output.shape[1:])
     if isinstance(unit, Softmax):
-        t = unit.temperature
-        return t * (torch.log_softmax(shaped / t, -1).logsumexp(0) - torch.log(torch.tensor(float(copies))))
+        chances = unit.mean(shaped).mean(0)
+        return unit.temperature * chances.clamp(min=torch.finfo(chances.dtype).tiny).log()
     return shaped.mean(0)
 
 
@@ -347,6 +338,10 @@ def strip_team(network: nn.Module) -> None:
         stand_in = part.__dict__.get("forward")
         if isinstance(stand_in, TeamNetwork | Site):
             own = stand_in._own if isinstance(stand_in, TeamNetwork) else stand_in.own
+            if isinstance(stand_in, TeamNetwork):
+                for handle in stand_in._handles:
+                    handle.remove()
+                stand_in._handles = []
             if own is None:
                 del part.__dict__["forward"]
             else:

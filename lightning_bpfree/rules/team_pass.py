@@ -46,9 +46,8 @@ class TeamPass:
         self.layers = team.run(self.inputs, self.args, self.kwargs, self._drawn)
         last = self.layers[-1]
         if team.output is not None:
-            value = last.unit.sample(last.potential.detach(), self.generator)
-            last.drawn = Drawn(value, last.unit.score(last.potential.detach(), value))
-            last.value = value
+            last.drawn = Drawn(*last.unit.draw(last.potential.detach(), self.generator))
+            last.value = last.drawn.value
         if team.is_one_machine:
             self._draw_jointly()
         return averaged(last.potential.detach(), copies, team.output)
@@ -84,16 +83,15 @@ class TeamPass:
     @property
     def is_chain(self) -> bool:
         """Whether one linear layer lies between any two layers of units, and before the output."""
-        return all(
-            layer.linear is not None and layer.chained and layer.potential.dim() == 2 for layer in self.layers[1:]
-        )
+        return all(layer.linear is not None and layer.chained for layer in self.layers[1:])
 
     def _run_again(self) -> None:
         values = iter([layer.value for layer in self.layers[:-1]])
         with self.step.aside():
             again = self.team.run(self.inputs, self.args, self.kwargs, lambda _: next(values))
         for layer, fresh in zip(self.layers, again, strict=True):
-            layer.potential = fresh.potential
+            layer.potential, layer.linear = fresh.potential, fresh.linear
+            layer.below, layer.chained = fresh.below, fresh.chained
 
     def _draw_jointly(self) -> None:
         """Draw hidden layers and output as one Boltzmann machine."""

@@ -57,7 +57,7 @@ class Rewards:
         if not drawn:
             by_output = self._derivative(rewards, output)
         rewards = rewards.detach().to(last.potential.device)
-        if not bool(torch.isfinite(rewards).all()):
+        if self.reward != "class" and not bool(torch.isfinite(rewards).all()):
             worst = int((~torch.isfinite(rewards)).nonzero()[0])
             raise NonFiniteLossError(None, float(rewards[worst]), what=f"the reward of row {worst}")
         return rewards.view(work.num_samples, -1), by_output

@@ -34,7 +34,6 @@ class TeamSettings(NamedTuple):
         credit: how a reward becomes a gradient.
         evaluation: ``"mean"`` or ``"samples"``.
         eval_samples: how many draws the latter averages.
-        looks_at_linears: whether a pass has to know which linear layers lie between units.
     """
 
     units: list[StochasticUnit]
@@ -43,7 +42,6 @@ class TeamSettings(NamedTuple):
     credit: Credit
     evaluation: str
     eval_samples: int
-    looks_at_linears: bool
 
     @classmethod
     def of(cls, rule: TeamReinforce) -> TeamSettings:
@@ -66,10 +64,7 @@ class TeamSettings(NamedTuple):
         credit.check(units, output)
         _check_numbers(rule)
         _check_together(rule, exploration, credit, output)
-        joint = isinstance(exploration, Boltzmann) and exploration.whole_network
-        exact = isinstance(credit, WeightMax) and credit.exact
-        linears = joint or exact or isinstance(credit, MapPropagation) or rule.trace_decay is not None
-        return cls(units, output, exploration, credit, rule.evaluation, rule.eval_samples, linears)
+        return cls(units, output, exploration, credit, rule.evaluation, rule.eval_samples)
 
     @property
     def runs_again(self) -> bool:

@@ -62,7 +62,7 @@ class Traces:
 
     def _updated(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """Return the traces of a layer's weight, ``(rows, units, inputs)``, and bias, with this step in them."""
-        if layer.linear is None or layer.below is None or layer.potential.dim() != 2:
+        if layer.linear is None or layer.below is None:
             raise ValueError(
                 f"trace_decay: {layer.name} does not get its potentials straight from an nn.Linear; traces of other "
                 "layers are not kept. Leave trace_decay away."

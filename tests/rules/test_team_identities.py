@@ -12,6 +12,8 @@ import lightning_bpfree as bpf
 from lightning_bpfree.nn.joint_boltzmann import Machine
 from lightning_bpfree.nn.lateral import Boltzmann
 from lightning_bpfree.rules.team_credit import GlobalReward, WeightMax, without
+from lightning_bpfree.rules.team_network import TeamNetwork
+from lightning_bpfree.rules.team_pass import TeamPass
 
 EXACT = 1e-12  # sums of a few hundred doubles of size 1
 X = torch.tensor([[0.3, -1.2, 0.7]], dtype=torch.float64)
@@ -338,7 +340,7 @@ def test_a_trajectory_with_negative_phase_is_the_gradient(unit, monkeypatch):
 # --- MAP propagation -----------------------------------------------------------------------------------------------
 
 
-def gaussian_pass(steps, layers=None, rows=7, looks=True, spread=0.6):
+def gaussian_pass(steps, layers=None, rows=7, spread=0.6):
     """A pass of Gaussian units 6-5-4-3 with sampled values, and its rule."""
     net = network(6, 5, 4, 3, spread=spread) if layers is None else layers
     torch.manual_seed(4)
@@ -348,7 +350,7 @@ def gaussian_pass(steps, layers=None, rows=7, looks=True, spread=0.6):
     hidden = [torch.randn(rows, 5, dtype=torch.float64), torch.randn(rows, 4, dtype=torch.float64)]
     action = F.one_hot(torch.arange(rows) % 3, 3).double()
 
-    work = run(rule, net, x, hidden, action, looks_at_linears=looks)
+    work = run(rule, net, x, hidden, action)
     return net, work, rule._team.credit, x
 
 
@@ -374,11 +376,13 @@ def through_the_draws(net, work, x, rewards):
 
 
 @pytest.mark.parametrize("chain", [True, False])
-def test_map_propagation_ends_at_backprop_through_the_draws(chain):
+def test_map_propagation_ends_at_backprop_through_the_draws(chain, monkeypatch):
+    if not chain:
+        monkeypatch.setattr(TeamPass, "is_chain", False)
     rewards = torch.linspace(-1, 1, 7, dtype=torch.float64)
     errors = []
     for steps in (20, 400):
-        net, work, credit, x = gaussian_pass(steps, looks=chain)
+        net, work, credit, x = gaussian_pass(steps)
         found = credit.gradients(work, [rewards] * 3, list(net.parameters()), None)
         true = through_the_draws(net, work, x, rewards)
         size = torch.cat([g.flatten() for g in true[:4]]).norm()
@@ -387,12 +391,14 @@ def test_map_propagation_ends_at_backprop_through_the_draws(chain):
     assert errors[1] < 1e-10 < errors[0] < 0.1
 
 
-def test_the_chain_of_linear_layers_is_climbed_as_by_autograd():
+def test_the_chain_of_linear_layers_is_climbed_as_by_autograd(monkeypatch):
     rewards = torch.linspace(-1, 1, 7, dtype=torch.float64)
     found = []
-    for looks in (True, False):
-        net, work, credit, _ = gaussian_pass(5, looks=looks)
-        assert work.is_chain == looks
+    for chain in (True, False):
+        net, work, credit, _ = gaussian_pass(5)
+        assert work.is_chain
+        if not chain:
+            monkeypatch.setattr(TeamPass, "is_chain", False)
         found.append(credit.gradients(work, [rewards] * 3, list(net.parameters()), None))
     assert worst(*found) < EXACT
 
@@ -421,6 +427,17 @@ def test_pathwise_is_backprop_through_the_draws():
     rewards = torch.linspace(-1, 1, 7, dtype=torch.float64)
     found = rule._team.credit.gradients(work, [rewards] * 3, list(net.parameters()), None)
     assert worst(found, through_the_draws(net, work, x, rewards)) < EXACT
+
+
+@pytest.mark.parametrize("credit", ["reward", "weight_max", "ste"])
+def test_products_of_matrices_are_what_autograd_gives(unit, credit, monkeypatch):
+    found = []
+    for seen in (True, False):
+        net, work, chances, rewards, _, how = enumerated(credit, unit)
+        assert all(layer.linear is not None for layer in work.layers) == seen
+        found.append(expectation(work, how, chances, rewards, net))
+        monkeypatch.setattr(TeamNetwork, "_notice_linear", lambda *_: None)
+    assert worst(*found) < EXACT
 
 
 # --- locality ------------------------------------------------------------------------------------------------------
