@@ -48,30 +48,51 @@ def ascend_chain(layers: Sequence[Drawable], steps: int, step_size: float) -> li
     """
     *hidden, last = layers
     values = [layer.value.detach().to(torch.promote_types(layer.value.dtype, torch.float32)) for layer in hidden]
-    action = last.value.detach()
     first = hidden[0].unit.mean(layers[0].potential.detach()).to(values[0].dtype)
     down, up = _scaled_weights(hidden, last, step_size)
+    # The mean of the first layer stays, so that its values are linear in what has come down to it. They are not needed
+    # before the end: the potentials above them move by a product that has the size of the second layer alone.
+    weight, bias = up[0]
+    field, kept = torch.addmm(bias, values[0], weight), 1 - step_size
+    drift, back = torch.addmm(bias, first, weight).mul_(step_size), down[0] @ weight
+    total = torch.zeros_like(field)
     for _ in range(steps):
-        moved = list(values)
-        for index, layer in enumerate(layers):
-            if index == 0:
-                moved[0] = torch.lerp(values[0], first, step_size)
-                continue
+        said, values = _moved(layers, values, field, down, up, step_size)
+        total = torch.add(said, total, alpha=kept)
+        field = torch.addmm(drift, said, back).add_(field, alpha=kept)
+    left = kept**steps
+    start = torch.lerp(first, values[0], left)
+    return [torch.addmm(start, total, down[0]), *values[1:]]
+
+
+def _moved(
+    layers: Sequence[Drawable],
+    values: list[Tensor],
+    field: Tensor,
+    down: list[Tensor],
+    up: list[tuple[Tensor, Tensor]],
+    step_size: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return what the second layer says to the first, and the values after a step, but for the first layer's."""
+    moved, to_first = list(values), field
+    for index, layer in enumerate(layers[1:], 1):
+        if index > 1:
             weight, bias = up[index - 1]
             field = torch.addmm(bias, values[index - 1], weight)
-            unit = layer.unit
-            if isinstance(unit, Gaussian):
-                mean, slope = unit.mean(field), unit.derivative(field)
-                value = values[index] if index < len(hidden) else action
-                deviation = value - mean
-                if index < len(hidden):
-                    moved[index] = torch.sub(value, deviation, alpha=step_size)
-                said = deviation.mul_(slope)
-            else:
-                said = action - unit.mean(field)
+        unit, is_last = layer.unit, index == len(values)
+        value = layer.value if is_last else values[index]
+        if isinstance(unit, Gaussian):
+            deviation = value - unit.mean(field)
+            if not is_last:
+                moved[index] = torch.sub(value, deviation, alpha=step_size)
+            said = deviation.mul_(unit.derivative(field))
+        else:
+            said = value - unit.mean(field)
+        if index == 1:
+            to_first = said
+        else:
             moved[index - 1] = torch.addmm(moved[index - 1], said, down[index - 1])
-        values = moved
-    return values
+    return to_first, moved
 
 
 def _scaled_weights(

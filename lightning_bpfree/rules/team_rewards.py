@@ -94,7 +94,8 @@ class Rewards:
                 f"TeamReinforce(reward={self.reward!r}) needs scores of classes, (B, C), and for 'class' an output "
                 f"that is drawn by softmax; the network returns {tuple(output.shape)}. Pass a function, reward=...."
             )
-        labels = labels_of(step.args[0] if step.args else None, rows, classes, self.labels).repeat(work.num_samples)
+        labels = labels_of(step.args[0] if step.args else None, rows, classes, self.labels)
+        labels = labels if work.num_samples == 1 else labels.repeat(work.num_samples)
         if self.reward == "loss":
             return -F.cross_entropy(output, labels, reduction="none")
         return 2.0 * (output.argmax(-1) == labels).to(output.dtype) - 1.0
