@@ -16,14 +16,15 @@ class LayerRates:
     """Factors on the optimizer's learning rate: one for the segment below each layer of units, and the output's.
 
     Args:
-        factors: >= 0, from the first layer to the output.
+        factors: >= 0, from the first layer to the output; or one number, the factor from each layer to the next.
 
     Raises:
         ValueError: for a negative factor.
     """
 
-    def __init__(self, factors: Sequence[float]) -> None:
-        self.factors = list(factors)
+    def __init__(self, factors: Sequence[float] | float) -> None:
+        self.ratio = factors if isinstance(factors, int | float) else None
+        self.factors = [self.ratio] if isinstance(factors, int | float) else list(factors)
         BlockRates([([], factor) for factor in self.factors])  # looks at the numbers
         self._rates: BlockRates | None = None
         self._optimizers: Sequence[torch.optim.Optimizer] = []
@@ -51,6 +52,8 @@ class LayerRates:
         """
         if self._rates is not None:
             return
+        if self.ratio is not None:
+            self.factors = [self.ratio**index for index in range(len(potentials))]
         if len(potentials) != len(self.factors):
             raise ValueError(
                 f"learning_rates={self.factors}: give one factor for each of the {len(potentials) - 1} layers of "

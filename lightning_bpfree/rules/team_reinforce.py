@@ -75,7 +75,8 @@ class TeamReinforce(TrainingRule):
             step (gamma times lambda); None for none. With ``reward="step"``, rewards are temporal-difference errors.
         lateral_lr: learning rate (Adam) of lateral weights; it matters, and is best below the network's.
         critic_lr: learning rate (Adam) of critics.
-        learning_rates: factors on the optimizer's learning rate, one for each layer of units and the output's.
+        learning_rates: factors on the optimizer's learning rate, one for each layer of units and the output's; or one
+            number, by which it falls from layer to layer (0.1: 1, 0.1, 0.01, ...).
         evaluation: ``"mean"``: units give their means (mean field); ``"samples"``: the average over draws.
         eval_samples: how many draws that averages.
         labels: takes the labels out of a batch that is no pair (inputs, labels).
@@ -115,7 +116,7 @@ class TeamReinforce(TrainingRule):
         trace_decay: float | None = None,
         lateral_lr: float = 1e-3,
         critic_lr: float = 1e-3,
-        learning_rates: Sequence[float] | None = None,
+        learning_rates: Sequence[float] | float | None = None,
         evaluation: Literal["mean", "samples"] = "mean",
         eval_samples: int = 16,
         labels: LabelsOf | None = None,
