@@ -96,7 +96,8 @@ def tuning(options: argparse.Namespace, rules: Sequence[Contender]) -> dict[str,
         CommandError: a value cannot be parsed with the configuration of its rule, or no rule has the label.
     """
     grid, own = _grids(options.tune, [rule.label for rule in rules])
-    _parse(grid, rules[0].config)
+    general = [rule for rule in rules if rule.label not in own]
+    _parse(grid, (general or rules)[0].config)  # the first stands for all: parsing takes its time
     for rule in rules:
         _parse(own.get(rule.label, {}), rule.config)
     grids = {rule.label: own.get(rule.label, grid) for rule in rules}

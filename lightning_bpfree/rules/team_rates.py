@@ -23,8 +23,8 @@ class LayerRates:
     """
 
     def __init__(self, factors: Sequence[float] | float) -> None:
-        self.ratio = factors if isinstance(factors, int | float) else None
-        self.factors = [self.ratio] if isinstance(factors, int | float) else list(factors)
+        self.ratio = float(factors) if isinstance(factors, int | float) else None
+        self.factors = [float(factor) for factor in ([factors] if isinstance(factors, int | float) else factors)]
         BlockRates([([], factor) for factor in self.factors])  # looks at the numbers
         self._rates: BlockRates | None = None
         self._optimizers: Sequence[torch.optim.Optimizer] = []

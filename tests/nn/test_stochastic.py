@@ -25,6 +25,8 @@ MAKE = {
     "softmax": lambda t: bpf.Softmax(t),
 }
 TWO_VALUES = ("bernoulli", "sign")
+GAUSSIAN = ("softplus", "relu", "tanh", "linear")
+one_agent_a_unit = pytest.mark.parametrize("kind", [name for name in MAKE if name != "softmax"])
 
 
 @pytest.fixture(params=MAKE)
@@ -81,9 +83,8 @@ def test_log_probabilities_are_those_of_torch_distributions(unit, kind):
     close(unit.log_prob(x, value), expected)
 
 
+@one_agent_a_unit
 def test_units_of_many_dimensions_are_summed_row_by_row(kind):
-    if kind == "softmax":
-        return  # an agent by row, not one by unit
     unit, flat = MAKE[kind](1.7), potentials(4, 12)
     x = flat.view(4, 3, 2, 2)
     value = unit.sample(x, seeded())
@@ -126,6 +127,7 @@ def many(unit) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_samples_have_the_mean(unit, kind):
+    """For softmax: every choice has its probability."""
     x, values = many(unit)
     mean = unit.mean(x)[0]
     variance = unit.variance * torch.ones_like(mean) if not unit.discrete else mean * (1 - mean)
@@ -135,7 +137,7 @@ def test_samples_have_the_mean(unit, kind):
 
 
 def test_values_are_those_of_the_unit(unit, kind):
-    x, values = many(unit)
+    _, values = many(unit)
     if kind in TWO_VALUES:
         assert set(values.unique().tolist()) == {unit.low, 1.0}
     elif kind == "softmax":
@@ -147,17 +149,8 @@ def test_values_are_those_of_the_unit(unit, kind):
         assert bool((error <= ERRORS * (2 / DRAWS) ** 0.5).all())
 
 
-def test_samples_of_softmax_have_the_probabilities(unit, kind):
-    if kind != "softmax":
-        return
-    x, values = many(unit)
-    p = torch.softmax(x[0] / unit.temperature, 0)
-    assert bool(((values.mean(0) - p).abs() <= ERRORS * (p * (1 - p) / DRAWS).sqrt()).all())
-
-
+@one_agent_a_unit
 def test_units_of_a_layer_are_drawn_independently(kind):
-    if kind == "softmax":
-        return
     unit = MAKE[kind](1.0)
     values = unit.sample(0.5 * potentials(1).expand(DRAWS, -1), seeded())
     correlation = torch.corrcoef(values.T) - torch.eye(5, dtype=values.dtype)
@@ -224,10 +217,9 @@ def test_plain_backprop_takes_the_draw_for_its_mean(unit):
     assert bool(found.any())
 
 
+@pytest.mark.parametrize("kind", GAUSSIAN)
 def test_plain_backprop_through_gaussian_units_is_exact(unit):
     """The derivative of the draw itself, with its noise held: by central differences."""
-    if unit.discrete:
-        return
     x, width = potentials(), 1e-5
 
     def drawn(z: torch.Tensor) -> torch.Tensor:
@@ -255,7 +247,7 @@ def test_a_unit_shows_its_settings_and_has_no_state(kind):
                 strict=True, reason="slopes are lambdas, and pickle takes none; look them up by name"
             ),
         )
-        if name in ("relu", "tanh", "linear")
+        if name in GAUSSIAN[1:]
         else name
         for name in MAKE
     ],
