@@ -223,6 +223,12 @@ def _add_metrics(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--metric", default="test_acc", help="default: test_acc; tuned by its namesake with val for test")
     add("--curve", metavar="METRIC", help="noted at every validation of the training, such as val_acc; default: none")
+    add(
+        "--tune-by",
+        choices=("last", "curve"),
+        default="last",
+        help="the metric of the last weights (default), or the mean of --curve, which fast learners win",
+    )
     add("--reach", nargs="+", type=float, metavar="V", help="after how many batches --curve is as good as each")
 
 

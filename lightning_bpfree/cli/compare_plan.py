@@ -147,6 +147,10 @@ def curve(options: argparse.Namespace) -> dict[str, Any]:
     """
     metric, reach = options.curve, options.reach or []
     given = " ".join(f"{value:g}" for value in reach)
+    if metric is None and options.tune_by == "curve":
+        raise CommandError(
+            "--tune-by curve: the mean of which metric? Name one of validation, such as --curve val_acc."
+        )
     if metric is None and reach:
         raise CommandError(f"--reach {given}: of which metric? Name one of validation, such as --curve val_acc.")
     if metric is None:
@@ -207,7 +211,9 @@ def settings(options: argparse.Namespace, tuned: dict[str, Any], argv: Sequence[
         tuned: see :func:`tuning`.
         argv: the command line behind ``bpfree compare``.
     """
-    tuning_metric = options.metric.replace("test", "val", 1)
+    tuning_metric, by = options.metric.replace("test", "val", 1), "last"
+    if options.tune_by == "curve":
+        tuning_metric, by = f"mean {options.curve}", "curve"
     return {
         **provenance("compare", argv),
         "metric": options.metric,
@@ -216,5 +222,6 @@ def settings(options: argparse.Namespace, tuned: dict[str, Any], argv: Sequence[
         "budgets": options.budget,
         **tuned,
         "tuning_metric": tuning_metric,
+        "tuned_by": by,
         "tuning_seed": max(TUNING_SEED, max(options.seeds) + 1),
     }

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import statistics
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -64,7 +65,9 @@ class Contest:
 
         Of those with the same metric the one with the least loss is taken, and then the first.
         """
-        grid, metric, sign = self.spec["grid"], self.spec["tuning_metric"], 1 if self.spec["larger_is_better"] else -1
+        grid, metric = self.spec["grid"], self.spec["tuning_metric"]
+        noted = self.spec["curve"] if self.spec.get("tuned_by") == "curve" else self.spec
+        sign = 1 if noted["larger_is_better"] else -1
         best: tuple[tuple[float, float], dict[str, str]] | None = None
         for combination in itertools.product(*grid.values()):
             values = dict(zip(grid, combination, strict=True))
@@ -84,7 +87,12 @@ class Contest:
 
     def _trial(self, values: dict[str, str]) -> Result:
         # The curve is not kept, but one that validation does not log is found before hours of tuning.
-        return train(self._blueprint(values), self.spec["tuning_seed"], ("validate",), self.curve)
+        trial = train(self._blueprint(values), self.spec["tuning_seed"], ("validate",), self.curve)
+        if self.spec.get("tuned_by") == "curve":
+            values_of_curve = [value for _, value in trial["curve"]]
+            known = values_of_curve and None not in values_of_curve
+            trial["metrics"][self.spec["tuning_metric"]] = statistics.fmean(values_of_curve) if known else None
+        return trial
 
     def _budgets(self, blueprint: Blueprint, seed: int, profiled: Result) -> None:
         budgets, is_backprop = self.spec["budgets"], profiled["rule"] == "Backprop"

@@ -12,7 +12,7 @@ import pytest
 from comparing import run_in_process, written
 
 from lightning_bpfree.cli import compare as command
-from lightning_bpfree.cli import compare_curves, main
+from lightning_bpfree.cli import compare_curves, compare_worker, main
 from lightning_bpfree.cli.compare_results import confidence
 from lightning_bpfree.cli.compare_runs import train
 from lightning_bpfree.cli.configured import Blueprint
@@ -35,6 +35,35 @@ def short(base: str, *arguments: str) -> list[str]:
 
 
 # --- curves ---
+
+
+def test_tuning_by_the_curve_takes_its_mean(base: str, overlay: Overlay, in_process: list[Any]) -> None:
+    rule = overlay("cheap.yaml", "ZerothOrder", num_directions=1, scheme="forward")
+    curve = ["--curve", "val_loss", "--tune-by", "curve", "--tune", f"{LR}=0.001,0.1"]
+    assert main(short(base, "--rules", rule, "--seeds", "0", "--trainer.val_check_interval=2", *curve)) == 0
+    found = written()
+    assert (found["tuning_metric"], found["tuned_by"]) == ("mean val_loss", "curve")
+    backprop = found["rules"][0]
+    slow, fast = (trial["value"] for trial in backprop["trials"])
+    assert fast < slow  # a loss: the smaller mean is chosen
+    assert backprop["chosen"] == {LR: "0.1"}
+
+
+@pytest.mark.parametrize(("points", "mean"), [([[2, 1.0], [4, 0.5]], 0.75), ([[2, None], [4, 0.5]], None), ([], None)])
+def test_the_mean_of_a_curve_is_known_if_all_of_it_is(
+    points: list[list[Any]], mean: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_worker, "train", lambda *_: {"metrics": {}, "curve": points})
+    monkeypatch.setattr(compare_worker.Contest, "_blueprint", lambda *_: None)
+    spec = {"tuned_by": "curve", "tuning_metric": "mean val_loss", "tuning_seed": 1, "curve": {"metric": "val_loss"}}
+    trial = compare_worker.Contest(spec, lambda *_, **__: None)._trial({})
+    assert trial["metrics"] == {"mean val_loss": mean}
+
+
+def test_tuning_by_a_curve_needs_one(base: str, overlay: Overlay, capsys: pytest.CaptureFixture[str]) -> None:
+    rule = overlay("cheap.yaml", "ZerothOrder", num_directions=1)
+    assert main(short(base, "--rules", rule, "--tune-by", "curve")) == 2
+    assert "--tune-by curve: the mean of which metric?" in capsys.readouterr().err
 
 
 def test_a_curve_has_every_validation_and_everything_is_written(
