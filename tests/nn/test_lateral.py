@@ -298,7 +298,7 @@ def test_pairs_are_weighted_products_of_two_draws():
 
 
 def test_the_scores_of_a_boltzmann_layer_have_mean_zero_by_its_negative_phase(unit, colors):
-    machine = bpf.Boltzmann(30, colors)
+    machine = bpf.Boltzmann(10, colors)
     u, every = lateral(machine), configurations(unit)
     drawn = machine.draw(unit, X.expand(CHAINS, -1), u, generator=seeded())
     law = boltzmann_law(unit, X, u)
