@@ -8,6 +8,7 @@ torch.Size([1])
 """
 
 from lightning_bpfree.callbacks.gradient_alignment import cosine as cosine
+from lightning_bpfree.core.advantage import leave_one_out as leave_one_out
 from lightning_bpfree.core.connectivity import Barrier as Barrier
 from lightning_bpfree.core.connectivity import loss_barrier as loss_barrier
 from lightning_bpfree.core.connectivity import module_loss as module_loss

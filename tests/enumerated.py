@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lightning_bpfree as bpf
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.step import Step
-from lightning_bpfree.nn.lateral import Drawn, Independent
+from lightning_bpfree.nn.exploration import Drawn, Independent
 from lightning_bpfree.rules.own_modules import OwnModules
 from lightning_bpfree.rules.team_network import TeamNetwork, strip_team
 from lightning_bpfree.rules.team_pass import TeamPass

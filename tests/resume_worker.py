@@ -42,6 +42,18 @@ CASES: dict[str, tuple[Callable[[], bpf.TrainingRule], dict[str, Any]]] = {
     "pgpe": (partial(bpf.EvolutionStrategy, "pgpe", 8), {}),
     "sep_cma_es": (partial(bpf.EvolutionStrategy, "sep_cma_es", 8), {"accumulate_grad_batches": 2}),
     "des": (partial(bpf.EvolutionStrategy, "des", 8), {}),
+    "team_boltzmann": (partial(bpf.TeamReinforce, exploration="boltzmann", baseline="per_layer"), {}),
+    "team_map": (
+        partial(
+            bpf.TeamReinforce,
+            unit="gaussian",
+            credit="map_propagation",
+            baseline="critic",
+            num_samples=1,
+            learning_rates=(1.0, 0.1),
+        ),
+        {},
+    ),
     "stopped_rule": (partial(bpf.ForwardGradient, 2, chunk_size=1, stop_epoch=2), {}),
 }
 

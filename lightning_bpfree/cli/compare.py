@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_bpfree.cli import compare_conditions, compare_curves, compare_results
+from lightning_bpfree.cli.compare_options import parser
 from lightning_bpfree.cli.compare_plan import Contender, contenders, curve, settings, tuning, variation
 from lightning_bpfree.cli.preconditions import CommandError, require, require_writable
 from lightning_bpfree.cli.tables import console
@@ -45,33 +48,67 @@ class Part(NamedTuple):
         return trials + len(self.plan["seeds"]) * len(self.plan["budgets"])
 
 
-def compare(plan: dict[str, Any], rules: Sequence[Contender], out: Path) -> dict[str, Any]:
+def compare(plan: dict[str, Any], rules: Sequence[Contender], out: Path, jobs: int = 1) -> dict[str, Any]:
     """Train every rule in a process of its own, write what is known after each, and return everything.
 
     Args:
         plan: settings of the comparison.
         rules: the rules, backprop first.
         out: folder of the results.
+        jobs: how many rules train at once.
     """
     comparison: dict[str, Any] = {**plan, "conditions": []} if "vary" in plan else {**plan, "rules": []}
-    parts, files, done = _parts(plan, comparison, out / "rules"), _files(plan), 0
+    parts, files = _parts(plan, comparison, out / "rules"), _files(plan)
     files.write(comparison, out)
     with _progress() as progress:
         task = progress.add_task("compare", total=sum(part.runs(rule.label) for part in parts for rule in rules))
+        writing, order = threading.Lock(), [contender.label for contender in rules]
+
+        def train(part: Part, contender: Contender, stop: threading.Event) -> None:
+            left = part.runs(contender.label)
+            for event in _rule_in(part, contender, parts[0]):
+                if stop.is_set():
+                    return  # leaving the generator ends its process
+                if event["kind"] == "begin":
+                    what = ", ".join(filter(None, (part.name, event["what"])))
+                    progress.update(task, description=f"{contender.label}: {what}")
+                elif event["kind"] in ("run", "trial"):
+                    left -= 1
+                    progress.advance(task)
+            progress.advance(task, left)  # of a rule that was refused
+            with writing:
+                part.results["rules"].sort(key=lambda rule: order.index(rule["label"]))
+                files.write(comparison, out)
+
         for part in parts:
             if part.results is not comparison:
                 comparison["conditions"].append(part.results)
-            for contender in rules:
-                for event in _rule_in(part, contender, parts[0]):
-                    if event["kind"] == "begin":
-                        what = ", ".join(filter(None, (part.name, event["what"])))
-                        progress.update(task, description=f"{contender.label}: {what}")
-                    elif event["kind"] in ("run", "trial"):
-                        progress.advance(task)
-                done += part.runs(contender.label)
-                progress.update(task, completed=done)
-                files.write(comparison, out)
+            # Backprop sets the budget of forward passes, so that it goes first.
+            _side_by_side(rules[:1], 1, partial(train, part))
+            _side_by_side(rules[1:], jobs, partial(train, part))
     return comparison
+
+
+def _side_by_side(rules: Sequence[Contender], jobs: int, train: Callable[[Contender, threading.Event], None]) -> None:
+    """Train rules, ``jobs`` at a time; the first error stops all."""
+    stop = threading.Event()
+    if jobs == 1:
+        for contender in rules:
+            train(contender, stop)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for done in as_completed([pool.submit(train, contender, stop) for contender in rules]):
+                done.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _of(results: dict[str, Any], label: str) -> dict[str, Any]:
+    """Return what is known of a rule."""
+    return next(rule for rule in results["rules"] if rule["label"] == label)
 
 
 def _files(plan: dict[str, Any]) -> ModuleType:
@@ -111,10 +148,10 @@ def _parts(plan: dict[str, Any], comparison: dict[str, Any], folder: Path) -> li
 def _rule_in(part: Part, contender: Contender, first: Part) -> Iterator[Event]:
     """Train a rule with what it was tuned to in the first part, put what it reports into ``part``, and yield it."""
     result: dict[str, Any] = {"label": contender.label, "trials": [], "runs": [], "error": None}
-    budgets, plan = _forward_budgets(part.results), {**part.plan, "grid": part.plan["grids"].get(contender.label, {})}
     part.results["rules"].append(result)
+    budgets, plan = _forward_budgets(part.results), {**part.plan, "grid": part.plan["grids"].get(contender.label, {})}
     if part is not first and first.plan["grids"][contender.label]:
-        tuned = first.results["rules"][len(part.results["rules"]) - 1]
+        tuned = _of(first.results, contender.label)
         if "chosen" not in tuned:
             result["error"] = f"not tuned: {tuned['error']}"
             return
@@ -179,70 +216,19 @@ def rule_events(plan: dict[str, Any], contender: Contender, budgets: dict[str, f
         yield {"kind": "refused", "message": f"its process {why}: see {log}"}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "bpfree compare",
-        allow_abbrev=False,
-        description="Train the same module under each rule, and under backprop, from one configuration. On one device, "
-        "each rule in a process of its own. Rules of the base are left out; its GradientAlignment, if any, measures "
-        "every rule. Further options, such as --trainer.precision=bf16-mixed, are those of bpfree fit.",
-    )
-    add = parser.add_argument
-    add("-c", "--config", action="append", required=True, metavar="FILE", help="base: YAML files or recipes")
-    add("--rules", nargs="+", required=True, metavar="FILE", help="overlays with one rule each: YAML files or recipes")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of comparison.json, .csv and .png")
-    add(
-        "--budget",
-        nargs="+",
-        choices=("epochs", "forwards"),
-        default=["epochs", "forwards"],
-        help="what is equal for all: epochs, or the forward passes that backprop uses in them (default: both)",
-    )
-    add(
-        "--tune",
-        action="append",
-        default=[],
-        metavar="[LABEL:]KEY=V1,V2",
-        help="grid for every rule, such as model.init_args.lr=0.01,0.1; the best by the validation metric is taken. "
-        "With the name of an overlay, such as zeroth_order:model.init_args.lr=0.01,0.1: for that rule, in their place",
-    )
-    add(
-        "--vary",
-        action="append",
-        default=[],
-        metavar="KEY=V1,V2",
-        help="repeat it all for every value, such as data.init_args.corruption=none,gaussian; tuned at the first",
-    )
-    add("--epochs", type=int, metavar="N", help="in place of the base's trainer.max_epochs")
-    _add_metrics(parser)
-    return parser
-
-
-def _add_metrics(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--metric", default="test_acc", help="default: test_acc; tuned by its namesake with val for test")
-    add("--curve", metavar="METRIC", help="noted at every validation of the training, such as val_acc; default: none")
-    add(
-        "--tune-by",
-        choices=("last", "curve"),
-        default="last",
-        help="the metric of the last weights (default), or the mean of --curve, which fast learners win",
-    )
-    add("--reach", nargs="+", type=float, metavar="V", help="after how many batches --curve is as good as each")
-
-
 def run(arguments: Sequence[str]) -> int:
     """Run ``bpfree compare``; the code is 1 if no rule has given a result."""
-    options, overrides = _parser().parse_known_args(arguments)
+    options, overrides = parser().parse_known_args(arguments)
     require("rich", "matplotlib")
     if options.epochs is not None:
         overrides.append(f"--trainer.max_epochs={options.epochs}")
     noted, rules = curve(options), contenders(options, overrides)
     tuned, vary = tuning(options, rules), variation(options, rules[0].config)
     require_writable(options.out, "--out DIR")
+    if options.jobs < 1:
+        raise CommandError(f"--jobs {options.jobs}: give at least 1.")
     plan = {**settings(options, tuned, arguments), **noted}
-    comparison = compare(plan if vary is None else {**plan, "vary": vary}, rules, options.out)
+    comparison = compare(plan if vary is None else {**plan, "vary": vary}, rules, options.out, options.jobs)
     files = _files(comparison)
     files.plot(comparison, options.out / "comparison.png")
     files.show(comparison)

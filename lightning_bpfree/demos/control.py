@@ -15,7 +15,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_bpfree.demos.episodes import Episodes
+from lightning_bpfree.demos.episodes import Episodes, check_seeds
 from lightning_bpfree.demos.in_memory import pass_through
 from lightning_bpfree.demos.nets import check_at_least, check_choice
 
@@ -88,13 +88,7 @@ class ControlModule(LightningModule):
         Raises:
             ValueError: They have another shape or type, there are none, or one is negative.
         """
-        if not isinstance(seeds, Tensor) or seeds.dim() != 1 or not len(seeds) or seeds.is_floating_point():
-            what = f"{tuple(seeds.shape)}, {seeds.dtype}" if isinstance(seeds, Tensor) else type(seeds).__name__
-            raise ValueError(
-                f"seeds are {what}; give an integer tensor of shape ('B',) with a seed or more, such as EpisodeSeeds's."
-            )
-        if seeds.min() < 0:
-            raise ValueError(f"seeds go down to {int(seeds.min())}; give seeds of at least 0.")
+        check_seeds(seeds)
         return self.episodes.returns(seeds.tolist(), self.scores).mean().to(self.device)
 
     def scores(self, observations: Any) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_bpfree.nn.map_propagation import ascend_chain, ascent_direction
 from lightning_bpfree.nn.stochastic import Gaussian, StochasticUnit
@@ -88,12 +88,16 @@ class Sums:
         assert linear is not None
         assert below is not None
         signal = signal.to(torch.promote_types(linear.weight.dtype, torch.float32))
+        with torch.autocast(signal.device.type, enabled=False):
+            return self._products(linear, below, signal, layer.chained, num_values)
+
+    def _products(self, linear: nn.Linear, below: Tensor, signal: Tensor, chained: bool, num_values: int) -> Gradients:
         if id(linear.weight) in self.places:
             self._add(self.places[id(linear.weight)], signal.T @ below.detach().to(signal.dtype))
         if linear.bias is not None and id(linear.bias) in self.places:
             self._add(self.places[id(linear.bias)], signal.sum(0))
         said: Gradients = [None] * num_values
-        if layer.chained and num_values:
+        if chained and num_values:
             said[-1] = signal @ linear.weight.to(signal.dtype)
         return said
 
@@ -312,7 +316,9 @@ class MapPropagation(Credit):
         """Move the hidden values of a pass."""
         values = [layer.value.detach() for layer in work.layers[:-1]]
         if self.steps and work.is_chain:
-            work.set_values(ascend_chain(work.layers, self.steps, self.step_size))
+            with torch.autocast(values[0].device.type, enabled=False):
+                values = ascend_chain(work.layers, self.steps, self.step_size)
+            work.set_values(values)
             return
         for _ in range(self.steps):
             values = [value.detach().requires_grad_() for value in values]

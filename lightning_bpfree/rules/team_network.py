@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_bpfree.core.directions import mix
+from lightning_bpfree.nn.exploration import Drawn
 from lightning_bpfree.nn.joint_boltzmann import Machine, MachineLayer
-from lightning_bpfree.nn.lateral import Boltzmann, Drawn, LateralWeights
+from lightning_bpfree.nn.lateral import Boltzmann, LateralWeights
 from lightning_bpfree.nn.stochastic import Softmax, StochasticUnit
 from lightning_bpfree.rules.own_modules import OwnModules
 
@@ -237,9 +238,10 @@ class TeamNetwork:
     def draw(self, layer: Layer, generator: torch.Generator | None, negative_phase: bool) -> Tensor:
         """Draw a layer, note how, and return the values."""
         exploration, weight = self.exploration, self.lateral_weight(layer)
-        layer.drawn = exploration.draw(
-            layer.unit, layer.potential, weight, negative_phase=negative_phase, generator=generator
-        )
+        with torch.autocast(layer.potential.device.type, enabled=False):  # a sampler wants its digits
+            layer.drawn = exploration.draw(
+                layer.unit, layer.potential, weight, negative_phase=negative_phase, generator=generator
+            )
         return as_input(layer, layer.drawn.value)
 
     def machine(self, layers: Sequence[Layer]) -> Machine:

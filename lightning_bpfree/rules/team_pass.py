@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_bpfree.core.step import Step
-from lightning_bpfree.nn.lateral import Drawn, pairs
+from lightning_bpfree.nn.exploration import Drawn
+from lightning_bpfree.nn.lateral import pairs
 from lightning_bpfree.rules.team_network import Layer, TeamNetwork, as_input, averaged, repeated
 
 

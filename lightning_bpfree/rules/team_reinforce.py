@@ -19,7 +19,7 @@ from lightning_bpfree.core.forward_ad import compiled_parts
 from lightning_bpfree.core.labels import LabelsOf
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.step import Estimate, Step
-from lightning_bpfree.nn.lateral import Exploration
+from lightning_bpfree.nn.exploration import Exploration
 from lightning_bpfree.nn.stochastic import StochasticUnit
 from lightning_bpfree.rules.own_modules import OwnModules
 from lightning_bpfree.rules.team_baselines import Baseline, Baselines
@@ -299,6 +299,11 @@ class TeamReinforce(TrainingRule):
     ) -> None:
         """Log what means and draws are worth."""
         self._report.log(trainer, pl_module, batch)
+
+    def _end_of_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._report.end()
+
+    on_validation_end = on_test_end = _end_of_evaluation
 
     def describe(self) -> dict[str, str]:
         """Return rows for the banner."""

@@ -32,6 +32,11 @@ class EvaluationReport:
         self._team = team if wanted and self._stage and isinstance(team.output, Softmax) else None
         team.noted = {} if self._team is not None else None
 
+    def end(self) -> None:
+        """Note no more."""
+        if self._team is not None:
+            self._team.noted, self._team = None, None
+
     def log(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
         """Log the batch that was just evaluated, if it has labels."""
         team = self._team

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_bpfree.nn.lateral import Boltzmann, Exploration, Independent, Recurrent
+from lightning_bpfree.nn.exploration import Exploration, Independent
+from lightning_bpfree.nn.lateral import Boltzmann, Recurrent
 from lightning_bpfree.nn.stochastic import Softmax, StochasticUnit, unit_named
 from lightning_bpfree.rules.team_credit import (
     CREDITS,

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import lightning_bpfree as bpf
+from lightning_bpfree.nn.exploration import Independent
 from lightning_bpfree.nn.joint_boltzmann import Machine, MachineLayer
-from lightning_bpfree.nn.lateral import Independent, LateralWeights, pairs
+from lightning_bpfree.nn.lateral import LateralWeights, pairs
 
 ERRORS = 5.0  # standard errors: 6e-7 for a normal number, and a test looks at up to 64 of them
 CHAINS = 100_000
