@@ -51,6 +51,11 @@ class Machine:
                 )
         self.layers, self.settings = list(layers), settings
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights, which potentials of the first layer have to have."""
+        return next((layer.weight.dtype for layer in self.layers if layer.weight is not None), torch.float32)
+
     def potentials(self, first: Tensor, values: Sequence[Tensor], index: int) -> Tensor:
         """Return what the layer below gives to layer ``index``."""
         layer = self.layers[index]

@@ -236,9 +236,16 @@ class ForwardForward(TrainingRule):
         ends = [end for end in (trainer.max_epochs, self.stop_epoch) if end is not None and end >= 0]
         return self.epochs_per_block or (min(ends, default=0) - self.start_epoch) // len(self.parts.blocks)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take one's turn: a fit that is resumed inside an epoch begins none."""
+        self._take_turn(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note whose epoch this is, and which block's."""
         super().on_train_epoch_start(trainer, pl_module)
+        self._take_turn(trainer, pl_module)
+
+    def _take_turn(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._rates is not None:
             self._rates.attach(trainer.optimizers if self.active(trainer.current_epoch) else [])
         if not self.active(trainer.current_epoch):

@@ -74,8 +74,13 @@ class Sums:
             return [None] * len(values)
         if layer.linear is not None and (layer.chained or not layer.below.requires_grad):  # type: ignore[union-attr]
             return self._add_linear(layer, signal, len(values))
+        # Segments may share a graph (a residual stream), which ends with the potentials in any case.
         found = torch.autograd.grad(
-            layer.potential, [*values, *self.parameters], signal.to(layer.potential.dtype), allow_unused=True
+            layer.potential,
+            [*values, *self.parameters],
+            signal.to(layer.potential.dtype),
+            allow_unused=True,
+            retain_graph=True,
         )
         for place, gradient in enumerate(found[len(values) :]):
             self._add(place, gradient)

@@ -85,7 +85,7 @@ class TeamNetwork:
         activations: names and modules whose place the units take.
         settings: what the team is.
         lateral: holds the lateral weights.
-        seed: of what evaluation draws.
+        seed: gives the seed of what evaluation draws, which may be known late.
     """
 
     rule = "TeamReinforce"
@@ -96,7 +96,7 @@ class TeamNetwork:
         activations: dict[str, nn.Module],
         settings: TeamSettings,
         lateral: OwnModules,
-        seed: int = 0,
+        seed: Callable[[], int] = lambda: 0,
     ) -> None:
         self.network, self.settings, self.lateral, self.seed = network, settings, lateral, seed
         self.units, self.output, self.exploration = settings.units, settings.output, settings.exploration
@@ -111,7 +111,7 @@ class TeamNetwork:
         self._handles: list[Any] = []
         self._visit: Visit | None = None
         self._layers: list[Layer] = []
-        self._linears: dict[int, tuple[nn.Linear, Tensor, Tensor]] = {}
+        self._linears: dict[int, tuple[nn.Linear, Tensor, Tensor, int]] = {}
 
     # --- in the network's place ---
 
@@ -160,8 +160,9 @@ class TeamNetwork:
         return self.units[index] if 1 < len(self.units) > index else self.units[0]
 
     def _notice_linear(self, layer: Layer) -> None:
-        linear, below, output = self._linears.get(id(layer.potential), (None, None, None))
-        if output is layer.potential and output.dim() == 2:
+        linear, below, output, version = self._linears.get(id(layer.potential), (None, None, None, None))
+        # What has been written into since is no longer what the layer gave.
+        if output is layer.potential and output.dim() == 2 and version == _version(output):
             layer.linear, layer.below = linear, below
             layer.chained = bool(self._layers) and below is self._layers[-1].value
 
@@ -197,8 +198,8 @@ class TeamNetwork:
     def _seen(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # Hooks of others may change what a layer computes, and subclasses compute more than a product.
         alone = len(module._forward_hooks) == 1 and not module._forward_pre_hooks
-        if self._visit is not None and alone and type(module) is nn.Linear and "weight" in module._parameters:
-            self._linears[id(output)] = module, args[0], output
+        if self._visit is not None and alone and args and type(module) is nn.Linear and "weight" in module._parameters:
+            self._linears[id(output)] = module, args[0], output, _version(output)
 
     def _check(self, layers: Sequence[Layer], rows: int) -> None:
         if not layers:
@@ -231,7 +232,7 @@ class TeamNetwork:
         build = partial(LateralWeights, num)
         device = layer.potential.device
         dtype = torch.float64 if layer.potential.dtype == torch.float64 else torch.float32
-        module = self.lateral.get(f"lateral/{layer.name}", build, mix(self.seed, num), device, dtype)
+        module = self.lateral.get(f"lateral/{layer.name}", build, mix(self.seed(), num), device, dtype)
         weight: Tensor = module.weight.detach()  # type: ignore[operator]
         return weight
 
@@ -258,9 +259,11 @@ class TeamNetwork:
                     f"Boltzmann(whole_network=True): between {layer.name} and the layer of units before it must be "
                     "one nn.Linear and nothing else. Use Boltzmann() with baseline='per_layer' for other networks."
                 )
-            bias = None if layer.linear.bias is None else layer.linear.bias.detach()
+            weight = layer.linear.weight.detach()
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            bias = None if layer.linear.bias is None else layer.linear.bias.detach().to(weight.dtype)
             lateral = None if layer is layers[-1] else self.lateral_weight(layer)
-            parts.append(MachineLayer(layer.unit, layer.linear.weight.detach(), bias, lateral))
+            parts.append(MachineLayer(layer.unit, weight, bias, lateral))
         return Machine(parts, self.exploration)
 
     # --- evaluation ---
@@ -288,17 +291,23 @@ class TeamNetwork:
 
     def _machine_scores(self, layers: list[Layer], evaluation: str) -> Tensor:
         machine, first = self.machine(layers), layers[0].potential
-        if evaluation == "mean":
-            values = machine.mean_field(first)
-        else:
-            values = machine.draw(first, self.evaluation_generator(first.device))
-        return machine.potentials(first, values, len(layers) - 1)
+        with torch.autocast(first.device.type, enabled=False):
+            first = first.to(machine.dtype)
+            if evaluation == "mean":
+                values = machine.mean_field(first)
+            else:
+                values = machine.draw(first, self.evaluation_generator(first.device))
+            return machine.potentials(first, values, len(layers) - 1)
 
     def evaluation_generator(self, device: torch.device) -> torch.Generator:
         """Return the generator of what evaluation draws; its own, so that no other random stream moves."""
         if self.generator is None or self.generator.device != device:
-            self.generator = torch.Generator(device).manual_seed(mix(self.seed, 0x5EED))
+            self.generator = torch.Generator(device).manual_seed(mix(self.seed(), 0x5EED))
         return self.generator
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def as_input(layer: Layer, value: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_bpfree.core.replay import RandomStreams
 from lightning_bpfree.core.step import Step
 from lightning_bpfree.nn.exploration import Drawn
 from lightning_bpfree.nn.lateral import pairs
@@ -25,13 +26,22 @@ class TeamPass:
         generator: of the draws.
         negative_phase: whether the scores of lateral weights have their mean subtracted.
         leaves: whether values are to collect derivatives by what is above them.
+        again: whether the network may run again, with the same dropout.
     """
 
     def __init__(
-        self, step: Step, num_samples: int, generator: torch.Generator, *, negative_phase: bool, leaves: bool
+        self,
+        step: Step,
+        num_samples: int,
+        generator: torch.Generator,
+        *,
+        negative_phase: bool,
+        leaves: bool,
+        again: bool = False,
     ) -> None:
         self.step, self.num_samples, self.generator = step, num_samples, generator
         self.negative_phase, self.leaves = negative_phase, leaves
+        self._streams = RandomStreams([generator.device]) if again else None
         self.layers: list[Layer] = []
 
     def __call__(self, team: TeamNetwork, inputs: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -44,6 +54,7 @@ class TeamPass:
         copies, self.team = self.num_samples, team
         self.inputs = inputs.repeat(copies, *[1] * (inputs.dim() - 1)) if copies > 1 else inputs
         self.args, self.kwargs = repeated(args, kwargs, len(inputs), copies)
+        self._before = None if self._streams is None else self._streams.save()
         self.layers = team.run(self.inputs, self.args, self.kwargs, self._drawn)
         last = self.layers[-1]
         if team.output is not None:
@@ -89,6 +100,8 @@ class TeamPass:
     def _run_again(self) -> None:
         values = iter([layer.value for layer in self.layers[:-1]])
         with self.step.aside():
+            if self._streams is not None and self._before is not None:
+                self._streams.load(self._before)
             again = self.team.run(self.inputs, self.args, self.kwargs, lambda _: next(values))
         for layer, fresh in zip(self.layers, again, strict=True):
             layer.potential, layer.linear = fresh.potential, fresh.linear
@@ -97,9 +110,11 @@ class TeamPass:
     def _draw_jointly(self) -> None:
         """Draw hidden layers and output as one Boltzmann machine."""
         team, layers = self.team, self.layers
-        machine, first = team.machine(layers), layers[0].potential.detach()
-        values = machine.draw(first, self.generator)
-        others: list[Any] = machine.draw(first, self.generator) if self.negative_phase else [None] * len(values)
+        machine = team.machine(layers)
+        with torch.autocast(layers[0].potential.device.type, enabled=False):
+            first = layers[0].potential.detach().to(machine.dtype)
+            values = machine.draw(first, self.generator)
+            others: list[Any] = machine.draw(first, self.generator) if self.negative_phase else [None] * len(values)
         self.set_values(values[:-1])
         layers[-1].value = values[-1]
         for layer, part, value, other in zip(layers, machine.layers, values, others, strict=True):

@@ -31,6 +31,11 @@ class LayerRates:
         self._before: dict[int, Tensor] = {}
         self._handles: list[Any] = []
 
+    def forget(self) -> None:
+        """Begin anew: the module may be another one."""
+        self.detach()
+        self._rates, self._before = None, {}
+
     def attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Listen to the steps of ``optimizers``; until the layers are known, all parameters are remembered."""
         self.detach()

@@ -135,7 +135,7 @@ class TeamReinforce(TrainingRule):
         self._traces = None if trace_decay is None else Traces(trace_decay)
         self._rates = None if learning_rates is None else LayerRates(learning_rates)
         self._network: TeamNetwork | None = None
-        self._rank = 0
+        self._rank, self._loaded = 0, False
         self._report = EvaluationReport(labels)
 
     # --- the network's forward pass ---
@@ -153,9 +153,16 @@ class TeamReinforce(TrainingRule):
         if self._network is None or self._network.network is not network:
             strip_team(network)
             sites = find_sites(network, name, self.units)
-            seed = (self.record.seed if self.seed is None else self.seed) or 0
-            self._network = TeamNetwork(network, sites, self._team, self._lateral, seed)
+            self._team.check_units([site for site in sites.values() if isinstance(site, StochasticUnit)])
+            if self._network is not None and not self._loaded:  # another network: it starts afresh
+                self._lateral = OwnModules("adam", self.lateral_lr)
+                self._baselines = Baselines(self.baseline, self.critic_lr)
+                self._traces = None if self.trace_decay is None else Traces(self.trace_decay)
+            self._network, self._loaded = TeamNetwork(network, sites, self._team, self._lateral, self._own_seed), False
         self._network.install()
+
+    def _own_seed(self) -> int:
+        return (self.record.seed if self.seed is None else self.seed) or 0
 
     def uninstall(self, module: nn.Module | None = None) -> None:
         """Give the network's own forward pass, and its activations, back.
@@ -196,12 +203,21 @@ class TeamReinforce(TrainingRule):
         """Replace the activations."""
         self.install(module)
         self._rank = trainer.global_rank
+        if self._rates is not None:
+            self._rates.forget()
         if not self.active(trainer.current_epoch):
             self.uninstall()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take one's turn: a fit that is resumed inside an epoch begins none."""
+        self._take_turn(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note whose epoch this is."""
         super().on_train_epoch_start(trainer, pl_module)
+        self._take_turn(trainer, pl_module)
+
+    def _take_turn(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         active = self.active(trainer.current_epoch)
         self.install(pl_module) if active else self.uninstall(pl_module)
         if self._rates is not None:
@@ -213,7 +229,8 @@ class TeamReinforce(TrainingRule):
         settings, network, credit = self._team, self._network, self._team.credit
         generator = torch.Generator(step.module.device).manual_seed(mix(step.seed, self._rank))  # type: ignore[arg-type]
         leaves = isinstance(credit, TopDown)
-        work = TeamPass(step, self.num_samples, generator, negative_phase=self.negative_phase, leaves=leaves)
+        options = {"negative_phase": self.negative_phase, "leaves": leaves, "again": self.reevaluates}
+        work = TeamPass(step, self.num_samples, generator, **options)
         network.training_pass = work
         try:
             loss = step.loss(cost=float(self.num_samples))
@@ -326,6 +343,7 @@ class TeamReinforce(TrainingRule):
 
     def load_rule_state(self, state: dict[str, Any]) -> None:
         """Take lateral weights, critics and traces back."""
+        self._loaded = True
         self._lateral.load_state_dict(state["lateral"])
         self._baselines.own.load_state_dict(state["critics"])
         if self._traces is not None:

@@ -29,6 +29,7 @@ class EvaluationReport:
         """Begin to note what the network returns in both ways, if rewards are for classes."""
         stage = trainer.state.stage
         self._stage = "" if stage is None else {"validate": "val", "test": "test"}.get(stage.value, "")
+        wanted = wanted and not trainer.barebones and not trainer.sanity_checking
         self._team = team if wanted and self._stage and isinstance(team.output, Softmax) else None
         team.noted = {} if self._team is not None else None
 
@@ -40,7 +41,7 @@ class EvaluationReport:
     def log(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
         """Log the batch that was just evaluated, if it has labels."""
         team = self._team
-        if team is None or team.noted is None or trainer.sanity_checking:
+        if team is None or team.noted is None:
             return
         noted, team.noted = team.noted, {}
         for way, scores in noted.items():

@@ -60,12 +60,17 @@ class TeamSettings(NamedTuple):
         credit = _named(CREDITS, rule.credit, Credit, "credit")
         if not units:
             raise ValueError("unit=[]: give one unit for all layers, or one for each layer.")
-        for unit in units:
-            exploration.check(unit)
-        credit.check(units, output)
+        made = cls(units, output, exploration, credit, rule.evaluation, rule.eval_samples)
+        made.check_units(units)
         _check_numbers(rule)
         _check_together(rule, exploration, credit, output)
-        return cls(units, output, exploration, credit, rule.evaluation, rule.eval_samples)
+        return made
+
+    def check_units(self, units: Sequence[StochasticUnit]) -> None:
+        """Raise ValueError if such units cannot draw or learn by these settings; a network may have its own."""
+        for unit in units:
+            self.exploration.check(unit)
+        self.credit.check(units, self.output)
 
     @property
     def runs_again(self) -> bool:

@@ -50,10 +50,15 @@ class Traces:
             eligible = weight * reward[:, :, None]  # of every row, (rows, units, inputs)
             linear = layer.linear
             assert linear is not None
-            by_id[id(linear.weight)] = eligible.mean(0)
+            _add(by_id, linear.weight, eligible.mean(0))
             if linear.bias is not None:
-                by_id[id(linear.bias)] = (bias * reward).mean(0)
+                _add(by_id, linear.bias, (bias * reward).mean(0))
             if isinstance(credit, WeightMax) and index:
+                if not layer.chained:
+                    raise ValueError(
+                        f"trace_decay with credit='weight_max': between {layer.name} and the units below must be one "
+                        "nn.Linear and nothing else. Use credit='reward', or leave trace_decay away."
+                    )
                 reward = torch.einsum("oi,boi->bi", linear.weight.detach().to(eligible.dtype), eligible)
         if done is not None:
             going_on = (~done).to(advantage.dtype)
@@ -81,3 +86,8 @@ class Traces:
                 )
             self.sums[key] = what if old is None else what.add(old.to(what), alpha=self.decay)
         return self.sums[f"{layer.name}/weight"], self.sums[f"{layer.name}/bias"]
+
+
+def _add(sums: dict[int, Tensor], parameter: Tensor, gradient: Tensor) -> None:
+    old = sums.get(id(parameter))  # of a layer that runs twice
+    sums[id(parameter)] = gradient if old is None else old + gradient
