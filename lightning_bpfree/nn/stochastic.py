@@ -79,7 +79,7 @@ class StochasticUnit(nn.Module, ABC):
     def forward(self, potential: Tensor) -> Tensor:
         """Return a draw in training, the mean in evaluation."""
         mean = self.mean(potential)
-        return mean + (self.sample(potential) - mean).detach() if self.training else mean
+        return self.sample(potential) + (mean - mean.detach()) if self.training else mean
 
     def extra_repr(self) -> str:
         """Return the settings that the module's representation shows."""
@@ -170,6 +170,7 @@ class Bernoulli(StochasticUnit):
         return f"{self.values!r}, {super().extra_repr()}"
 
 
+# Functions that give means, and their slopes.
 _MEANS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "softplus": (F.softplus, torch.sigmoid),
     "relu": (torch.relu, lambda x: (x > 0).to(x.dtype)),
@@ -205,12 +206,11 @@ class Gaussian(StochasticUnit):
             raise ValueError(f"variance={variance!r}: give a positive number.")
         if mean not in _MEANS:
             raise ValueError(f"mean={mean!r}: choose one of {', '.join(map(repr, _MEANS))}.")
-        self.variance, self.mean_function = variance, mean
-        self._value, self._slope = _MEANS[mean]
+        self.variance, self.mean_function = variance, mean  # the name alone, so that units can be pickled
 
     def mean(self, potential: Tensor) -> Tensor:
         """Return the mean."""
-        return self._value(self.logits(potential))
+        return _MEANS[self.mean_function][0](self.logits(potential))
 
     @torch.no_grad()
     def sample(self, potential: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -231,7 +231,7 @@ class Gaussian(StochasticUnit):
 
     def derivative(self, potential: Tensor) -> Tensor:
         """Return the slope of the mean."""
-        slope = self._slope(self.logits(potential))
+        slope = _MEANS[self.mean_function][1](self.logits(potential))
         return slope if self.temperature == 1.0 else slope / self.temperature
 
     def extra_repr(self) -> str:
@@ -266,7 +266,8 @@ class Softmax(StochasticUnit):
 
     def log_prob(self, potential: Tensor, value: Tensor) -> Tensor:
         """Return the log probability of the chosen actions."""
-        return _per_row(value * torch.log_softmax(self.logits(potential), -1))
+        logs = torch.log_softmax(self.logits(potential), -1)
+        return _per_row(torch.where(value > 0, value * logs, 0.0))  # others may be ruled out, by minus infinity
 
     def derivative(self, potential: Tensor) -> Tensor:
         """Return p (1 - p) over the temperature: of each probability by its own logit alone."""
