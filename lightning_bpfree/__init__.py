@@ -23,9 +23,9 @@ from lightning_bpfree.rules.backprop import Backprop as Backprop
 from lightning_bpfree.rules.evolution_strategy import EvolutionStrategy as EvolutionStrategy
 from lightning_bpfree.rules.forward_forward import ForwardForward as ForwardForward
 from lightning_bpfree.rules.forward_gradient import ForwardGradient as ForwardGradient
-from lightning_bpfree.rules.team_credit import MapPropagation as MapPropagation
-from lightning_bpfree.rules.team_credit import StraightThrough as StraightThrough
-from lightning_bpfree.rules.team_credit import WeightMax as WeightMax
+from lightning_bpfree.rules.team.credit import StraightThrough as StraightThrough
+from lightning_bpfree.rules.team.credit import WeightMax as WeightMax
+from lightning_bpfree.rules.team.map_propagation import MapPropagation as MapPropagation
 from lightning_bpfree.rules.team_reinforce import TeamReinforce as TeamReinforce
 from lightning_bpfree.rules.training_rule import TrainingRule as TrainingRule
 from lightning_bpfree.rules.zeroth_order import ZerothOrder as ZerothOrder

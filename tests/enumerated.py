@@ -17,9 +17,9 @@ from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.step import Step
 from lightning_bpfree.nn.exploration import Drawn, Independent
 from lightning_bpfree.rules.own_modules import OwnModules
-from lightning_bpfree.rules.team_network import TeamNetwork, strip_team
-from lightning_bpfree.rules.team_pass import TeamPass
-from lightning_bpfree.rules.team_sites import find_sites
+from lightning_bpfree.rules.team.network import TeamNetwork, strip_team
+from lightning_bpfree.rules.team.sites import find_sites
+from lightning_bpfree.rules.team.training_pass import TeamPass
 
 
 class Scripted(Independent):

@@ -26,7 +26,8 @@ OPTIONAL = ["jsonargparse", "rich", "sklearn", "matplotlib", "wandb", "transform
 LONGEST = 300
 # Files that are still longer, and why.
 LONGER = {
-    "rules/forward_forward.py": 330,  # a third of it are the arguments and their documentation
+    "rules/forward_forward.py": 335,  # a third of it are the arguments and their documentation
+    "rules/team_reinforce.py": 360,  # a third of it are the arguments and their documentation
     "rules/training_rule.py": 340,  # the hooks of one callback, which belong together; its helpers have moved out
 }
 

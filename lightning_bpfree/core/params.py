@@ -34,6 +34,13 @@ def norm(a: Mapping[str, Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])) if norms else torch.zeros(())
 
 
+def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Return the sum of two gradients, of which None is zero."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
 def count(a: Mapping[str, Tensor]) -> int:
     """Return the number of coordinates over all tensors of ``a``."""
     return sum(tensor.numel() for tensor in a.values())

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_bpfree.core.params import added
+
 Build = Callable[[], nn.Module]
 OwnOptimizer = Literal["adam", "sgd"]
 
@@ -138,7 +140,7 @@ class OwnModules:
     def add_gradients(self, key: str, gradients: Sequence[Tensor | None]) -> None:
         """Add the gradients of one micro-batch, in the order of the module's parameters; None counts as zero."""
         total, times = self._sums.get(key, ([None] * len(gradients), 0))
-        self._sums[key] = [_sum(a, b) for a, b in zip(total, gradients, strict=True)], times + 1
+        self._sums[key] = [added(a, b) for a, b in zip(total, gradients, strict=True)], times + 1
 
     def step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """Move the modules that got gradients along the mean of these, and forget them.
@@ -181,12 +183,6 @@ class OwnModules:
         for held in (self._modules, self._optimizers, self._sums):
             held.clear()
         self._saved = dict(state)
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
 
 
 def _is_on(module: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:

@@ -22,16 +22,16 @@ from lightning_bpfree.core.step import Estimate, Step
 from lightning_bpfree.nn.exploration import Exploration
 from lightning_bpfree.nn.stochastic import StochasticUnit
 from lightning_bpfree.rules.own_modules import OwnModules
-from lightning_bpfree.rules.team_baselines import Baseline, Baselines
-from lightning_bpfree.rules.team_credit import Credit, TopDown
-from lightning_bpfree.rules.team_network import TeamNetwork, strip_team
-from lightning_bpfree.rules.team_pass import TeamPass
-from lightning_bpfree.rules.team_rates import LayerRates
-from lightning_bpfree.rules.team_report import EvaluationReport
-from lightning_bpfree.rules.team_rewards import Reward, Rewards, take_action
-from lightning_bpfree.rules.team_settings import TeamSettings
-from lightning_bpfree.rules.team_sites import Units, find_sites
-from lightning_bpfree.rules.team_traces import Traces
+from lightning_bpfree.rules.team.baselines import Baseline, Baselines
+from lightning_bpfree.rules.team.credit import Credit, TopDown
+from lightning_bpfree.rules.team.network import TeamNetwork, strip_team
+from lightning_bpfree.rules.team.rates import LayerRates
+from lightning_bpfree.rules.team.report import EvaluationReport
+from lightning_bpfree.rules.team.rewards import Reward, Rewards, take_action
+from lightning_bpfree.rules.team.settings import TeamSettings
+from lightning_bpfree.rules.team.sites import Units, find_sites
+from lightning_bpfree.rules.team.traces import Traces
+from lightning_bpfree.rules.team.training_pass import TeamPass
 from lightning_bpfree.rules.training_rule import TrainingRule
 
 

@@ -11,9 +11,9 @@ from torch import nn
 import lightning_bpfree as bpf
 from lightning_bpfree.nn.joint_boltzmann import Machine
 from lightning_bpfree.nn.lateral import Boltzmann
-from lightning_bpfree.rules.team_credit import GlobalReward, WeightMax, without
-from lightning_bpfree.rules.team_network import TeamNetwork
-from lightning_bpfree.rules.team_pass import TeamPass
+from lightning_bpfree.rules.team.credit import GlobalReward, WeightMax, without
+from lightning_bpfree.rules.team.network import TeamNetwork
+from lightning_bpfree.rules.team.training_pass import TeamPass
 
 EXACT = 1e-12  # sums of a few hundred doubles of size 1
 X = torch.tensor([[0.3, -1.2, 0.7]], dtype=torch.float64)
@@ -199,7 +199,7 @@ def boltzmann_layer(unit, negative_phase, monkeypatch, machine=None):
     rule = bpf.TeamReinforce(unit=unit, exploration=machine, negative_phase=negative_phase)
     waiting = [values, others] if negative_phase else [values]
     monkeypatch.setattr(Boltzmann, "chain", lambda *_: waiting.pop(0))
-    monkeypatch.setattr("lightning_bpfree.rules.team_network.TeamNetwork.lateral_weight", lambda *_: u_true.detach())
+    monkeypatch.setattr("lightning_bpfree.rules.team.network.TeamNetwork.lateral_weight", lambda *_: u_true.detach())
     work = run(rule, net, X, [values], action, exploration=machine)
     # the same sum, each configuration once
     once = weights / chances.exp().detach()
@@ -240,7 +240,7 @@ def stacked(unit, monkeypatch):
     waiting = list(hidden)
     monkeypatch.setattr(Boltzmann, "chain", lambda *_: waiting.pop(0))
     monkeypatch.setattr(
-        "lightning_bpfree.rules.team_network.TeamNetwork.lateral_weight",
+        "lightning_bpfree.rules.team.network.TeamNetwork.lateral_weight",
         lambda self, layer: laterals[len(self._layers) - 1],
     )
     work = run(rule, net, X, hidden, action, exploration=machine)
@@ -280,7 +280,7 @@ def test_one_machine_over_the_whole_network_needs_one_baseline(unit, baseline, m
     chances = torch.softmax(energy + (action * net[4](hidden[1])).sum(1), 0)
     monkeypatch.setattr(Machine, "draw", lambda *_: [*hidden, action])
     monkeypatch.setattr(
-        "lightning_bpfree.rules.team_network.TeamNetwork.lateral_weight",
+        "lightning_bpfree.rules.team.network.TeamNetwork.lateral_weight",
         lambda self, layer: laterals[0 if layer.name == "1" else 1].detach(),
     )
     rule = bpf.TeamReinforce(unit=unit, exploration=settings)
@@ -325,7 +325,7 @@ def test_a_trajectory_with_negative_phase_is_the_gradient(unit, monkeypatch):
         return torch.where(upper, -torch.inf, torch.inf).to(like.dtype)
 
     monkeypatch.setattr("lightning_bpfree.nn.lateral.thresholds", script)
-    monkeypatch.setattr("lightning_bpfree.rules.team_network.TeamNetwork.lateral_weight", lambda *_: u_true.detach())
+    monkeypatch.setattr("lightning_bpfree.rules.team.network.TeamNetwork.lateral_weight", lambda *_: u_true.detach())
     rule = bpf.TeamReinforce(unit=unit, exploration=exploration, negative_phase=True)
     work = run(rule, net, X, [path[-1]], action, exploration=exploration)
     weights = chances.detach()

@@ -28,8 +28,8 @@ from lightning_bpfree.core.replay import Replay
 from lightning_bpfree.core.step import Step
 from lightning_bpfree.demos.modules import MLP, SmallCNN, SmallTransformer
 from lightning_bpfree.demos.regression import Regressor
-from lightning_bpfree.rules.team_credit import CREDITS
-from lightning_bpfree.rules.team_network import Layer
+from lightning_bpfree.rules.team.layer import Layer
+from lightning_bpfree.rules.team.settings import CREDITS
 from lightning_bpfree.rules.view import View
 
 EXACT = 1e-12  # float64, sums of some dozens of numbers of size 1

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_bpfree.rules.team_credit import Credit, Gradients, MapPropagation, WeightMax
-from lightning_bpfree.rules.team_network import Layer
-from lightning_bpfree.rules.team_pass import TeamPass
+from lightning_bpfree.rules.team.credit import Credit, WeightMax
+from lightning_bpfree.rules.team.layer import Layer
+from lightning_bpfree.rules.team.map_propagation import MapPropagation
+from lightning_bpfree.rules.team.sums import Gradients
+from lightning_bpfree.rules.team.training_pass import TeamPass
 
 
 class Traces:

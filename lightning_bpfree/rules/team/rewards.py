@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_bpfree.core.labels import LabelsOf, labels_of
 from lightning_bpfree.core.step import NonFiniteLossError, Step
 from lightning_bpfree.nn.stochastic import Softmax
-from lightning_bpfree.rules.team_pass import TeamPass
+from lightning_bpfree.rules.team.training_pass import TeamPass
 
 RewardOf = Callable[[Any, Tensor], Tensor]
 Reward = Literal["class", "loss", "module", "step"] | RewardOf

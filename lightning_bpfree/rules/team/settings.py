@@ -8,21 +8,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lightning_bpfree.nn.exploration import Exploration, Independent
 from lightning_bpfree.nn.lateral import Boltzmann, Recurrent
 from lightning_bpfree.nn.stochastic import Softmax, StochasticUnit, unit_named
-from lightning_bpfree.rules.team_credit import (
-    CREDITS,
+from lightning_bpfree.rules.team.credit import (
     Credit,
     GlobalReward,
-    MapPropagation,
+    Pathwise,
     StraightThrough,
     TopDown,
     WeightMax,
 )
+from lightning_bpfree.rules.team.map_propagation import MapPropagation
 
 if TYPE_CHECKING:
-    from lightning_bpfree.rules.team_network import Layer
+    from lightning_bpfree.rules.team.layer import Layer
     from lightning_bpfree.rules.team_reinforce import TeamReinforce
 
 EXPLORATIONS: dict[str, Any] = {"independent": Independent, "boltzmann": Boltzmann, "recurrent": Recurrent}
+CREDITS: dict[str, Any] = {
+    "reward": GlobalReward,
+    "weight_max": WeightMax,
+    "map_propagation": MapPropagation,
+    "ste": StraightThrough,
+    "pathwise": Pathwise,
+}
 
 
 class TeamSettings(NamedTuple):

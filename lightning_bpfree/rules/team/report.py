@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_bpfree.core.labels import LabelsOf, labels_of
 from lightning_bpfree.nn.stochastic import Softmax
-from lightning_bpfree.rules.team_network import TeamNetwork
-from lightning_bpfree.rules.team_rewards import chance_of_labels
+from lightning_bpfree.rules.team.network import TeamNetwork
+from lightning_bpfree.rules.team.rewards import chance_of_labels
 
 
 class EvaluationReport:

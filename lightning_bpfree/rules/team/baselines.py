@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_bpfree.core.advantage import leave_one_out
 from lightning_bpfree.core.directions import mix
 from lightning_bpfree.rules.own_modules import OwnModules
-from lightning_bpfree.rules.team_pass import TeamPass
+from lightning_bpfree.rules.team.training_pass import TeamPass
 
 Baseline = Literal["leave_one_out", "critic", "per_layer", "none"]
 WIDTH = 64  # of a critic's hidden layer

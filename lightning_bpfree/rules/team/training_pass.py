@@ -13,7 +13,8 @@ from lightning_bpfree.core.replay import RandomStreams
 from lightning_bpfree.core.step import Step
 from lightning_bpfree.nn.exploration import Drawn
 from lightning_bpfree.nn.lateral import pairs
-from lightning_bpfree.rules.team_network import Layer, TeamNetwork, as_input, averaged, repeated
+from lightning_bpfree.rules.team.layer import Layer, as_input, averaged, repeated
+from lightning_bpfree.rules.team.network import TeamNetwork
 
 
 class TeamPass:

@@ -3,57 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from lightning_bpfree.core.directions import mix
-from lightning_bpfree.nn.exploration import Drawn
 from lightning_bpfree.nn.joint_boltzmann import Machine, MachineLayer
 from lightning_bpfree.nn.lateral import Boltzmann, LateralWeights
 from lightning_bpfree.nn.stochastic import Softmax, StochasticUnit
 from lightning_bpfree.rules.own_modules import OwnModules
+from lightning_bpfree.rules.team.layer import Layer, as_input, averaged, repeated
 
 if TYPE_CHECKING:
-    from lightning_bpfree.rules.team_settings import TeamSettings
+    from lightning_bpfree.rules.team.settings import TeamSettings
 
 Visit = Callable[["Layer"], Tensor]
 TrainingPass = Callable[["TeamNetwork", Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
-
-
-@dataclass
-class Layer:
-    """One layer of units in one forward pass.
-
-    Args:
-        name: of the module in whose place the units are; with a number from its second call on.
-        unit: what the units are.
-        potential: what enters them, ``(rows, ...)``, with the graph of the segment below and no more.
-        value: what they gave, cut off from the graph.
-        drawn: how it was drawn; None for values that were set.
-        linear: the ``nn.Linear`` that made the potentials, ``(rows, n)``, if they come straight from one.
-        below: what entered it.
-        chained: whether that was the value of the layer before.
-    """
-
-    name: str
-    unit: StochasticUnit
-    potential: Tensor
-    value: Tensor = field(default_factory=lambda: torch.empty(0))
-    drawn: Drawn | None = None
-    linear: nn.Linear | None = None
-    below: Tensor | None = None
-    chained: bool = False
-
-    def score(self) -> Tensor:
-        """Return the derivative of the log probability of the value by the potential."""
-        if self.drawn is not None:
-            return self.drawn.score
-        return self.unit.score(self.potential.detach(), self.value.detach())
 
 
 class Site:
@@ -308,39 +275,6 @@ class TeamNetwork:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def as_input(layer: Layer, value: Tensor) -> Tensor:
-    """Return values as the network takes them: cut off, and of its type unless autocast sees to that."""
-    value = value.detach()
-    cast = value.dtype != layer.potential.dtype and not torch.is_autocast_enabled(value.device.type)
-    return value.to(layer.potential.dtype) if cast else value
-
-
-def repeated(
-    args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, copies: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return arguments for ``copies`` batches one behind the other: tensors of ``rows`` rows are repeated."""
-
-    def times(tensor: Tensor) -> Tensor:
-        fits = tensor.dim() > 0 and len(tensor) == rows
-        return tensor.repeat(copies, *[1] * (tensor.dim() - 1)) if fits else tensor
-
-    if copies == 1 or not (args or kwargs):
-        return args, kwargs
-    made: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(Tensor, times, (args, kwargs))
-    return made
-
-
-def averaged(output: Tensor, copies: int, unit: StochasticUnit | None) -> Tensor:
-    """Return the average over ``copies`` batches one behind the other: for a softmax, of probabilities, as logits."""
-    if copies == 1:
-        return output
-    shaped = output.view(copies, -1, *output.shape[1:])
-    if isinstance(unit, Softmax):
-        chances = unit.mean(shaped).mean(0)
-        return unit.temperature * chances.clamp(min=torch.finfo(chances.dtype).tiny).log()
-    return shaped.mean(0)
 
 
 def strip_team(network: nn.Module) -> None:
