@@ -237,6 +237,11 @@ class ForwardGradient(TrainingRule):
             "use ZerothOrder(), which needs none."
         )
 
+    def settled(self, succeeded: bool) -> None:
+        """Keep what heads have learned from the batch, or drop it."""
+        if self._guided is not None:
+            self._guided.settle(succeeded)
+
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Move the heads with the user's parameters."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)

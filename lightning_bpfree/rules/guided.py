@@ -100,19 +100,20 @@ class Guided:
             self._num_classes = _width_of_output(parts)
         rank = int(getattr(step.module, "global_rank", 0))
         batch = Batch(self.choice, parts, self.heads, self._num_classes, seed, rank)
-        succeeded = False
-        try:
-            gradients, measured = batch.gradients()
-            assert step.recorded_loss is not None
-            loss = step.recorded_loss = step.recorded_loss.detach()  # its graph has done its work
-            numbers = torch.cat([number.detach().flatten() for number in measured or [loss]])
-            step.measure(len(numbers), lambda _: numbers)  # raises for numbers that are not finite
-            succeeded, self._inspected = True, trained
-        finally:
-            for heads in self.heads.values():
-                heads.settle(succeeded)
+        self.settle(False)  # of a batch that was left in the middle
+        gradients, measured = batch.gradients()
+        assert step.recorded_loss is not None
+        loss = step.recorded_loss = step.recorded_loss.detach()  # its graph has done its work
+        numbers = torch.cat([number.detach().flatten() for number in measured or [loss]])
+        step.measure(len(numbers), lambda _: numbers)  # raises for numbers that are not finite
+        self._inspected = trained
         losses = {f"local_loss/{name}": value for name, value in batch.losses.items()}
         return Estimate(loss, {slot.name: gradients[slot.name] for slot in step.trained}, losses)
+
+    def settle(self, succeeded: bool) -> None:
+        """Keep what the heads have learned from the batch, or drop it."""
+        for heads in self.heads.values():
+            heads.own.settle(succeeded)
 
     def step_heads(self, reduce: Callable[[Tensor], Tensor] | None) -> None:
         """Move the heads along the mean of their gradients since the last step."""

@@ -23,7 +23,6 @@ class Heads:
     def __init__(self, loss: LocalLoss) -> None:
         self.loss, self.own = loss, OwnModules(loss.optimizer, loss.lr)
         self.trained = loss.update == "train"
-        self._pending: dict[str, list[Tensor | None]] = {}
 
     def of(
         self, block: Block, build: Callable[[], nn.Module], like: Tensor, seed: int, step: Step
@@ -37,13 +36,7 @@ class Heads:
     def keep(self, key: str, gradients: list[Tensor | None], rows: int) -> None:
         """Keep the gradients of a batch of ``rows`` samples."""
         if gradients:
-            self._pending[key] = [None if gradient is None else gradient / rows for gradient in gradients]
-
-    def settle(self, succeeded: bool) -> None:
-        """Hand over what was kept, or drop it."""
-        for key, gradients in self._pending.items() if succeeded else ():
-            self.own.add_gradients(key, gradients)
-        self._pending.clear()
+            self.own.propose(key, [None if gradient is None else gradient / rows for gradient in gradients])
 
 
 def _kind(block: Block, like: Tensor) -> str:

@@ -91,6 +91,7 @@ class OwnModules:
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._sums: dict[str, tuple[list[Tensor | None], int]] = {}
         self._saved: dict[str, dict[str, Any]] = {}
+        self._proposed: dict[str, Sequence[Tensor | None]] = {}
 
     def __contains__(self, key: str) -> bool:
         return key in self._modules
@@ -142,6 +143,16 @@ class OwnModules:
         total, times = self._sums.get(key, ([None] * len(gradients), 0))
         self._sums[key] = [added(a, b) for a, b in zip(total, gradients, strict=True)], times + 1
 
+    def propose(self, key: str, gradients: Sequence[Tensor | None]) -> None:
+        """Keep gradients of a micro-batch until :meth:`settle`: a batch may be skipped for another rank's sake."""
+        self._proposed[key] = gradients
+
+    def settle(self, succeeded: bool) -> None:
+        """Add what was proposed, or drop it."""
+        for key, gradients in self._proposed.items() if succeeded else ():
+            self.add_gradients(key, gradients)
+        self._proposed.clear()
+
     def step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """Move the modules that got gradients along the mean of these, and forget them.
 
@@ -180,7 +191,7 @@ class OwnModules:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned, for the time when the modules are asked for again."""
-        for held in (self._modules, self._optimizers, self._sums):
+        for held in (self._modules, self._optimizers, self._sums, self._proposed):
             held.clear()
         self._saved = dict(state)
 

@@ -236,6 +236,7 @@ class TeamReinforce(TrainingRule):
             loss = step.loss(cost=float(self.num_samples))
         finally:
             network.training_pass = None
+        self.settled(False)  # of a batch that was left in the middle
         if not work.layers:
             raise MisconfigurationException(
                 f"TeamReinforce: the training step never called {self.network or 'its network'}: name the submodule "
@@ -262,7 +263,7 @@ class TeamReinforce(TrainingRule):
         for layer, advantage in zip(work.layers[:-1], advantages, strict=False):
             if layer.drawn is not None and layer.drawn.lateral is not None:
                 ascent = layer.drawn.lateral(advantage) / len(advantage)
-                self._lateral.add_gradients(f"lateral/{layer.name}", [-ascent])
+                self._lateral.propose(f"lateral/{layer.name}", [-ascent])
 
     def _descending(self, step: Step, loss: Tensor, found: Sequence[Tensor | None]) -> dict[str, Tensor]:
         """Return named gradients to descend by; what the team does not reach learns from the user's loss."""
@@ -284,6 +285,11 @@ class TeamReinforce(TrainingRule):
         for slot, gradient in zip(others, of_loss, strict=True):
             made[slot.name] = torch.zeros_like(slot.parameter) if gradient is None else gradient
         return made
+
+    def settled(self, succeeded: bool) -> None:
+        """Keep what lateral weights and critics have learned from the batch, or drop it."""
+        for own in (self._lateral, self._baselines.own):
+            own.settle(succeeded)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Let lateral weights and critics take their steps too."""

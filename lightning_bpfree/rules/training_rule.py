@@ -101,6 +101,9 @@ class TrainingRule(Callback, ABC):
     def estimate(self, step: Step) -> Estimate:
         """Return loss and gradient of one mini-batch; called with gradients enabled."""
 
+    def settled(self, succeeded: bool) -> None:
+        """Keep what a rule has learned beside its estimate, or drop it: now all ranks know whether the batch counts."""
+
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
         """Raise MisconfigurationException if the rule cannot train these parameters; called before the first batch."""
 
@@ -211,7 +214,9 @@ class TrainingRule(Callback, ABC):
             self.record.forward_evals += step.forward_evals
             step.finish()
         zeros_for = self._waited_for(trainer, step)
-        if self._failed(trainer, failure):
+        failed = self._failed(trainer, failure)
+        self.settled(not failed)
+        if failed:
             zeros_for += [slot.parameter for slot in step.trained]
             return inject(torch.full((), torch.nan, device=module.device), zeros_for, lambda _: map(zeros, zeros_for))
         if not step.recorded:

@@ -126,6 +126,7 @@ def estimator(rule: bpf.TeamReinforce, module: Classifier, data: list[torch.Tens
         made = Step(module, lambda: module.training_step(data, 0), slots, 7, args=(data, 0), replay=replay, quiet=quiet)
         loss = handed_over(made, rule.estimate(made), [])
         made.finish()
+        rule.settled(True)
         module.zero_grad()
         loss.backward()
 

@@ -127,9 +127,6 @@ def test_a_reward_that_is_no_number_on_one_rank_skips_the_batch_on_both(fits):
     assert_skipped_together(*ranks(fits, "nan"))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the other rank keeps what its lateral weights have learned, and waits for the mean"
-)
 def test_a_batch_that_is_skipped_leaves_nothing_behind(tmp_path):
     run("nan", tmp_path, 40)
     assert_skipped_together(*ranks(tmp_path, "nan_lateral"))

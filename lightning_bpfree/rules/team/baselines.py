@@ -66,7 +66,7 @@ class Baselines:
         with torch.enable_grad(), torch.autocast(known.device.type, enabled=False):
             expected = critic(known.to(dtype))[:, 0]
             error = 0.5 * (rewards.to(dtype) - expected).square().mean()
-        self.own.add_gradients(key, torch.autograd.grad(error, list(critic.parameters())))
+        self.own.propose(key, torch.autograd.grad(error, list(critic.parameters())))
         made: Tensor = expected.detach().to(rewards.dtype)
         return made
 
