@@ -160,12 +160,14 @@ class OwnModules:
             reduce: takes the mean of a tensor over ranks; None on one.
         """
         for key, (total, times) in self._sums.items():
-            if any(gradient is not None and not bool(torch.isfinite(gradient).all()) for gradient in total):
+            parameters = list(self._modules[key].parameters())
+            means = [None if g is None else (g / times).to(p.dtype) for p, g in zip(parameters, total, strict=True)]
+            if reduce is not None:  # before anything is left out: ranks wait for each other
+                means = [None if mean is None else reduce(mean) for mean in means]
+            if any(mean is not None and not bool(torch.isfinite(mean).all()) for mean in means):
                 continue  # as a gradient scaler leaves out such a step of the user's parameters
-            for parameter, gradient in zip(self._modules[key].parameters(), total, strict=True):
-                if gradient is not None:
-                    mean = (gradient / times).to(parameter.dtype)
-                    parameter.grad = mean if reduce is None else reduce(mean)
+            for parameter, mean in zip(parameters, means, strict=True):
+                parameter.grad = mean
             self._optimizer_of(key).step()
             self._optimizer_of(key).zero_grad()
         self._sums.clear()

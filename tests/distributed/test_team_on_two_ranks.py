@@ -41,7 +41,7 @@ def run(what: str, out: Path, limit: float) -> None:
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory) -> Path:
     out: Path = tmp_path_factory.mktemp("fits")
-    run("fits", out, 120)
+    run("fits", out, 240)
     return out
 
 
@@ -128,5 +128,5 @@ def test_a_reward_that_is_no_number_on_one_rank_skips_the_batch_on_both(fits):
 
 
 def test_a_batch_that_is_skipped_leaves_nothing_behind(tmp_path):
-    run("nan", tmp_path, 40)
+    run("nan", tmp_path, 240)
     assert_skipped_together(*ranks(tmp_path, "nan_lateral"))

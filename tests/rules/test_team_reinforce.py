@@ -101,7 +101,9 @@ def estimate(rule: bpf.TeamReinforce, module: pl.LightningModule, batch: Any, se
         module, lambda: module.training_step(batch, 0), view.slots, seed, args=(batch,), replay=replay, quiet=view.quiet
     )
     try:
-        return {name: -gradient for name, gradient in rule.estimate(step).resolved().items()}
+        made = rule.estimate(step).resolved()
+        rule.settled(True)  # as in a fit, when no rank has failed
+        return {name: -gradient for name, gradient in made.items()}
     finally:
         step.finish()
 
@@ -1615,7 +1617,8 @@ def test_the_cost_of_every_draw_is_counted():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"num_samples": 0}, "num_samples=0: every input is drawn at least once"),
+        ({"num_samples": 0}, "num_samples=0: give a whole number of at least 1"),
+        ({"num_samples": 2.5}, "num_samples=2.5: give a whole number of at least 1"),
         ({"num_samples": 1}, "num_samples=1 with baseline='leave_one_out'.*Use num_samples=2 or more, or baseline='cr"),
         ({"unit": "poisson"}, r"unit='poisson': choose one of 'bernoulli', 'sign', 'gaussian', or pass a unit"),
         ({"unit": []}, r"unit=\[\]: give one unit"),
@@ -1933,3 +1936,18 @@ def test_parameters_that_no_layer_reaches_are_refused():
         MisconfigurationException, match=r"params='other\.\*'\): none of the trained parameters is in fr"
     ):
         fitted(Apart(), loader(), bpf.TeamReinforce(network="net", params="other.*"))
+
+
+@pytest.mark.parametrize("evaluation", ["mean", "samples"])
+def test_callers_see_the_mean_of_what_acts(evaluation):
+    """A softplus output: the mean of the action, and not the potential under it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
+    module, unit = Plain(net), bpf.Gaussian(0.1)
+    rule = bpf.TeamReinforce(unit="gaussian", output=unit, reward=lambda *_: None, evaluation=evaluation)
+    rule.install(module)
+    x = torch.randn(3, 6)
+    assert bool((module.net(x) > 0).all())
+    if evaluation == "mean":
+        hidden = bpf.Gaussian().mean(net[0](x))
+        torch.testing.assert_close(module.net(x), unit.mean(net[2](hidden)))

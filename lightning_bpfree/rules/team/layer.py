@@ -67,11 +67,14 @@ def repeated(
 
 
 def averaged(output: Tensor, copies: int, unit: StochasticUnit | None) -> Tensor:
-    """Return the average over ``copies`` batches one behind the other: for a softmax, of probabilities, as logits."""
-    if copies == 1:
-        return output
-    shaped = output.view(copies, -1, *output.shape[1:])
+    """Return what the network's callers see: the mean action over ``copies`` batches one behind the other.
+
+    For a softmax these are scores: the logarithm of the mean probability, and the logits as they are for one copy.
+    """
     if isinstance(unit, Softmax):
-        chances = unit.mean(shaped).mean(0)
+        if copies == 1:
+            return output
+        chances = unit.mean(output.view(copies, -1, *output.shape[1:])).mean(0)
         return unit.temperature * chances.clamp(min=torch.finfo(chances.dtype).tiny).log()
-    return shaped.mean(0)
+    seen = output if unit is None else unit.mean(output)
+    return seen if copies == 1 else seen.view(copies, -1, *seen.shape[1:]).mean(0)

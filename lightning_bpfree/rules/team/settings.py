@@ -120,8 +120,8 @@ def _named(table: dict[str, Any], value: Any, kind: type, argument: str) -> Any:
 
 
 def _check_numbers(rule: TeamReinforce) -> None:
-    if rule.num_samples < 1:
-        raise ValueError(f"num_samples={rule.num_samples}: every input is drawn at least once.")
+    if not isinstance(rule.num_samples, int) or rule.num_samples < 1:
+        raise ValueError(f"num_samples={rule.num_samples!r}: give a whole number of at least 1, draws of each input.")
     if rule.num_samples == 1 and rule.baseline == "leave_one_out":
         raise ValueError(
             "num_samples=1 with baseline='leave_one_out': a draw's baseline is the mean of the input's other draws. "
