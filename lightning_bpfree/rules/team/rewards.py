@@ -98,7 +98,7 @@ class Rewards:
         labels = labels if work.num_samples == 1 else labels.repeat(work.num_samples)
         if self.reward == "loss":
             return -F.cross_entropy(output, labels, reduction="none")
-        return 2.0 * (output.argmax(-1) == labels).to(output.dtype) - 1.0
+        return 2.0 * output.gather(1, labels[:, None])[:, 0] - 1.0  # the output is one-hot
 
 
 def _returned(step: Step, key: str) -> Tensor:
