@@ -101,8 +101,9 @@ def test_nothing_is_trained_and_nothing_written(digits: str, folder: Path) -> No
     before = sorted(folder.rglob("*"))
     found = verdicts("-c", digits, model("Linear"), "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint")
     assert {name for name, verdict in found.items() if not verdict.cost} == {
-        "ForwardForward()"
-    }  # one layer has no blocks
+        "ForwardForward()",
+        "TeamReinforce()",
+    }  # one layer has neither blocks nor units
     assert sorted(folder.rglob("*")) == before
 
 
@@ -138,7 +139,7 @@ def test_a_loss_without_derivative_leaves_zeroth_order(digits: str) -> None:
 
 def test_the_modules_own_hooks_are_no_obstacle(digits: str) -> None:
     found = verdicts("-c", digits, model("NeedsFullEpochs"))
-    assert {name for name, verdict in found.items() if not verdict.cost} == {"ForwardForward()"}
+    assert {name for name, verdict in found.items() if not verdict.cost} == {"ForwardForward()", "TeamReinforce()"}
 
 
 def test_precision_is_the_configurations(base: str) -> None:
