@@ -87,6 +87,7 @@ def test_backprop_is_added_and_everything_is_written(
     assert "±" in out
 
 
+@pytest.mark.slow
 def test_equal_forwards_buy_the_right_number_of_steps(base: str, overlay: Overlay, in_process: list[Any]) -> None:
     overlays = [
         overlay("cheap.yaml", "ZerothOrder", num_directions=1, scheme="forward"),  # 2 forwards a step
@@ -127,6 +128,7 @@ def test_forwards_alone_are_measured_by_a_few_steps(base: str, overlay: Overlay,
     ]
 
 
+@pytest.mark.slow
 def test_tuning_gives_every_rule_the_same_trials_and_takes_the_best(
     base: str, overlay: Overlay, in_process: list[Any]
 ) -> None:

@@ -37,6 +37,7 @@ def short(base: str, *arguments: str) -> list[str]:
 # --- curves ---
 
 
+@pytest.mark.slow
 def test_tuning_by_the_curve_takes_its_mean(base: str, overlay: Overlay, in_process: list[Any]) -> None:
     rule = overlay("cheap.yaml", "ZerothOrder", num_directions=1, scheme="forward")
     curve = ["--curve", "val_loss", "--tune-by", "curve", "--tune", f"{LR}=0.001,0.1"]
@@ -111,6 +112,7 @@ def test_noting_a_curve_changes_no_training(base: str, overlay: Overlay) -> None
     assert "curve" not in plain
 
 
+@pytest.mark.slow
 def test_validations_wider_apart_than_a_short_training_come_at_its_end(
     base: str, overlay: Overlay, in_process: list[Any]
 ) -> None:
@@ -207,6 +209,7 @@ def test_the_figure_has_the_mean_of_each_rule_where_all_seeds_have_a_value() -> 
 # --- grids of single rules ---
 
 
+@pytest.mark.slow
 def test_a_rule_with_a_grid_of_its_own_has_no_other(base: str, overlay: Overlay, in_process: list[Any]) -> None:
     tuned = [f"--tune=zo:{LR}=0.2", f"--tune={LR}=0.1,1e-6", f"--tune=zo:{SIZE}=16,32"]
     few = ["--seeds", "0", "--epochs", "1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]

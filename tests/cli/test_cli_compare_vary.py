@@ -79,6 +79,7 @@ def test_the_comparison_is_repeated_and_everything_is_written(
     assert "random_labels ┃" in out
 
 
+@pytest.mark.slow
 def test_each_rule_is_tuned_once_at_the_first_value(base: str, overlay: Overlay, in_process: list[Any]) -> None:
     rule = overlay("zo.yaml", "ZerothOrder", num_directions=8)
     tuned = ["--tune", "model.init_args.lr=1e-6,0.1", "--vary", f"{KEY}=none,random_labels"]
@@ -92,6 +93,7 @@ def test_each_rule_is_tuned_once_at_the_first_value(base: str, overlay: Overlay,
     assert in_process[2]["values"] == {KEY: "random_labels", "model.init_args.lr": "0.1"}
 
 
+@pytest.mark.slow
 def test_a_rule_that_was_not_tuned_is_not_trained_later(base: str, overlay: Overlay, in_process: list[Any]) -> None:
     bad = overlay("bad.yaml", "ZerothOrder", sigma="1e-12")
     tuned = ["--tune", "model.init_args.lr=0.01,0.1", "--vary", f"{KEY}=none,gaussian"]
@@ -102,6 +104,7 @@ def test_a_rule_that_was_not_tuned_is_not_trained_later(base: str, overlay: Over
     assert (first["runs"], second["runs"], len(in_process)) == ([], [], 3)
 
 
+@pytest.mark.slow
 def test_budgets_of_forward_passes_are_those_of_the_condition(
     base: str, overlay: Overlay, in_process: list[Any]
 ) -> None:

@@ -97,6 +97,7 @@ def test_k_orthogonal_directions_for_d_parameters_give_the_gradient_itself(make)
     assert float(trainer.callback_metrics["bpfree/norm_ratio"]) == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num", [10, 100])
 def test_mean_cosine_is_that_of_theory(num):
     """cos = sqrt(K / (K + d + 1)) within 5 % for K >= 10."""

@@ -453,6 +453,7 @@ def test_alignment_says_that_there_is_nothing_to_compare_with():
     assert alignment.measured == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("blocks", "least"), [(1, 0.93), ([2, 2], 0.95)])
 def test_digits_are_learned_in_seconds(blocks, least):
     """A sanity check: measured are 0.96 and 0.97, three seeds, spread 0.01; 40 instead of 60 epochs here."""

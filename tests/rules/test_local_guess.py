@@ -346,6 +346,7 @@ def test_random_directions_with_a_local_target_are_unbiased_along_the_local_grad
     assert along == pytest.approx(1, abs=4 * 2**0.5 / num**0.5)  # one direction: at most sqrt 2
 
 
+@pytest.mark.slow
 def test_variance_in_activations_and_in_weights():
     """(#activations + 1) against (#weights + 1), per sample, for a linear layer."""
     torch.manual_seed(0)
