@@ -50,6 +50,21 @@ RULES = {
     "zeroth_order_forward": partial(ZerothOrder, 2, scheme="forward", directions="rademacher"),
 }
 
+# Settings whose way through the code is nearly that of another one; they take their turn in the slow set.
+VARIANTS = {
+    "evolution_des",
+    "evolution_low_rank",
+    "evolution_pgpe",
+    "evolution_sep_cma",
+    "forward_gradient_loop",
+    "local_guess_activations",
+    "local_guess_local",
+    "team_critic",
+    "team_boltzmann",
+    "zeroth_order_forward",
+}
+SLOW = pytest.mark.slow
+
 # What a rule refuses, or does otherwise on purpose; tests of its own show how.
 EXCEPTIONS = {
     **{
@@ -82,7 +97,7 @@ EXCEPTIONS = {
 
 
 @pytest.mark.parametrize("holds", PROPERTIES, ids=lambda holds: holds.__name__)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [pytest.param(rule, marks=SLOW) if rule in VARIANTS else rule for rule in RULES])
 def test_rule(rule, holds):
     if (rule, holds.__name__) not in EXCEPTIONS:
         holds(RULES[rule])
