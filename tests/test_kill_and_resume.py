@@ -11,6 +11,8 @@ import pytest
 import resume_worker
 import torch
 
+pytestmark = pytest.mark.slow  # fifteen trainings in processes of their own
+
 
 @pytest.fixture(scope="module")
 def remains(tmp_path_factory) -> Path:

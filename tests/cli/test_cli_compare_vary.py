@@ -21,6 +21,8 @@ from lightning_bpfree.cli.configured import Blueprint
 from lightning_bpfree.demos.corruption import CORRUPTIONS, Corruption
 from lightning_bpfree.demos.data import DigitsDataModule
 
+pytestmark = pytest.mark.slow  # each compares under several conditions
+
 Overlay = Callable[..., str]
 
 KEY = "data.init_args.corruption"

@@ -32,6 +32,8 @@ from lightning_bpfree.core.params import Params
 from lightning_bpfree.core.pruning import num_kept
 from lightning_bpfree.demos.modules import MLP, Classifier
 
+pytestmark = pytest.mark.slow  # each trains several levels
+
 DOCS = Path(__file__).parents[2] / "docs"
 SPARSITIES = [0.0, 0.3, 0.5]
 ES = """
