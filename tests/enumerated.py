@@ -17,7 +17,8 @@ from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.step import Step
 from lightning_bpfree.nn.exploration import Drawn, Independent
 from lightning_bpfree.rules.own_modules import OwnModules
-from lightning_bpfree.rules.team.network import TeamNetwork, strip_team
+from lightning_bpfree.rules.stand_in import stand_in_of
+from lightning_bpfree.rules.team.network import TeamNetwork
 from lightning_bpfree.rules.team.sites import find_sites
 from lightning_bpfree.rules.team.training_pass import TeamPass
 
@@ -73,7 +74,9 @@ def run(rule: bpf.TeamReinforce, net: nn.Module, x: Tensor, hidden: Sequence[Ten
         settings = settings._replace(output=ScriptedSoftmax(action))
     settings = settings._replace(**changes)
     rows = x if len(x) > 1 else x.expand(len(hidden[0]), -1)
-    strip_team(net)
+    before = stand_in_of(net)
+    if before is not None:
+        before.remove()
     team = TeamNetwork(net, find_sites(net, "", None), settings, OwnModules())
     step = Step(net, lambda: net(rows).sum(), ParameterSlots(net), 0)
     leaves = type(rule._team.credit).leaves

@@ -105,12 +105,23 @@ class Boltzmann(Exploration):
         assert weight is not None
         value = self.chain(unit, potential, weight, generator)
         other = self.chain(unit, potential, weight, generator) if negative_phase else None
-        scale = unit.scale
+        return self.drawn(unit, value, other)
 
-        def lateral(advantage: Tensor) -> Tensor:
-            return scale * self.connected(pairs(value, value, advantage, other, other))
+    def drawn(self, unit: StochasticUnit, value: Tensor, other: Tensor | None, *, lateral: bool = True) -> Drawn:
+        """Return what is learned from a draw.
 
-        return Drawn(value, scale * (value if other is None else value - other), lateral)
+        Args:
+            unit: what the units are.
+            value: the draw, ``(B, n)``.
+            other: a second one, independent given the input, which is the negative phase; None for none.
+            lateral: whether there are lateral weights between the units.
+        """
+
+        def learned(advantage: Tensor) -> Tensor:
+            return unit.scale * self.connected(pairs(value, advantage, other))
+
+        score = unit.scale * (value if other is None else value - other)
+        return Drawn(value, score, learned if lateral else None)
 
     def mean(self, unit: StochasticUnit, potential: Tensor, weight: Tensor | None = None) -> Tensor:
         """Return the mean field after as many sweeps."""
@@ -211,23 +222,17 @@ def thresholds(unit: Bernoulli, shape: tuple[int, ...], like: Tensor, generator:
     return torch.logit(uniform).mul_(unit.temperature)
 
 
-def pairs(
-    left: Tensor, right: Tensor, advantage: Tensor, left_other: Tensor | None = None, right_other: Tensor | None = None
-) -> Tensor:
-    """Return the sum over rows of advantage times the products of two layers' values, minus those of a second draw.
+def pairs(value: Tensor, advantage: Tensor, other: Tensor | None = None) -> Tensor:
+    """Return the sum over rows of advantage times the products of two units' values, minus those of a second draw.
 
     Args:
-        left: shape ``(B, m)``.
-        right: shape ``(B, n)``.
+        value: shape ``(B, n)``.
         advantage: shape ``(B,)``.
-        left_other: the second draw of the left layer; None for none.
-        right_other: the second draw of the right layer.
+        other: the second draw, shaped like ``value``; None for none.
 
     Returns:
-        shape ``(m, n)``.
+        shape ``(n, n)``.
     """
-    weighted = advantage.to(left.dtype)[:, None]
-    total = left.T @ (weighted * right)
-    if left_other is not None and right_other is not None:
-        total = total - left_other.T @ (weighted * right_other)
-    return total
+    weighted = advantage.to(value.dtype)[:, None]
+    total = value.T @ (weighted * value)
+    return total if other is None else total - other.T @ (weighted * other)

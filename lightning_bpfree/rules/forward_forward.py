@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -21,10 +21,11 @@ from lightning_bpfree.core.labels import LabelsOf
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.step import Estimate, Step
 from lightning_bpfree.rules.block_rates import BlockRates
-from lightning_bpfree.rules.goodness_network import EMBEDDING, GoodnessNetwork, strip
+from lightning_bpfree.rules.goodness_network import EMBEDDING, GoodnessNetwork
 from lightning_bpfree.rules.goodness_pass import GoodnessPass, PeerNormalization
 from lightning_bpfree.rules.goodness_settings import GoodnessSettings
 from lightning_bpfree.rules.own_modules import OwnModules
+from lightning_bpfree.rules.stand_in import stand_in_of, taken_away
 from lightning_bpfree.rules.training_rule import TrainingRule
 
 
@@ -153,22 +154,13 @@ class ForwardForward(TrainingRule):
         Args:
             module: whose network, such as a copy of the one in training; None for the last one that was installed.
         """
-        if module is not None:
-            strip(find_network(module, self.network)[1])
-        elif self._network is not None:
-            self._network.uninstall()
+        found = self._network if module is None else stand_in_of(find_network(module, self.network)[1])
+        if isinstance(found, GoodnessNetwork):
+            found.remove()
 
-    @contextlib.contextmanager
-    def without(self) -> Iterator[None]:
+    def without(self) -> AbstractContextManager[None]:
         """Let the network be itself in this context."""
-        network = self._network
-        installed = network is not None and network.installed
-        self.uninstall()
-        try:
-            yield
-        finally:
-            if network is not None and installed:
-                network.install()
+        return taken_away(self._network)
 
     def _made(self, network: nn.Module) -> GoodnessNetwork:
         parts = cut(network, self.blocks)

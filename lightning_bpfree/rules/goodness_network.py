@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from lightning_bpfree.core.blocks import Cut
 from lightning_bpfree.core.goodness import goodness, rescaled
@@ -17,6 +16,7 @@ from lightning_bpfree.core.watching import watched
 from lightning_bpfree.nn.label_embedding import LabelEmbedding
 from lightning_bpfree.rules.own_modules import OwnModules
 from lightning_bpfree.rules.record import Record
+from lightning_bpfree.rules.stand_in import Call, StandIn
 
 if TYPE_CHECKING:
     from lightning_bpfree.rules.goodness_settings import GoodnessSettings
@@ -27,22 +27,6 @@ TrainingPass = Callable[["GoodnessNetwork", Tensor, "Call"], Tensor]
 
 EMBEDDING = "label_embedding"
 ROWS_AT_ONCE = 8192  # of the labels folded into the batch: enough to fill a device, little enough to fit
-
-
-class Call(NamedTuple):
-    """The further arguments of one call of the network."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def times(self, rows: int, copies: int) -> Call:
-        """Return arguments for ``copies`` batches one behind the other: tensors of ``rows`` rows are repeated."""
-
-        def repeated(tensor: Tensor) -> Tensor:
-            fits = tensor.dim() > 0 and len(tensor) == rows
-            return tensor.repeat(copies, *[1] * (tensor.dim() - 1)) if fits else tensor
-
-        return Call(*tree_map_only(Tensor, repeated, (self.args, self.kwargs)))
 
 
 class _LastBlockReached(Exception):  # noqa: N818  # no error: it leaves a forward pass whose rest is not needed
@@ -68,7 +52,7 @@ class _Embedding:
         return module
 
 
-class GoodnessNetwork:
+class GoodnessNetwork(StandIn):
     """Stands in for ``network.forward``: returns scores of shape ``(B, num_classes)``.
 
     Args:
@@ -89,26 +73,11 @@ class GoodnessNetwork:
         own: OwnModules | None = None,
         record: Record | None = None,
     ) -> None:
+        super().__init__(network)
         self.network, self.parts, self.settings = network, parts, settings
         self.num_classes = settings.num_classes or _last_width(network, parts)
         self.label_embedding = None if own is None else _Embedding(own, self.num_classes, record)
         self.training_pass: TrainingPass | None = None
-        own_forward = network.__dict__.get("forward")
-        self._own: Any = own_forward._own if isinstance(own_forward, GoodnessNetwork) else own_forward
-
-    def install(self) -> None:
-        """Take the place of the network's forward pass."""
-        self.network.forward = self
-
-    def uninstall(self) -> None:
-        """Give the network's own forward pass back, unless someone else has replaced it since."""
-        if self.installed:
-            strip(self.network)
-
-    @property
-    def installed(self) -> bool:
-        """Whether the network predicts by this."""
-        return self.network.__dict__.get("forward") is self
 
     def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the scores, as the network's callers see them."""
@@ -208,9 +177,7 @@ class GoodnessNetwork:
 
         with watched(self.parts.blocks, enter=enter, leave=left) as ran:
             try:
-                output = (self._own or type(self.network).forward.__get__(self.network))(
-                    inputs, *call.args, **call.kwargs
-                )
+                output = self.original(inputs, *call.args, **call.kwargs)
             except _LastBlockReached:
                 output = None
         expected = list(range(len(self.parts.blocks) if stop_behind is None else stop_behind + 1))
@@ -238,16 +205,6 @@ class GoodnessNetwork:
         if self.settings.prediction == "readout":
             return passes + 1.0
         return passes + (self.num_classes if self.settings.negatives == "hard" else 0.0)
-
-
-def strip(network: nn.Module) -> None:
-    """Give a network its own forward pass back, whichever rule has replaced it."""
-    stand_in = network.__dict__.get("forward")
-    if isinstance(stand_in, GoodnessNetwork):
-        if stand_in._own is None:
-            del network.__dict__["forward"]
-        else:
-            network.forward = stand_in._own
 
 
 def _weighted(modules: Sequence[nn.Module]) -> list[Any]:

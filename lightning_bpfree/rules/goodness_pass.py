@@ -15,8 +15,9 @@ from lightning_bpfree.core.labels import labels_of
 from lightning_bpfree.core.negatives import hard_labels, hybrid_images, wrong_labels
 from lightning_bpfree.core.params import Params
 from lightning_bpfree.core.step import Step
-from lightning_bpfree.rules.goodness_network import Call, GoodnessNetwork
+from lightning_bpfree.rules.goodness_network import GoodnessNetwork
 from lightning_bpfree.rules.goodness_settings import GoodnessSettings
+from lightning_bpfree.rules.stand_in import Call
 
 
 class PeerNormalization:

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_bpfree.core.exchange import ScalarExchange
+from lightning_bpfree.rules.stand_in import stand_in_of
 
 if TYPE_CHECKING:
     from lightning_bpfree.rules.training_rule import TrainingRule
@@ -44,8 +45,8 @@ def check_fit(rule: TrainingRule, rules: list[str], trainer: pl.Trainer, module:
             "and would use up a new batch at each evaluation. Take (batch, batch_idx) instead."
         )
     for part in module.modules():
-        stand_in = part.__dict__.get("forward")
-        other = getattr(type(stand_in), "rule", name)
+        stand_in = stand_in_of(part)
+        other = name if stand_in is None else stand_in.rule
         if other != name:
             raise MisconfigurationException(
                 f"{name} would train through what {other} has put in the place of {type(part).__name__}'s forward "

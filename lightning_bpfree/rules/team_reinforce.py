@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -22,9 +22,10 @@ from lightning_bpfree.core.step import Estimate, Step
 from lightning_bpfree.nn.exploration import Exploration
 from lightning_bpfree.nn.stochastic import StochasticUnit
 from lightning_bpfree.rules.own_modules import OwnModules
+from lightning_bpfree.rules.stand_in import stand_in_of, taken_away
 from lightning_bpfree.rules.team.baselines import Baseline, Baselines
 from lightning_bpfree.rules.team.credit import Credit, TopDown
-from lightning_bpfree.rules.team.network import TeamNetwork, strip_team
+from lightning_bpfree.rules.team.network import TeamNetwork
 from lightning_bpfree.rules.team.rates import LayerRates
 from lightning_bpfree.rules.team.report import EvaluationReport
 from lightning_bpfree.rules.team.rewards import Reward, Rewards, take_action
@@ -151,7 +152,7 @@ class TeamReinforce(TrainingRule):
         """
         name, network = find_network(module, self.network)
         if self._network is None or self._network.network is not network:
-            strip_team(network)
+            self.uninstall(module)
             sites = find_sites(network, name, self.units)
             self._team.check_units([site for site in sites.values() if isinstance(site, StochasticUnit)])
             if self._network is not None and not self._loaded:  # another network: it starts afresh
@@ -170,22 +171,13 @@ class TeamReinforce(TrainingRule):
         Args:
             module: whose network, such as a copy of the one in training; None for the last one that was installed.
         """
-        if module is not None:
-            strip_team(find_network(module, self.network)[1])
-        elif self._network is not None and self._network.installed:
-            strip_team(self._network.network)
+        found = self._network if module is None else stand_in_of(find_network(module, self.network)[1])
+        if isinstance(found, TeamNetwork):
+            found.remove()
 
-    @contextlib.contextmanager
-    def without(self) -> Iterator[None]:
+    def without(self) -> AbstractContextManager[None]:
         """Let the network be itself in this context."""
-        network = self._network
-        installed = network is not None and network.installed
-        self.uninstall()
-        try:
-            yield
-        finally:
-            if network is not None and installed:
-                network.install()
+        return taken_away(self._network)
 
     # --- one fit ---
 

@@ -290,12 +290,12 @@ def test_without_negative_phase_the_score_is_the_value_and_its_products(unit, co
 
 def test_pairs_are_weighted_products_of_two_draws():
     random = seeded()
-    left, right, left_other, right_other = (torch.randn(5, n, generator=random).double() for n in (2, 3, 2, 3))
+    value, other = (torch.randn(5, 3, generator=random).double() for _ in range(2))
     advantage = torch.randn(5, generator=random).double()
-    one = sum(a * torch.outer(p, q) for a, p, q in zip(advantage, left, right, strict=True))
-    two = sum(a * torch.outer(p, q) for a, p, q in zip(advantage, left_other, right_other, strict=True))
-    torch.testing.assert_close(pairs(left, right, advantage), one)
-    torch.testing.assert_close(pairs(left, right, advantage, left_other, right_other), one - two)
+    one = sum(a * torch.outer(p, p) for a, p in zip(advantage, value, strict=True))
+    two = sum(a * torch.outer(p, p) for a, p in zip(advantage, other, strict=True))
+    torch.testing.assert_close(pairs(value, advantage), one)
+    torch.testing.assert_close(pairs(value, advantage, other), one - two)
 
 
 def test_the_scores_of_a_boltzmann_layer_have_mean_zero_by_its_negative_phase(unit, colors):

@@ -1203,6 +1203,15 @@ def test_traces_of_map_propagation_are_of_the_values_it_leads_to():
     assert_same(first, expected, EXACT)  # one step has no past
 
 
+def test_traces_of_map_propagation_score_the_action_where_values_have_moved():
+    """Without a past they are the rule without traces, whoever chooses the action."""
+    settings = {"unit": "gaussian", "credit": "map_propagation", "num_samples": 1, "baseline": "none"}
+    module, batch = Plain(MLP(6, [5, 4], 3).double()), vectors()
+    plain = estimate(bpf.TeamReinforce(**settings), module, batch)
+    traced_ = estimate(bpf.TeamReinforce(trace_decay=0.5, **settings), module, batch)
+    assert_same(traced_, plain, EXACT)
+
+
 def test_traces_of_weight_maximization_need_outgoing_weights():
     rule = bpf.TeamReinforce(num_samples=1, baseline="none", credit="weight_max", trace_decay=0.5)
     with pytest.raises(ValueError, match="trace_decay"):

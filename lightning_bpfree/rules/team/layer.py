@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from lightning_bpfree.nn.exploration import Drawn
 from lightning_bpfree.nn.stochastic import Softmax, StochasticUnit
@@ -49,21 +47,6 @@ def as_input(layer: Layer, value: Tensor) -> Tensor:
     value = value.detach()
     cast = value.dtype != layer.potential.dtype and not torch.is_autocast_enabled(value.device.type)
     return value.to(layer.potential.dtype) if cast else value
-
-
-def repeated(
-    args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, copies: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return arguments for ``copies`` batches one behind the other: tensors of ``rows`` rows are repeated."""
-
-    def times(tensor: Tensor) -> Tensor:
-        fits = tensor.dim() > 0 and len(tensor) == rows
-        return tensor.repeat(copies, *[1] * (tensor.dim() - 1)) if fits else tensor
-
-    if copies == 1 or not (args or kwargs):
-        return args, kwargs
-    made: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(Tensor, times, (args, kwargs))
-    return made
 
 
 def averaged(output: Tensor, copies: int, unit: StochasticUnit | None) -> Tensor:

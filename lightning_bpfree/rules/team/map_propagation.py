@@ -69,7 +69,7 @@ class MapPropagation(Credit):
             directions = ascent_direction(work.layers, values)
             moved = []
             for layer, value, direction in zip(work.layers, values, directions, strict=False):
-                moved.append(value.detach() + self.step_size * layer.unit.variance * direction)  # type: ignore[operator]
+                moved.append(value.detach() + self.step_size * _variance(layer) * direction)
             values = moved
         work.set_values(values)
 
@@ -83,7 +83,7 @@ class MapPropagation(Credit):
         weights = [self._gated(last, target)] * len(hidden) if self.gate else advantages
         signals: list[Tensor] = []
         for layer, weight in zip(hidden, weights, strict=False):
-            score = layer.unit.score(layer.potential.detach(), layer.value.detach())
+            score = layer.score()
             signals.append(over_units(weight, score) * score)
         score = last.unit.score(last.potential.detach(), target)
         signals.append(score if self.gate else over_units(advantages[-1], score) * score)
@@ -114,3 +114,8 @@ class MapPropagation(Credit):
             drawn, least = last.value - mean, self.guard * last.unit.variance**0.5
             guarded = torch.where(drawn < 0, -1.0, 1.0) * drawn.abs().clamp(min=least)
             return ((target - mean) / guarded).flatten()
+
+
+def _variance(layer: Layer) -> float:
+    assert isinstance(layer.unit, Gaussian)
+    return layer.unit.variance

@@ -14,16 +14,17 @@ from lightning_bpfree.nn.joint_boltzmann import Machine, MachineLayer
 from lightning_bpfree.nn.lateral import Boltzmann, LateralWeights
 from lightning_bpfree.nn.stochastic import Softmax, StochasticUnit
 from lightning_bpfree.rules.own_modules import OwnModules
-from lightning_bpfree.rules.team.layer import Layer, as_input, averaged, repeated
+from lightning_bpfree.rules.stand_in import Call, StandIn
+from lightning_bpfree.rules.team.layer import Layer, as_input, averaged
 
 if TYPE_CHECKING:
     from lightning_bpfree.rules.team.settings import TeamSettings
 
 Visit = Callable[["Layer"], Tensor]
-TrainingPass = Callable[["TeamNetwork", Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
+TrainingPass = Callable[["TeamNetwork", Tensor, Call], Tensor]
 
 
-class Site:
+class Site(StandIn):
     """Stands in for the forward pass of one activation.
 
     Args:
@@ -35,16 +36,15 @@ class Site:
     rule = "TeamReinforce"
 
     def __init__(self, team: TeamNetwork, name: str, module: nn.Module) -> None:
-        self.team, self.name, self.module = team, name, module
-        own = module.__dict__.get("forward")
-        self.own: Any = own.own if isinstance(own, Site) else own
+        super().__init__(module)
+        self.team, self.name = team, name
 
     def __call__(self, potential: Tensor, *_: Any, **__: Any) -> Tensor:
         """Return the values of the units at these potentials."""
         return self.team.visited(self, potential)
 
 
-class TeamNetwork:
+class TeamNetwork(StandIn):
     """Stands in for ``network.forward``: a team of stochastic units, drawn in training and read out in evaluation.
 
     Args:
@@ -65,14 +65,13 @@ class TeamNetwork:
         lateral: OwnModules,
         seed: Callable[[], int] = lambda: 0,
     ) -> None:
+        super().__init__(network)
         self.network, self.settings, self.lateral, self.seed = network, settings, lateral, seed
         self.units, self.output, self.exploration = settings.units, settings.output, settings.exploration
         self.training_pass: TrainingPass | None = None
         self.generator: torch.Generator | None = None
         self.noted: dict[str, Tensor] | None = None
         """What an evaluation has returned by means and by draws, if that is noted."""
-        own = network.__dict__.get("forward")
-        self._own: Any = own._own if isinstance(own, TeamNetwork) else own
         self.num_weights = sum(p.numel() for p in network.parameters() if p.dim() > 1)
         self.sites = [Site(self, name, module) for name, module in activations.items()]
         self._handles: list[Any] = []
@@ -87,23 +86,28 @@ class TeamNetwork:
         if not self._handles:
             linears = [part for part in self.network.modules() if isinstance(part, nn.Linear)]
             self._handles = [part.register_forward_hook(self._seen) for part in linears]
-        self.network.forward = self
+        super().install()
         for site in self.sites:
-            site.module.forward = site
+            site.install()
 
-    @property
-    def installed(self) -> bool:
-        """Whether the network computes by this."""
-        return self.network.__dict__.get("forward") is self
+    def remove(self) -> None:
+        """Give network and activations their own forward passes back."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for site in self.sites:
+            site.remove()
+        super().remove()
 
     def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the network's callers see."""
+        call = Call(args, kwargs)
         if self.training_pass is not None:
-            return self.training_pass(self, inputs, args, kwargs)
-        scores = self.scores(inputs, args, kwargs, self.settings.evaluation)
+            return self.training_pass(self, inputs, call)
+        scores = self.scores(inputs, call, self.settings.evaluation)
         if self.noted is not None:
             other = "mean" if self.settings.evaluation == "samples" else "samples"
-            self.noted = {self.settings.evaluation: scores, other: self.scores(inputs, args, kwargs, other)}
+            self.noted = {self.settings.evaluation: scores, other: self.scores(inputs, call, other)}
         return scores
 
     # --- one forward pass ---
@@ -133,22 +137,20 @@ class TeamNetwork:
             layer.linear, layer.below = linear, below
             layer.chained = bool(self._layers) and below is self._layers[-1].value
 
-    def run(self, inputs: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], visit: Visit) -> list[Layer]:
+    def run(self, inputs: Tensor, call: Call, visit: Visit) -> list[Layer]:
         """Run the network's own forward pass once.
 
         Args:
             inputs: the first argument of the call.
-            args: further ones.
-            kwargs: those by name.
+            call: the further ones.
             visit: gives the value of each layer of units.
 
         Returns:
             the layers of units in the order in which they ran, and the output behind them, without a value.
         """
         self._visit, self._layers = visit, []
-        forward = self._own or type(self.network).forward.__get__(self.network)
         try:
-            output = forward(inputs, *args, **kwargs)
+            output = self.original(inputs, *call.args, **call.kwargs)
             layers = self._layers
             if not isinstance(output, Tensor):
                 raise ValueError(
@@ -235,19 +237,19 @@ class TeamNetwork:
 
     # --- evaluation ---
 
-    def scores(self, inputs: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], evaluation: str) -> Tensor:
+    def scores(self, inputs: Tensor, call: Call, evaluation: str) -> Tensor:
         """Return the output by the units' means, or averaged over draws, ``(B, C)``."""
         copies = self.settings.eval_samples if evaluation == "samples" else 1
-        args, kwargs = repeated(args, kwargs, len(inputs), copies)
+        call = call.times(len(inputs), copies)
         many = inputs.repeat(copies, *[1] * (inputs.dim() - 1)) if copies > 1 else inputs
-        if evaluation == "mean":
-            visit: Visit = lambda layer: self.exploration.mean(  # noqa: E731
-                layer.unit, layer.potential, self.lateral_weight(layer)
-            )
-        else:
-            generator = self.evaluation_generator(inputs.device)
-            visit = lambda layer: self.draw(layer, generator, negative_phase=False)  # noqa: E731
-        layers = self.run(many, args, kwargs, visit)
+        generator = self.evaluation_generator(inputs.device) if evaluation == "samples" else None
+
+        def visit(layer: Layer) -> Tensor:
+            if generator is None:
+                return self.exploration.mean(layer.unit, layer.potential, self.lateral_weight(layer))
+            return self.draw(layer, generator, negative_phase=False)
+
+        layers = self.run(many, call, visit)
         output = self._machine_scores(layers, evaluation) if self.is_one_machine else layers[-1].potential
         return averaged(output, copies, self.output)
 
@@ -275,19 +277,3 @@ class TeamNetwork:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def strip_team(network: nn.Module) -> None:
-    """Give a network and its activations their own forward passes back."""
-    for part in network.modules():
-        stand_in = part.__dict__.get("forward")
-        if isinstance(stand_in, TeamNetwork | Site):
-            own = stand_in._own if isinstance(stand_in, TeamNetwork) else stand_in.own
-            if isinstance(stand_in, TeamNetwork):
-                for handle in stand_in._handles:
-                    handle.remove()
-                stand_in._handles = []
-            if own is None:
-                del part.__dict__["forward"]
-            else:
-                part.forward = own

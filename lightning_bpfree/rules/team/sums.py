@@ -43,8 +43,10 @@ class Sums:
         """
         if not layer.potential.requires_grad:
             return [None] * len(values)
-        if layer.linear is not None and (layer.chained or not layer.below.requires_grad):  # type: ignore[union-attr]
-            return self._add_linear(layer, signal, len(values))
+        linear, below = layer.linear, layer.below
+        if linear is not None and below is not None and (layer.chained or not below.requires_grad):
+            said = self._add_linear(linear, below, signal, len(values) if layer.chained else 0)
+            return said or [None] * len(values)
         # Segments may share a graph (a residual stream), which ends with the potentials in any case.
         found = torch.autograd.grad(
             layer.potential,
@@ -58,23 +60,17 @@ class Sums:
         return list(found[: len(values)])
 
     @torch.no_grad()
-    def _add_linear(self, layer: Layer, signal: Tensor, num_values: int) -> Gradients:
+    def _add_linear(self, linear: nn.Linear, below: Tensor, signal: Tensor, num_values: int) -> Gradients:
         """Do the same by products of matrices: autograd takes several times as long for small ones."""
-        linear, below = layer.linear, layer.below
-        assert linear is not None
-        assert below is not None
         signal = signal.to(torch.promote_types(linear.weight.dtype, torch.float32))
-        with torch.autocast(signal.device.type, enabled=False):
-            return self._products(linear, below, signal, layer.chained, num_values)
-
-    def _products(self, linear: nn.Linear, below: Tensor, signal: Tensor, chained: bool, num_values: int) -> Gradients:
-        if id(linear.weight) in self.places:
-            self._add(self.places[id(linear.weight)], signal.T @ below.detach().to(signal.dtype))
-        if linear.bias is not None and id(linear.bias) in self.places:
-            self._add(self.places[id(linear.bias)], signal.sum(0))
         said: Gradients = [None] * num_values
-        if chained and num_values:
-            said[-1] = signal @ linear.weight.to(signal.dtype)
+        with torch.autocast(signal.device.type, enabled=False):
+            if id(linear.weight) in self.places:
+                self._add(self.places[id(linear.weight)], signal.T @ below.detach().to(signal.dtype))
+            if linear.bias is not None and id(linear.bias) in self.places:
+                self._add(self.places[id(linear.bias)], signal.sum(0))
+            if num_values:
+                said[-1] = signal @ linear.weight.to(signal.dtype)
         return said
 
     def _add(self, place: int, gradient: Tensor | None) -> None:

@@ -74,9 +74,7 @@ class Traces:
                 f"trace_decay: {layer.name} does not get its potentials straight from an nn.Linear; traces of other "
                 "layers are not kept. Leave trace_decay away."
             )
-        score = (
-            layer.unit.score(layer.potential.detach(), layer.value.detach()) if layer.drawn is None else layer.score()
-        )
+        score = layer.score()
         new = {"weight": torch.einsum("bo,bi->boi", score, layer.below.detach().to(score.dtype)), "bias": score}
         for kind, what in new.items():
             key = f"{layer.name}/{kind}"

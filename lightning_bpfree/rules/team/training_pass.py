@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +11,8 @@ from torch import Tensor
 from lightning_bpfree.core.replay import RandomStreams
 from lightning_bpfree.core.step import Step
 from lightning_bpfree.nn.exploration import Drawn
-from lightning_bpfree.nn.lateral import pairs
-from lightning_bpfree.rules.team.layer import Layer, as_input, averaged, repeated
+from lightning_bpfree.rules.stand_in import Call
+from lightning_bpfree.rules.team.layer import Layer, as_input, averaged
 from lightning_bpfree.rules.team.network import TeamNetwork
 
 
@@ -45,7 +44,7 @@ class TeamPass:
         self._streams = RandomStreams([generator.device]) if again else None
         self.layers: list[Layer] = []
 
-    def __call__(self, team: TeamNetwork, inputs: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def __call__(self, team: TeamNetwork, inputs: Tensor, call: Call) -> Tensor:
         """Draw, act, and return what the training step sees: the output, averaged over draws, without a graph."""
         if self.layers:
             raise ValueError(
@@ -54,9 +53,9 @@ class TeamPass:
             )
         copies, self.team = self.num_samples, team
         self.inputs = inputs.repeat(copies, *[1] * (inputs.dim() - 1)) if copies > 1 else inputs
-        self.args, self.kwargs = repeated(args, kwargs, len(inputs), copies)
+        self.call = call.times(len(inputs), copies)
         self._before = None if self._streams is None else self._streams.save()
-        self.layers = team.run(self.inputs, self.args, self.kwargs, self._drawn)
+        self.layers = team.run(self.inputs, self.call, self._drawn)
         last = self.layers[-1]
         if team.output is not None:
             last.drawn = Drawn(*last.unit.draw(last.potential.detach(), self.generator))
@@ -76,6 +75,7 @@ class TeamPass:
             values: of every layer of units, without the output's.
         """
         hidden, below = self.layers[:-1], [None, *values]
+        self.layers[-1].drawn = None  # what was done stays, but its score follows from the values below
         for layer, value in zip(hidden, values, strict=True):
             layer.value, layer.drawn = as_input(layer, value), None
         if not self.is_chain:
@@ -103,7 +103,7 @@ class TeamPass:
         with self.step.aside():
             if self._streams is not None and self._before is not None:
                 self._streams.load(self._before)
-            again = self.team.run(self.inputs, self.args, self.kwargs, lambda _: next(values))
+            again = self.team.run(self.inputs, self.call, lambda _: next(values))
         for layer, fresh in zip(self.layers, again, strict=True):
             layer.potential, layer.linear = fresh.potential, fresh.linear
             layer.below, layer.chained = fresh.below, fresh.chained
@@ -115,15 +115,8 @@ class TeamPass:
         with torch.autocast(layers[0].potential.device.type, enabled=False):
             first = layers[0].potential.detach().to(machine.dtype)
             values = machine.draw(first, self.generator)
-            others: list[Any] = machine.draw(first, self.generator) if self.negative_phase else [None] * len(values)
+            others = machine.draw(first, self.generator) if self.negative_phase else [None] * len(values)
         self.set_values(values[:-1])
         layers[-1].value = values[-1]
         for layer, part, value, other in zip(layers, machine.layers, values, others, strict=True):
-            score = part.unit.scale * (value if other is None else value - other)
-            layer.drawn = Drawn(value, score)
-            if part.lateral is not None:
-                layer.drawn = layer.drawn._replace(lateral=self._lateral(part.unit.scale, value, other))
-
-    def _lateral(self, scale: float, value: Tensor, other: Tensor | None) -> Any:
-        connected = self.team.exploration.connected  # type: ignore[attr-defined]  # of a Boltzmann machine
-        return lambda advantage: scale * connected(pairs(value, value, advantage, other, other))
+            layer.drawn = machine.settings.drawn(part.unit, value, other, lateral=part.lateral is not None)

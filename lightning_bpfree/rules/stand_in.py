@@ -1,0 +1,88 @@
+"""Objects that stand in for the forward pass of a module, on the instance, until they are taken away."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple, cast
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+
+class Call(NamedTuple):
+    """The further arguments of one call of a network."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def times(self, rows: int, copies: int) -> Call:
+        """Return arguments for ``copies`` batches one behind the other: tensors of ``rows`` rows are repeated."""
+
+        def repeated(tensor: Tensor) -> Tensor:
+            fits = tensor.dim() > 0 and len(tensor) == rows
+            return tensor.repeat(copies, *[1] * (tensor.dim() - 1)) if fits else tensor
+
+        if copies == 1 or not (self.args or self.kwargs):
+            return self
+        return Call(*tree_map_only(Tensor, repeated, (self.args, self.kwargs)))
+
+
+class StandIn:
+    """Stands in for ``module.forward``; subclasses are called in its place.
+
+    What the module had before (a forward of its own on the instance, or its class's) is :attr:`original`; an object of
+    a kind that stands there already is replaced, and not kept.
+
+    Args:
+        module: the module.
+    """
+
+    rule: ClassVar[str]
+    """Name of the rule that computes in this way."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        before = module.__dict__.get("forward")
+        self._own: Any = before._own if isinstance(before, StandIn) else before
+
+    def install(self) -> None:
+        """Take the place of the module's forward pass."""
+        self.module.forward = cast("Any", self)  # subclasses are callable, each with its own arguments
+
+    def remove(self) -> None:
+        """Give the module its own forward pass back, unless someone else has replaced it since."""
+        if not self.installed:
+            return
+        if self._own is None:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.forward = self._own
+
+    @property
+    def installed(self) -> bool:
+        """Whether the module computes by this."""
+        return self.module.__dict__.get("forward") is self
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute as the module does by itself."""
+        return (self._own or type(self.module).forward.__get__(self.module))(*args, **kwargs)
+
+
+def stand_in_of(module: nn.Module) -> StandIn | None:
+    """Return what stands in for the module's forward pass, if anything does."""
+    found = module.__dict__.get("forward")
+    return found if isinstance(found, StandIn) else None
+
+
+@contextlib.contextmanager
+def taken_away(stand_in: StandIn | None) -> Iterator[None]:
+    """Let the module be itself in this context."""
+    installed = stand_in is not None and stand_in.installed
+    if stand_in is not None:
+        stand_in.remove()
+    try:
+        yield
+    finally:
+        if stand_in is not None and installed:
+            stand_in.install()
