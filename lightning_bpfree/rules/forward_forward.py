@@ -196,9 +196,7 @@ class ForwardForward(TrainingRule):
     def _predict_as_trained(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             return
-        history = self.record.history
-        by_this_rule = history[-1]["rule"] == self.record.rule if history else self.active(0)
-        self.install(pl_module) if by_this_rule else self.uninstall(pl_module)
+        self.install(pl_module) if self.record.trained_last(self.active(0)) else self.uninstall(pl_module)
 
     on_validation_start = on_test_start = on_predict_start = _predict_as_trained
 

@@ -38,6 +38,10 @@ class Record:
         else:
             self.history.append({"rule": name, "first_epoch": epoch, "last_epoch": epoch})
 
+    def trained_last(self, otherwise: bool) -> bool:
+        """Whether the last epoch was the rule's own; ``otherwise`` if there was none."""
+        return bool(self.history[-1]["rule"] == self.rule) if self.history else otherwise
+
     def state_dict(self) -> dict[str, Any]:
         """Return the record in plain values."""
         return {

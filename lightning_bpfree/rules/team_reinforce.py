@@ -294,9 +294,7 @@ class TeamReinforce(TrainingRule):
 
     def _predict_as_trained(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
-            history = self.record.history
-            by_this_rule = history[-1]["rule"] == self.record.rule if history else self.active(0)
-            self.install(pl_module) if by_this_rule else self.uninstall(pl_module)
+            self.install(pl_module) if self.record.trained_last(self.active(0)) else self.uninstall(pl_module)
         if self._network is not None and self._network.installed:
             self._network.generator = None  # every evaluation draws the same
             self._report.begin(trainer, self._network, self.reward == "class")

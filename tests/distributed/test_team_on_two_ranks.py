@@ -2,53 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import team_worker
 import torch
+from ranks import outcomes, run_ranks
 
 pytestmark = pytest.mark.slow  # processes that import torch and lightning
-
-
-def run(what: str, out: Path, limit: float) -> None:
-    """Run both ranks; fails if they do not end, or end with an error."""
-    # Trainers and seed_everything of other tests in this process leave ranks and seeds in the environment.
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("PL_") and not k.endswith(("_RANK", "WORLD_SIZE"))}
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", team_worker.__file__, what, str(out)],
-        env={**clean, "OMP_NUM_THREADS": "1"},
-        cwd=out,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # so that rank 1 can be ended with rank 0
-    )
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"the ranks hang; written so far: {sorted(path.name for path in out.iterdir())}\n{output[-3000:]}")
-    assert process.returncode == 0, output[-3000:]
 
 
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory) -> Path:
     out: Path = tmp_path_factory.mktemp("fits")
-    run("fits", out, 240)
+    run_ranks(team_worker.__file__, "fits", out, 240)
     return out
 
 
 def ranks(out: Path, case: str) -> list[dict[str, Any]]:
-    outcomes = [torch.load(out / f"{case}.rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert [outcome["world_size"] for outcome in outcomes] == [2, 2]
-    return outcomes
+    both = outcomes(out, case)
+    assert [outcome["world_size"] for outcome in both] == [2, 2]
+    return both
 
 
 def assert_equal_bits(one: Any, other: Any, where: str = "") -> None:
@@ -128,5 +103,5 @@ def test_a_reward_that_is_no_number_on_one_rank_skips_the_batch_on_both(fits):
 
 
 def test_a_batch_that_is_skipped_leaves_nothing_behind(tmp_path):
-    run("nan", tmp_path, 240)
+    run_ranks(team_worker.__file__, "nan", tmp_path, 240)
     assert_skipped_together(*ranks(tmp_path, "nan_lateral"))

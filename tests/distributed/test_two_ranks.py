@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import worker
+from ranks import outcomes, run_ranks
 
 pytestmark = pytest.mark.slow  # processes that import torch and lightning
 
@@ -24,38 +21,16 @@ LIMIT = 120  # seconds; a run takes ten, unless the ranks wait for each other
 
 def run(strategy: str, out: Path) -> Callable[[str], list[dict[str, Any]]]:
     """Run the worker; returns a function from the name of a case to what the two ranks wrote."""
-    # Trainers and seed_everything of other tests in this process leave ranks and seeds in the environment.
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("PL_") and not k.endswith(("_RANK", "WORLD_SIZE"))}
-    process = subprocess.Popen(
-        [sys.executable, worker.__file__, strategy, str(out)],
-        env={**clean, "OMP_NUM_THREADS": "1"},
-        cwd=out,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # so that rank 1 can be ended with rank 0
-    )
-    try:
-        output, _ = process.communicate(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        done = sorted(path.name for path in out.iterdir())
-        pytest.fail(f"the ranks of {strategy} hang; written so far: {done}\n{output[-3000:]}")
-    assert process.returncode == 0, output[-3000:]
-
-    def outcomes(case: str) -> list[dict[str, Any]]:
-        return [torch.load(out / f"{case}.rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-
-    return outcomes
+    run_ranks(worker.__file__, strategy, out, LIMIT)
+    return partial(outcomes, out)
 
 
-def finished(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def finished(both: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what the ranks wrote, if nothing stopped them."""
-    for rank, outcome in enumerate(outcomes):
+    for rank, outcome in enumerate(both):
         assert "error" not in outcome, f"rank {rank}: {outcome['error']}"
         assert outcome["world_size"] == 2
-    return outcomes
+    return both
 
 
 @pytest.fixture(scope="module")
