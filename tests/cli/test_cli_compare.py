@@ -34,6 +34,7 @@ def results(out: str = "out") -> Any:
     return found, {rule["label"]: rule for rule in found["rules"]}
 
 
+@pytest.mark.slow
 def test_backprop_is_added_and_everything_is_written(
     base: str, overlay: Overlay, in_process: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,6 +108,7 @@ def test_equal_forwards_buy_the_right_number_of_steps(base: str, overlay: Overla
     assert steps["dear"] == {"epochs": (8, 48, False), "forwards": (4, 24, False)}
 
 
+@pytest.mark.slow
 def test_accumulated_batches_count_as_batches(base: str, overlay: Overlay, in_process: list[Any]) -> None:
     rule = overlay("cheap.yaml", "ZerothOrder", num_directions=1, scheme="forward")
     accumulate = ["--trainer.accumulate_grad_batches=2"]
@@ -118,6 +120,7 @@ def test_accumulated_batches_count_as_batches(base: str, overlay: Overlay, in_pr
     ]
 
 
+@pytest.mark.slow
 def test_forwards_alone_are_measured_by_a_few_steps(base: str, overlay: Overlay, in_process: list[Any]) -> None:
     rule = overlay("dear.yaml", "ForwardGradient", num_directions=2, chunk_size=1)
     assert main(["compare", "-c", base, "--rules", rule, "--seeds", "0", "--budget", "forwards", "--out", "out"]) == 0
@@ -148,6 +151,7 @@ def test_tuning_gives_every_rule_the_same_trials_and_takes_the_best(
     assert rules["backprop"]["chosen"]["model.init_args.lr"] == "0.1"
 
 
+@pytest.mark.slow
 def test_a_loss_is_minimised(base: str, overlay: Overlay, in_process: list[Any]) -> None:
     arguments = ["--metric", "test_loss", "--tune", "model.init_args.lr=1e-6,0.1", "--seeds", "0", "--budget", "epochs"]
     assert main(["compare", "-c", base, "--rules", "rules/backprop", "--out", "out", *arguments]) == 0
@@ -156,6 +160,7 @@ def test_a_loss_is_minimised(base: str, overlay: Overlay, in_process: list[Any])
     assert rules["backprop"]["chosen"] == {"model.init_args.lr": "0.1"}
 
 
+@pytest.mark.slow
 def test_a_failing_rule_loses_nothing_of_the_others(
     base: str, overlay: Overlay, in_process: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +179,7 @@ def test_a_failing_rule_loses_nothing_of_the_others(
     assert "sigma" in out
 
 
+@pytest.mark.slow
 def test_a_failing_seed_is_told_beside_the_others(
     base: str,
     overlay: Overlay,

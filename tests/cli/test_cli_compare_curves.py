@@ -67,6 +67,7 @@ def test_tuning_by_a_curve_needs_one(base: str, overlay: Overlay, capsys: pytest
     assert "--tune-by curve: the mean of which metric?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_curve_has_every_validation_and_everything_is_written(
     base: str, overlay: Overlay, in_process: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -261,6 +261,7 @@ def test_validation_between_steps_leaves_the_running_episodes_alone() -> None:
 # --- training ---
 
 
+@pytest.mark.slow
 def test_backprop_improves_the_return() -> None:
     seed_everything(0, verbose=False)
     module, seeds = cartpole(num_envs=16, lr=0.01, max_steps=100), torch.arange(50)

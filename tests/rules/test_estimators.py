@@ -21,6 +21,7 @@ def quadratic(d=12):
     return (lambda p: 0.5 * p["w"] @ a @ p["w"]), at, a @ at["w"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "estimate",
     [

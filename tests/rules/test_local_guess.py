@@ -189,6 +189,7 @@ def test_projecting_twice_changes_nothing(monkeypatch):
     close(step(ForwardGradient(guess=LocalLoss())), once, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_a_random_vector_divided_by_its_square_is_biased_by_one_over_d(monkeypatch):
     """What the published weight-space code does with random guesses; here they are not divided."""
     truth = part(step(Backprop()))
@@ -277,6 +278,7 @@ def test_slopes_of_samples_are_inner_products_with_backprops_gradient(kind, dtyp
         torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["network", "block"])
 def test_random_activations_are_unbiased_along_the_gradient_with_the_spread_of_theory(scope):
     truth, at = part(step(Backprop())), Watches(chain()).at_blocks(data_in(torch.float64))
@@ -327,6 +329,7 @@ def test_random_activations_differ_between_blocks_ranks_and_directions(monkeypat
     assert len(drawn) == len({tuple(v.flatten().tolist()) for v in drawn}) == 2 * 2 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["network", "block", "tensor"])
 def test_random_weights_of_blocks_are_unbiased_along_the_gradient(scope):
     truth = part(step(Backprop()))

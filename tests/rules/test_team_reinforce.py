@@ -209,6 +209,7 @@ def test_the_error_falls_with_the_root_of_the_rows_and_has_no_floor(settings):
     assert float(cosine) > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["boltzmann", "whole_network", "recurrent"])
 def test_coordinated_units_point_along_the_exact_gradient(kind):
     """One hidden layer of three units with lateral weights, against a sum over all that it can do."""
@@ -1038,6 +1039,7 @@ def test_the_step_may_act_by_itself(output):
     assert_same(found, dict(zip(found, expected, strict=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("baseline", ["critic", "per_layer"])
 def test_critics_learn_the_expected_reward_of_what_they_read(baseline):
     """A reward that does not depend on the draws: the critic that reads the input comes to know it, and it alone."""
