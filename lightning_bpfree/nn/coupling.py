@@ -71,13 +71,13 @@ def evaluate(branch: Branch, x: Tensor, context: Mapping[str, Any], label: str, 
         raise TypeError(f"{name} of {label} returns {type(out).__name__}; a branch returns one tensor.")
     if out.shape != x.shape:
         raise ValueError(
-            f"{name} of {label} makes shape {tuple(out.shape)} of {tuple(x.shape)}; a branch of a reversible block keeps "
-            "the shape. Put layers that change it between two reversible stacks."
+            f"{name} of {label} makes shape {tuple(out.shape)} of {tuple(x.shape)}; a branch of a reversible block "
+            "keeps the shape. Put layers that change it between two reversible stacks."
         )
     if version is not None and x._version != version:
         raise RuntimeError(
-            f"{name} of {label} changes its input in place (an in-place activation at its start?), which loses what the "
-            "other stream adds to: use the out-of-place form, such as nn.ReLU(inplace=False)."
+            f"{name} of {label} changes its input in place (an in-place activation at its start?), which loses what "
+            "the other stream adds to: use the out-of-place form, such as nn.ReLU(inplace=False)."
         )
     return out
 
@@ -105,10 +105,11 @@ class ReversibleBlock(nn.Module):
     """Two streams coupled by two branches: ``y1 = s1 x1 + f(x2)``, ``y2 = s2 x2 + g(y1)``.
 
     Args:
-        f: module from (..., C) to the same shape, with its normalisation inside and without a skip; in a transformer the
-            attention.
+        f: module from (..., C) to the same shape, with its normalisation inside and without a skip; in a transformer
+            the attention.
         g: likewise; in a transformer the feed-forward part.
-        scale: factors ``(s1, s2)`` of the skips, above 0. Away from 1, errors of the inverse grow as ``1 / (s1 s2)`` per
+        scale: factors ``(s1, s2)`` of the skips, above 0. Away from 1, errors of the inverse grow as ``1 / (s1 s2)``
+            per
             block: use ``buffer_every`` and ``max_error`` of :class:`ReversibleSequential` then.
 
     Raises:

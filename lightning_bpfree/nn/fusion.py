@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 Enter = Literal["duplicate", "split"]
-Fusion = Literal["mean", "add", "max", "min", "concat", "concat_linear"]
-FUSIONS = ("mean", "add", "max", "min", "concat", "concat_linear")
+Fusion = Literal["mean", "add", "max", "min", "second", "concat", "concat_linear"]
+FUSIONS: tuple[Fusion, ...] = get_args(Fusion)
 
 
 def enter(x: Tensor, how: Enter, dim: int = -1) -> tuple[Tensor, Tensor]:
@@ -42,9 +42,9 @@ class StreamFusion(nn.Module):
     """One tensor of the two streams of a reversible stack.
 
     Args:
-        mode: ``"mean"``, ``"add"``, ``"max"``, ``"min"``: elementwise, C channels stay C; ``"concat"``: 2C channels;
-            ``"concat_linear"``: both streams side by side through a feed-forward network (2C, 2C with GELU, C), which
-            has parameters.
+        mode: ``"mean"``, ``"add"``, ``"max"``, ``"min"``: elementwise, C channels stay C; ``"second"``: the second
+            stream alone; ``"concat"``: 2C channels; ``"concat_linear"``: both streams side by side through a
+            feed-forward network (2C, 2C with GELU, C), which has parameters.
         channels: C, for ``"concat_linear"``.
         dim: the dimension of the channels; the last one for ``"concat_linear"``.
 
@@ -81,6 +81,8 @@ class StreamFusion(nn.Module):
         """Return one tensor."""
         if self.mode == "mean":
             return (x1 + x2) / 2
+        if self.mode == "second":
+            return x2
         if self.mode == "add":
             return x1 + x2
         if self.mode in ("max", "min"):

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from lightning_bpfree.core.recompute import Autocast
+from lightning_bpfree.core.recompute import Autocast, Inventory
 from lightning_bpfree.nn.coupling import Coupling
-from lightning_bpfree.nn.reversible_tape import Block, Inventory, ReversibleFunction, Tape
+from lightning_bpfree.nn.reversible_tape import Block, ReversibleFunction, Tape
 
 Schedule = Literal["autograd", "checkpoint", "sequential", "parallel"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
@@ -26,8 +26,8 @@ class Recomputation:
     """Runs couplings one after the other, by a schedule.
 
     Args:
-        schedule: ``"autograd"``: all activations are stored; ``"checkpoint"``: the streams between blocks are stored, and
-            every block runs again; ``"sequential"``: nothing but the output is stored, and each block's inputs are
+        schedule: ``"autograd"``: all activations are stored; ``"checkpoint"``: the streams between blocks are stored,
+            and every block runs again; ``"sequential"``: nothing but the output is stored, and each block's inputs are
             recovered from its outputs and differentiated, one block after the other; ``"parallel"``: the same, while
             the block below is recovered on a second CUDA stream beside the gradients of a block (PaReprop); on other
             devices the same operators run in the same order on one stream.
@@ -35,6 +35,8 @@ class Recomputation:
         max_error: largest relative error of recovered inputs that is let through, above 0; measured where inputs are
             kept, for which those of the first block are. None: not measured, unless inputs are buffered.
         check_every: measure in one of so many passes, at least 1.
+        store_last: so many blocks at the top store their activations as under plain autograd, and are not recomputed;
+            at least 0. Takes their memory, and saves their part of the time.
 
     Raises:
         ValueError: for arguments out of range.
@@ -46,6 +48,7 @@ class Recomputation:
         buffer_every: int | None = None,
         max_error: float | None = None,
         check_every: int = 1,
+        store_last: int = 0,
     ) -> None:
         if buffer_every is not None and buffer_every < 1:
             raise ValueError(f"buffer_every={buffer_every}: give a number of blocks of at least 1, or None.")
@@ -53,8 +56,11 @@ class Recomputation:
             raise ValueError(f"max_error={max_error}: give a relative error above 0, or None.")
         if check_every < 1:
             raise ValueError(f"check_every={check_every}: give a number of passes of at least 1.")
+        if store_last < 0:
+            raise ValueError(f"store_last={store_last}: give a number of blocks of at least 0.")
         self.schedule = schedule
         self.buffer_every, self.max_error, self.check_every = buffer_every, max_error, check_every
+        self.store_last = store_last
         self.passes = 0
         self._errors: dict[str, Tensor] = {}
 
@@ -93,21 +99,24 @@ class Recomputation:
         if Autocast.now(x1.device.type).enabled and x1.dtype in (torch.float16, torch.bfloat16):
             # A stream adds up all branches: in half precision it could not be recovered.
             x1, x2 = (x1.float(), x1.float()) if x1 is x2 else (x1.float(), x2.float())
-        _check_context(couplings, context)
+        _check_context(context)
         if self.schedule == "autograd" or not torch.is_grad_enabled():
             return _plain(couplings, x1, x2, context)
         if self.schedule == "checkpoint":
             return _checkpointed(couplings, x1, x2, context)
-        return self._reversible(couplings, x1, x2, context)
+        cut = max(0, len(couplings) - self.store_last)
+        if cut:
+            x1, x2 = self._reversible(couplings[:cut], x1, x2, context)
+        return _plain(couplings[cut:], x1, x2, context)
 
     def _reversible(
         self, couplings: Sequence[Coupling], x1: Tensor, x2: Tensor, context: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError(
-                f"schedule={self.schedule!r} within a transform of torch.func (grad, vjp, jvp, vmap) is not possible: its "
-                "backward pass recomputes outside of the transform. Use schedule='autograd', or torch.no_grad() where no "
-                "gradient is wanted."
+                f"schedule={self.schedule!r} within a transform of torch.func (grad, vjp, jvp, vmap) is not possible: "
+                "its backward pass recomputes outside of the transform. Use schedule='autograd', or torch.no_grad() "
+                "where no gradient is wanted."
             )
         measured = self.max_error is not None and self.passes % self.check_every == 0
         self.passes += 1
@@ -134,8 +143,8 @@ class Recomputation:
         if self.max_error is not None and not float(error) <= self.max_error:
             raise ReconstructionError(
                 f"the inputs of {label} were recovered with a relative error of {float(error):.2g}, above "
-                f"max_error={self.max_error:g}: gradients would be wrong. Use buffer_every with a smaller number of blocks, "
-                "scales nearer to 1, a higher precision, or schedule='checkpoint'."
+                f"max_error={self.max_error:g}: gradients would be wrong. Use buffer_every with a smaller number of "
+                "blocks, scales nearer to 1, a higher precision, or schedule='checkpoint'."
             )
 
 
@@ -149,7 +158,7 @@ def _check_streams(x1: Tensor, x2: Tensor) -> None:
         raise ValueError(f"the streams are of {x1.dtype}; a reversible stack needs floating-point numbers.")
 
 
-def _check_context(couplings: Sequence[Coupling], context: Mapping[str, Any]) -> None:
+def _check_context(context: Mapping[str, Any]) -> None:
     for key, value in context.items():
         if isinstance(value, Tensor):
             continue
@@ -160,9 +169,7 @@ def _check_context(couplings: Sequence[Coupling], context: Mapping[str, Any]) ->
             )
 
 
-def _plain(
-    couplings: Sequence[Coupling], x1: Tensor, x2: Tensor, context: Mapping[str, Any]
-) -> tuple[Tensor, Tensor]:
+def _plain(couplings: Sequence[Coupling], x1: Tensor, x2: Tensor, context: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     for coupling in couplings:
         x1, x2 = coupling.forward(x1, x2, context)
     return x1, x2

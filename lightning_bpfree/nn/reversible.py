@@ -15,10 +15,10 @@ from lightning_bpfree.nn.recomputation import Recomputation, Schedule
 class ReversibleSequential(nn.Module):
     """Blocks of two coupled streams, one after the other, whose inputs are recomputed from their outputs.
 
-    The gradients are those of plain autograd up to rounding, whatever the schedule: dropout and stochastic depth draw the
-    same numbers again, autocast computes in the same types (streams stay in float32), running statistics move once, and
-    the caller's random streams end where plain training would leave them. Saved activations do not grow with depth under
-    ``"sequential"`` and ``"parallel"``; a step takes one more forward pass of the stack.
+    The gradients are those of plain autograd up to rounding, whatever the schedule: dropout and stochastic depth draw
+    the same numbers again, autocast computes in the same types (streams stay in float32), running statistics move once,
+    and the caller's random streams end where plain training would leave them. Saved activations do not grow with depth
+    under ``"sequential"`` and ``"parallel"``; a step takes one more forward pass of the stack.
 
     Args:
         blocks: :class:`ReversibleBlock`, at least one.
@@ -30,6 +30,7 @@ class ReversibleSequential(nn.Module):
         buffer_every: keep the inputs of every so many blocks, at least 1; None for none.
         max_error: largest relative error of recovered inputs that is let through, above 0; None for any.
         check_every: measure that error in one of so many passes, at least 1.
+        store_last: so many blocks at the top keep their activations, at least 0: time for memory.
 
     Raises:
         ValueError: for arguments out of range.
@@ -64,13 +65,14 @@ class ReversibleSequential(nn.Module):
         buffer_every: int | None = None,
         max_error: float | None = None,
         check_every: int = 1,
+        store_last: int = 0,
     ) -> None:
         super().__init__()
         for index, block in enumerate(blocks):
             if not isinstance(block, ReversibleBlock):
                 raise TypeError(
                     f"block {index} is a {type(block).__name__}; give ReversibleBlock(f, g). The layers of an existing "
-                    "model are converted by convert_layers or the ReversibleRecompute callback."
+                    "model are converted by convert_to_reversible or the ReversibleRecompute callback."
                 )
             self.add_module(str(index), block)
         if not self._modules:
@@ -80,7 +82,7 @@ class ReversibleSequential(nn.Module):
         self.depth, self.enter, self.dim = len(self._modules), enter, dim
         mode = fusion or ("mean" if enter == "duplicate" else "concat")
         self.fusion = mode if isinstance(mode, nn.Module) else StreamFusion(mode, dim=dim)
-        self.recomputation = Recomputation(schedule, buffer_every, max_error, check_every)
+        self.recomputation = Recomputation(schedule, buffer_every, max_error, check_every, store_last)
 
     @property
     def schedule(self) -> Schedule:

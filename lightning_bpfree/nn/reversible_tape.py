@@ -110,8 +110,8 @@ class Tape:
         """
         if self._context_versions() != self._versions:
             raise RuntimeError(
-                "a keyword argument of a reversible stack (a mask?) was changed in place between forward and backward, so "
-                "that inputs cannot be recomputed: pass a copy of it."
+                "a keyword argument of a reversible stack (a mask?) was changed in place between forward and backward, "
+                "so that inputs cannot be recomputed: pass a copy of it."
             )
         self.above = (y1, y2)
         self.streams.open()
@@ -177,7 +177,7 @@ class ReversibleFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, index: int, top: bool, x1: Tensor, x2: Tensor, *others: Tensor) -> Any:
+    def forward(ctx: Any, tape: Tape, index: int, top: bool, x1: Tensor, x2: Tensor, *others: Tensor) -> Any:  # noqa: ARG004  # inputs of the node
         """Return the block's outputs; ``others`` are the sources of the context and the trainable parameters."""
         y1, y2 = tape.forward(index, x1, x2)
         ctx.tape, ctx.index, ctx.top = tape, index, top

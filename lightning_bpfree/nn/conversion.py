@@ -1,0 +1,272 @@
+"""Making the transformer layers of an existing model reversible, and undoing it."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_bpfree.nn.fusion import Fusion
+from lightning_bpfree.nn.layer_families import FAMILIES, Family, OwnBranches, Rewire, family_of
+from lightning_bpfree.nn.recomputation import Schedule
+from lightning_bpfree.nn.reversible import ReversibleSequential
+from lightning_bpfree.nn.reversible_layers import ReversibleLayers
+
+
+class FunctionChangedWarning(UserWarning):
+    """A module computes another function than before, with the same weights."""
+
+
+class Converted(NamedTuple):
+    """One stack that was made reversible.
+
+    Args:
+        path: name of the stack in the model.
+        family: what its layers are.
+        reversible: how many layers are reversible blocks now.
+        ordinary: how many are not, for they change the shape.
+        rewire: what became of normalisations after the skips.
+        scale: factors of the skips.
+        fusion: how the streams become one.
+        new_parameters: how many were added, by the fusion.
+    """
+
+    path: str
+    family: str
+    reversible: int
+    ordinary: int
+    rewire: Rewire | None
+    scale: tuple[float, float]
+    fusion: str
+    new_parameters: int
+
+
+class Conversion:
+    """What :func:`convert_to_reversible` has replaced.
+
+    Args:
+        report: one entry a stack.
+
+    Examples:
+        >>> layer = nn.TransformerEncoderLayer(8, 2, norm_first=True)
+        >>> model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        >>> conversion = convert_to_reversible(model, ["layers"], warn=False)
+        >>> print(conversion)
+        layers: 3 x torch.nn.TransformerEncoderLayer, streams fused by mean, all weights reused
+        >>> conversion.undo()
+        >>> type(model.layers).__name__
+        'ModuleList'
+    """
+
+    def __init__(self, report: list[Converted]) -> None:
+        self.report = report
+        self.stacks: list[ReversibleLayers] = []
+        self._places: list[tuple[nn.Module, str, nn.Module]] = []
+        self._flags: list[tuple[nn.Module, str, Any]] = []
+
+    def undo(self) -> None:
+        """Put the lists of layers back; the layers keep the weights that they have by now."""
+        for owner, name, original in reversed(self._places):
+            setattr(owner, name, original)
+        for owner, name, value in self._flags:
+            setattr(owner, name, value)
+        self._places, self._flags, self.stacks = [], [], []
+
+    def _replace(self, owner: nn.Module, name: str, stack: ReversibleLayers) -> None:
+        self._places.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, stack)
+        self.stacks.append(stack)
+        for flag in ("use_nested_tensor", "enable_nested_tensor"):  # the fast path of nn.TransformerEncoder
+            if hasattr(owner, flag):
+                self._flags.append((owner, flag, getattr(owner, flag)))
+                setattr(owner, flag, False)
+
+    def __str__(self) -> str:
+        return "\n".join(map(_line, self.report))
+
+
+def _line(entry: Converted) -> str:
+    wiring = {None: "", "pre_norm": ", normalisations moved before the branches", "scaled": ", whole sublayers"}
+    scale = "" if entry.scale == (1.0, 1.0) else f", skips scaled by {entry.scale[0]:g} and {entry.scale[1]:g}"
+    rest = f", {entry.ordinary} ordinary between them" if entry.ordinary else ""
+    weights = f"{entry.new_parameters} parameters new" if entry.new_parameters else "all weights reused"
+    return (
+        f"{entry.path}: {entry.reversible} x {entry.family}{rest}{wiring[entry.rewire]}{scale}, streams fused by "
+        f"{entry.fusion}, {weights}"
+    )
+
+
+def convert_to_reversible(
+    model: nn.Module,
+    stacks: str | Iterable[str] | None = None,
+    schedule: Schedule = "sequential",
+    *,
+    rewire: Rewire | None = None,
+    scale: float | tuple[float, float] | None = None,
+    fusion: Fusion | None = None,
+    branches: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None,
+    buffer_every: int | Literal["auto"] | None = "auto",
+    max_error: float | None = None,
+    check_every: int = 1,
+    store_last: int = 0,
+    warn: bool = True,
+) -> Conversion:
+    """Make the layers of a model reversible, in place.
+
+    Every stack, an ``nn.ModuleList`` or ``nn.Sequential`` of transformer layers, is replaced by
+    :class:`ReversibleLayers` of the same layers: weights and the names of parameters stay, so old checkpoints load.
+    **The function changes**: two streams run where one did, so a trained model must be fine-tuned or trained anew.
+
+    Known layers: ``torch.nn.TransformerEncoderLayer``; transformers' ViT, Swin, Hiera, RoBERTa and BERT; timm's ViT and
+    Swin blocks. They are recognised by their structure, and the branches of the first layer are compared with the
+    layer's own output at the first call.
+
+    Args:
+        model: the model; a LightningModule is one.
+        stacks: names of the stacks, such as ``"encoder.layers"``; None for all stacks of known layers.
+        schedule: ``"autograd"``, ``"checkpoint"``, ``"sequential"`` or ``"parallel"``.
+        rewire: what is done with post-norm layers, whose output is a normalisation and no sum: ``"pre_norm"`` puts the
+            normalisations before the branches (train from scratch); ``"scaled"`` keeps each sublayer whole as a branch
+            and scales the skips (near the trained function for small scales).
+        scale: factors of the skips; a number for both. None: 0.1 for ``"scaled"``, else 1. Recovered inputs lose digits
+            by ``1 / (s1 s2)`` a block.
+        fusion: how two streams become one: a mode of ``StreamFusion`` that keeps the width. None: ``"second"`` for
+            ``"scaled"``, else ``"mean"``.
+        branches: ``(f, g)`` for layers of no known family: functions of a layer, its input and keyword arguments, with
+            their normalisation inside and without a skip.
+        buffer_every: keep the inputs of every so many blocks; ``"auto"``: what the scales call for; None for none.
+        max_error: largest relative error of recovered inputs; None: 0.01 where skips are scaled, else any.
+        check_every: measure it in one of so many passes, at least 1.
+        store_last: so many blocks at the top keep their activations, at least 0.
+        warn: whether to warn that the function changes.
+
+    Returns:
+        What was replaced, and a way back.
+
+    Raises:
+        ValueError: if a name is unknown, holds layers of no known family or of several, post-norm layers lack
+            ``rewire``, or a fusion changes the width.
+
+    References:
+        B. Liao, S. Tan, C. Monz, "Make Pre-trained Model Reversible", 2023, arXiv 2306.00477: scaled skips.
+    """
+    if fusion == "concat":
+        raise ValueError("fusion='concat' doubles the width, which what follows does not expect: use 'concat_linear'.")
+    scales = _scales(scale, rewire)
+    own = OwnBranches(*branches) if branches is not None else None
+    conversion = Conversion([])
+    chosen = [(path, *_find(model, path)) for path in _paths(model, stacks)]
+    # All are looked at before any is replaced: an error leaves the model as it was.
+    families = [own or _family(path, getattr(owner, name), rewire) for path, owner, name in chosen]
+    for (path, owner, name), family in zip(chosen, families, strict=True):
+        layers = list(getattr(owner, name).children())
+        stack = ReversibleLayers(
+            layers,
+            family,
+            schedule,
+            rewire=rewire,
+            scale=scales,
+            fusion=fusion or ("second" if rewire == "scaled" else "mean"),
+            buffer_every=buffer_every,
+            max_error=0.01 if max_error is None and scales != (1.0, 1.0) else max_error,
+            check_every=check_every,
+            store_last=store_last,
+        )
+        stack.train(getattr(owner, name).training)
+        new = sum(p.numel() for p in stack.fusions.parameters()) if stack.fusions is not None else 0
+        if stack.fusions is not None:
+            stack.fusions.to(next(layers[0].parameters()))
+        conversion._replace(owner, name, stack)
+        count = sum(map(len, stack.stretches))
+        conversion.report.append(
+            Converted(path, family.name, count, len(layers) - count, rewire, scales, stack.fusion, new)
+        )
+    if warn:
+        warnings.warn(
+            f"Made reversible, which CHANGES THE FUNCTION of the model (two streams instead of one, with the same "
+            f"weights): train it anew or fine-tune it.\n{conversion}",
+            FunctionChangedWarning,
+            stacklevel=2,
+        )
+    return conversion
+
+
+def _scales(scale: float | tuple[float, float] | None, rewire: Rewire | None) -> tuple[float, float]:
+    if rewire not in (None, "pre_norm", "scaled"):
+        raise ValueError(f"rewire={rewire!r}: choose 'pre_norm', 'scaled' or None.")
+    if scale is None:
+        return (0.1, 0.1) if rewire == "scaled" else (1.0, 1.0)
+    both = (float(scale), float(scale)) if isinstance(scale, int | float) else tuple(map(float, scale))
+    if len(both) != 2 or not all(0 < s < float("inf") for s in both):
+        raise ValueError(f"scale={scale!r}: give a finite factor above 0, or one for each stream.")
+    return both[0], both[1]
+
+
+def _paths(model: nn.Module, stacks: str | Iterable[str] | None) -> list[str]:
+    if stacks is not None:
+        return [stacks] if isinstance(stacks, str) else list(stacks)
+    found = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and len(module)
+        and path
+        and all(family_of(layer) is not None for layer in module)
+        and any(family.reversible(layer) for layer in module if (family := family_of(layer)) is not None)
+    ]
+    if not found:
+        raise ValueError(
+            f"stacks=None, and {type(model).__name__} has no nn.ModuleList or nn.Sequential of known layers "
+            f"({', '.join(family.name for family in FAMILIES)}): name the stacks, and give branches=(f, g) for layers "
+            "of your own."
+        )
+    return found
+
+
+def _find(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    names = dict(model.named_modules())
+    if path not in names or not path:
+        lists = [name for name, module in names.items() if isinstance(module, nn.ModuleList | nn.Sequential) and name]
+        near = difflib.get_close_matches(path, lists, n=5, cutoff=0.0)
+        raise ValueError(
+            f"stacks names {path!r}, which the model does not have. Its lists of layers: {', '.join(near)}."
+        )
+    module = names[path]
+    if isinstance(module, ReversibleLayers | ReversibleSequential):
+        raise ValueError(f"stacks names {path!r}, which is reversible already: set its schedule.")
+    if not isinstance(module, nn.ModuleList | nn.Sequential) or not len(module):
+        raise ValueError(
+            f"stacks names {path!r}, a {type(module).__name__}; give the nn.ModuleList or nn.Sequential of layers"
+            + (" (a compiled module is compiled after its conversion)." if hasattr(module, "_orig_mod") else ".")
+        )
+    parent, _, name = path.rpartition(".")
+    return names[parent], name
+
+
+def _family(path: str, stack: Any, rewire: Rewire | None) -> Family:
+    found = [family_of(layer) for layer in stack]
+    for layer, family in zip(stack, found, strict=True):
+        if family is None or family is not found[0]:
+            raise ValueError(
+                f"stacks names {path!r}, which holds a {type(layer).__name__} "
+                + ("of no known family" if family is None else f"beside a {found[0].name}" if found[0] else "")
+                + f". Known are {', '.join(f.name for f in FAMILIES)}; for others give branches=(f, g)."
+                + (" A compiled layer is compiled after its conversion." if hasattr(layer, "_orig_mod") else "")
+            )
+    family = found[0]
+    assert family is not None
+    post = [family.post_norm(layer) for layer in stack]
+    if any(post) and rewire is None:
+        raise ValueError(
+            f"{path!r} holds post-norm layers ({family.name}), whose output is a normalisation and no sum that could "
+            "be taken back. Choose rewire='pre_norm' (normalisations before the branches; train from scratch) or "
+            "rewire='scaled' (whole sublayers with scaled skips; near the trained function)."
+        )
+    if not all(post) and rewire is not None:
+        raise ValueError(f"rewire={rewire!r} is for post-norm layers; {path!r} holds pre-norm ones: leave it out.")
+    if not any(family.reversible(layer) for layer in stack):
+        raise ValueError(f"all layers of {path!r} change the shape of their input: none can be reversible.")
+    return family
