@@ -42,7 +42,7 @@ class ReversibleSequential(nn.Module):
         - Output: one tensor for one, two for two.
 
     Examples:
-        >>> from lightning_bpfree.nn.reversible import ReversibleBlock, ReversibleSequential
+        >>> import torch
         >>> def branch():
         ...     return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU())
         >>> stack = ReversibleSequential([ReversibleBlock(branch(), branch()) for _ in range(12)])
