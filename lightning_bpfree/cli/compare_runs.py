@@ -14,8 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_bpfree.callbacks.gradient_alignment import GradientAlignment
 from lightning_bpfree.cli.configured import Blueprint
 from lightning_bpfree.cli.evaluation import evaluated, mean_cosine
-from lightning_bpfree.cli.memory import PeakMemory
 from lightning_bpfree.cli.records import finite
+from lightning_bpfree.core.peak_memory import PeakMemory
 from lightning_bpfree.rules.training_rule import TrainingRule
 
 PROFILED_STEPS = 3  # the first may differ, and an optimizer has all its state after it

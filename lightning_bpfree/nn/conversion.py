@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_bpfree.nn.fusion import Fusion
+from lightning_bpfree.nn.fusion import FUSIONS, Fusion
 from lightning_bpfree.nn.layer_families import FAMILIES, Family, OwnBranches, Rewire, family_of
 from lightning_bpfree.nn.recomputation import Schedule
 from lightning_bpfree.nn.reversible import ReversibleSequential
@@ -153,9 +153,7 @@ def convert_to_reversible(
     References:
         B. Liao, S. Tan, C. Monz, "Make Pre-trained Model Reversible", 2023, arXiv 2306.00477: scaled skips.
     """
-    if fusion == "concat":
-        raise ValueError("fusion='concat' doubles the width, which what follows does not expect: use 'concat_linear'.")
-    scales = _scales(scale, rewire)
+    scales = check_choices(rewire, scale, fusion)
     own = OwnBranches(*branches) if branches is not None else None
     conversion = Conversion([])
     chosen = [(path, *_find(model, path)) for path in _paths(model, stacks)]
@@ -194,7 +192,22 @@ def convert_to_reversible(
     return conversion
 
 
-def _scales(scale: float | tuple[float, float] | None, rewire: Rewire | None) -> tuple[float, float]:
+def check_choices(
+    rewire: Rewire | None, scale: float | tuple[float, float] | None, fusion: Fusion | None
+) -> tuple[float, float]:
+    """Return the scales of the skips.
+
+    Raises:
+        ValueError: for a choice that there is not.
+
+    Examples:
+        >>> check_choices("scaled", None, None), check_choices(None, 0.5, "add")
+        ((0.1, 0.1), (0.5, 0.5))
+    """
+    if fusion == "concat":
+        raise ValueError("fusion='concat' doubles the width, which what follows does not expect: use 'concat_linear'.")
+    if fusion is not None and fusion not in FUSIONS:
+        raise ValueError(f"fusion={fusion!r}: choose one of {', '.join(FUSIONS)}, or None.")
     if rewire not in (None, "pre_norm", "scaled"):
         raise ValueError(f"rewire={rewire!r}: choose 'pre_norm', 'scaled' or None.")
     if scale is None:
@@ -208,7 +221,24 @@ def _scales(scale: float | tuple[float, float] | None, rewire: Rewire | None) ->
 def _paths(model: nn.Module, stacks: str | Iterable[str] | None) -> list[str]:
     if stacks is not None:
         return [stacks] if isinstance(stacks, str) else list(stacks)
-    found = [
+    found = convertible(model)
+    if not found:
+        raise ValueError(
+            f"stacks=None, and {type(model).__name__} has no nn.ModuleList or nn.Sequential of known layers "
+            f"({', '.join(family.name for family in FAMILIES)}): name the stacks, and give branches=(f, g) for layers "
+            "of your own."
+        )
+    return found
+
+
+def convertible(model: nn.Module) -> list[str]:
+    """Return the names of all lists of layers that :func:`convert_to_reversible` knows.
+
+    Examples:
+        >>> convertible(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 3))
+        ['layers']
+    """
+    return [
         path
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList | nn.Sequential)
@@ -217,13 +247,6 @@ def _paths(model: nn.Module, stacks: str | Iterable[str] | None) -> list[str]:
         and all(family_of(layer) is not None for layer in module)
         and any(family.reversible(layer) for layer in module if (family := family_of(layer)) is not None)
     ]
-    if not found:
-        raise ValueError(
-            f"stacks=None, and {type(model).__name__} has no nn.ModuleList or nn.Sequential of known layers "
-            f"({', '.join(family.name for family in FAMILIES)}): name the stacks, and give branches=(f, g) for layers "
-            "of your own."
-        )
-    return found
 
 
 def _find(model: nn.Module, path: str) -> tuple[nn.Module, str]:

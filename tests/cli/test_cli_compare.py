@@ -18,7 +18,7 @@ from lightning_bpfree.cli import compare as command
 from lightning_bpfree.cli import compare_worker, main
 from lightning_bpfree.cli.compare_results import confidence, rows, t95
 from lightning_bpfree.cli.compare_runs import train
-from lightning_bpfree.cli.memory import MIB, PeakMemory
+from lightning_bpfree.core.peak_memory import MIB, PeakMemory
 
 Overlay = Callable[..., str]
 

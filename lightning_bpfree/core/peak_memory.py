@@ -1,4 +1,4 @@
-"""The peak of memory of a training, above what was there before it."""
+"""The peak of memory of a training."""
 
 from __future__ import annotations
 
@@ -40,33 +40,39 @@ class PeakMemory:
 
     def start(self) -> None:
         """Begin to measure."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = 0.0
-            return
-        # Linux puts the high-water mark back to the present level; imports and the reading of data have raised it.
-        # Elsewhere the mark only rises, and what is reported is the rise above it.
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        self._before = _high_water()
+        reset_peak(self.device)
+        self._before = 0.0 if self.device.type == "cuda" else peak_mib(self.device)
 
     def peak(self) -> float | None:
         """Return the peak since the start in MiB; None where the system does not tell."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / MIB
-        now = _high_water()
+        now = peak_mib(self.device)
         return None if now is None or self._before is None else now - self._before
 
 
-def _high_water() -> float | None:
-    """Return the largest resident size of this process so far, in MiB."""
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak so far, where the system can: CUDA devices, and Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    # Linux puts the high-water mark back to the present level; imports and the reading of data have raised it.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_mib(device: torch.device) -> float | None:
+    """Return the most memory since the peak was reset, in MiB; None where the system does not tell.
+
+    Of a CUDA device: what torch has allocated. On the CPU: the resident size of this process.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MIB
     status = Path("/proc/self/status")
     if status.exists():
         marks = [line.split() for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM")]
         if marks:
             return int(marks[0][1]) / 1024
     try:
-        import resource
+        import resource  # noqa: PLC0415  # not everywhere
     except ImportError:  # Windows
         return None
     unit = MIB if sys.platform == "darwin" else 1024  # macOS counts bytes, others KiB
