@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_bpfree import FunctionChangedWarning, ReversibleRecompute
 
@@ -51,7 +51,7 @@ class Encoder(pl.LightningModule):
         return (self.head(self.encoder(batch[0]).mean(1)) - batch[1]).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.002)
+        return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
 def data() -> TensorDataset:
@@ -72,6 +72,7 @@ def train(mode: str | None, schedule: str, accumulate: int = 2) -> Encoder:
         # torch refuses to skip a reduction of a static graph, whatever the model.
         accumulate_grad_batches=1 if mode == "static_graph" else accumulate,
         logger=False,
+        use_distributed_sampler=False,  # Lightning's own one shuffles
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -79,7 +80,8 @@ def train(mode: str | None, schedule: str, accumulate: int = 2) -> Encoder:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FunctionChangedWarning)
-        trainer.fit(module, DataLoader(data(), batch_size=BATCH // ranks, shuffle=False))
+        own = DistributedSampler(data(), ranks, int(os.environ.get("LOCAL_RANK", "0")), shuffle=False)
+        trainer.fit(module, DataLoader(data(), batch_size=BATCH // ranks, sampler=own))
     return module
 
 

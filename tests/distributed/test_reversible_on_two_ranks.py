@@ -12,7 +12,7 @@ from reversible_worker import MODES, SCHEDULES, train
 @pytest.mark.slow  # processes that import torch and lightning
 def test_three_modes_of_ddp_train_as_one_rank_does(tmp_path):
     run_ranks(reversible_worker.__file__, "ranks", tmp_path, limit=240)
-    # Lightning deals samples out in turns, so a batch of both ranks is a batch of one rank in another order.
+    # Samples are dealt out in turns, so a batch of both ranks is a batch of one rank in another order.
     alone = {(schedule, n): train(None, schedule, n) for schedule in SCHEDULES for n in (1, 2)}
     for mode in MODES:
         for schedule in SCHEDULES:
