@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_bpfree.core.peak_memory import peak_mib, reset_peak
 from lightning_bpfree.nn.conversion import Conversion, check_choices, convert_to_reversible, convertible
 from lightning_bpfree.nn.fusion import Fusion
-from lightning_bpfree.nn.layer_families import Rewire
+from lightning_bpfree.nn.layer_family import Rewire
 from lightning_bpfree.nn.recomputation import Recomputation, Schedule
 from lightning_bpfree.nn.reversible import ReversibleSequential
 from lightning_bpfree.nn.reversible_layers import ReversibleLayers

@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from lightning_bpfree.nn.fusion import FUSIONS, Fusion
-from lightning_bpfree.nn.layer_families import FAMILIES, Family, OwnBranches, Rewire, family_of
+from lightning_bpfree.nn.layer_families import FAMILIES, family_of
+from lightning_bpfree.nn.layer_family import Family, OwnBranches, Rewire
 from lightning_bpfree.nn.recomputation import Schedule
 from lightning_bpfree.nn.reversible import ReversibleSequential
 from lightning_bpfree.nn.reversible_layers import ReversibleLayers
@@ -235,7 +236,8 @@ def convertible(model: nn.Module) -> list[str]:
     """Return the names of all lists of layers that :func:`convert_to_reversible` knows.
 
     Examples:
-        >>> convertible(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 3))
+        >>> layer = nn.TransformerEncoderLayer(8, 2, norm_first=True)
+        >>> convertible(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False))
         ['layers']
     """
     return [

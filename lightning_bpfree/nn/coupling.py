@@ -66,7 +66,12 @@ def evaluate(branch: Branch, x: Tensor, context: Mapping[str, Any], label: str, 
         names = accepted(branch)
         context = context if names is None else {key: context[key] for key in names if key in context}
     version = None if x.is_inference() else x._version
-    out: Any = branch(x, **context)
+    try:
+        out: Any = branch(x, **context)
+    except RuntimeError as error:
+        if "leaf Variable that requires grad" not in str(error):
+            raise
+        raise RuntimeError(_in_place(name, label)) from error
     if not isinstance(out, Tensor):
         raise TypeError(f"{name} of {label} returns {type(out).__name__}; a branch returns one tensor.")
     if out.shape != x.shape:
@@ -75,11 +80,15 @@ def evaluate(branch: Branch, x: Tensor, context: Mapping[str, Any], label: str, 
             "keeps the shape. Put layers that change it between two reversible stacks."
         )
     if version is not None and x._version != version:
-        raise RuntimeError(
-            f"{name} of {label} changes its input in place (an in-place activation at its start?), which loses what "
-            "the other stream adds to: use the out-of-place form, such as nn.ReLU(inplace=False)."
-        )
+        raise RuntimeError(_in_place(name, label))
     return out
+
+
+def _in_place(name: str, label: str) -> str:
+    return (
+        f"{name} of {label} changes its input in place (an in-place activation at its start?), which loses what the "
+        "other stream adds to: use the out-of-place form, such as nn.ReLU(inplace=False)."
+    )
 
 
 def accepted(branch: Branch) -> tuple[str, ...] | None:

@@ -109,6 +109,9 @@ class Recomputation:
             x1, x2 = self._reversible(couplings[:cut], x1, x2, context)
         return _plain(couplings[cut:], x1, x2, context)
 
+    # Compiled code draws other random numbers than eager code, and a forward pass of the one must not be repeated by
+    # the other: under torch.compile the stack runs eagerly. Branches that were compiled by themselves stay compiled.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _reversible(
         self, couplings: Sequence[Coupling], x1: Tensor, x2: Tensor, context: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:

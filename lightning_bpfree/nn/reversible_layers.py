@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_bpfree.core.recompute import Autocast, Draws, Inventory
 from lightning_bpfree.nn.coupling import Coupling
 from lightning_bpfree.nn.fusion import Fusion, StreamFusion
-from lightning_bpfree.nn.layer_families import Family, Rewire
+from lightning_bpfree.nn.layer_family import Family, Rewire
 from lightning_bpfree.nn.recomputation import Recomputation, Schedule
 
 # Recovering divides by the scales, so rounding errors grow by 1 / (s1 s2) a block. So much is let through in float32.

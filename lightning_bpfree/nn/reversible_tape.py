@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_bpfree.core.params import added
 from lightning_bpfree.core.recompute import Autocast, Draws, Inventory
@@ -88,15 +89,17 @@ class Tape:
     # --- forward ---
 
     def forward(self, index: int, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        """Run a block without a graph, and remember what it draws."""
+        """Run a block, keep no graph of it, and remember what it draws."""
         coupling, _, draws = self.blocks[index]
         y1 = join(x1, self._recorded(draws, coupling.first, x2), coupling.scale[0])
         return y1, join(x2, self._recorded(draws, coupling.second, y1), coupling.scale[1])
 
     def _recorded(self, draws: list[Draws | None], branch: Callable[..., Tensor], x: Tensor) -> Tensor:
         before = Draws.now(x)
-        with self.autocast.again():
-            out = branch(x, self.context)
+        # With a graph, for that decides between kernels, and another one than in the backward pass might draw other
+        # numbers. It saves nothing, and is gone with the branch.
+        with self.autocast.again(), torch.enable_grad(), saved_tensors_hooks(_nothing, _nothing):
+            out = branch(x.detach().requires_grad_(), self.context).detach()
         draws.append(None if before.equals(Draws.now(x)) else before)
         return out
 
@@ -146,6 +149,10 @@ class Tape:
             if now is not None:
                 now.restore()
         return Half(leaf, out, list(sources.values()), part(y, out.detach(), coupling.scale[which]))
+
+
+def _nothing(_: Any) -> None:
+    """Save nothing of a tensor."""
 
 
 Grads = list[Tensor | None]
