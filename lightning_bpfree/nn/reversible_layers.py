@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -143,12 +144,17 @@ class ReversibleLayers(nn.Module):
     def _refuse_hooks(self, stretch: range) -> None:
         for index in stretch:
             layer = self[index]
-            if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
-                raise RuntimeError(
-                    f"layer {index} of a reversible stack has hooks, which would never be called: its branches run, "
-                    "not the layer. Hook modules within the layer or the whole stack; in transformers, do without "
-                    "output_hidden_states."
-                )
+            if not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks):
+                continue
+            message = (
+                f"layer {index} of a reversible stack has hooks, which are not called: its branches run, not the "
+                "layer. Hook modules within the layer or the whole stack; in transformers, do without "
+                "output_hidden_states."
+            )
+            if torch.is_grad_enabled():
+                raise RuntimeError(message)
+            warnings.warn(message, stacklevel=2)  # a summary of the model hooks its layers, too
+            return
 
     def _compare(
         self, layer: nn.Module, x: Tensor, context: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]

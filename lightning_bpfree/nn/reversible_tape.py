@@ -151,7 +151,7 @@ class Tape:
         return Half(leaf, out, list(sources.values()), part(y, out.detach(), coupling.scale[which]))
 
 
-def _nothing(_: Any) -> None:
+def _nothing(_: Tensor) -> Any:
     """Save nothing of a tensor."""
 
 
