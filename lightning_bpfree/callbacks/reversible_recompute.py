@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_bpfree.core.peak_memory import peak_mib, reset_peak
-from lightning_bpfree.nn.conversion import Conversion, check_choices, convert_to_reversible, convertible
+from lightning_bpfree.nn.conversion import check_choices, convert_to_reversible, convertible
+from lightning_bpfree.nn.converted import Conversion
 from lightning_bpfree.nn.fusion import Fusion
 from lightning_bpfree.nn.layer_family import Rewire
 from lightning_bpfree.nn.recomputation import Recomputation, Schedule

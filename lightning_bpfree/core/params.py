@@ -111,16 +111,23 @@ class ParameterSlots:
 
 
 def _place(slot: Slot, tensor: Tensor) -> None:
-    # The parameter registry is written directly, as torch.func.functional_call does: assigning a plain tensor to a
-    # parameter's name is refused by nn.Module.
     for owner, key in slot.places:
-        owner._parameters[key] = tensor  # type: ignore[assignment]  # a plain tensor stands in for the Parameter
-        if isinstance(owner, nn.RNNBase) and key in owner._flat_weights_names:
-            # Recurrent layers keep a second list of their weights, and compute with that one. It is replaced, not
-            # written into: whoever has remembered the list expects to find the parameters in it.
-            weights = list(owner._flat_weights)
-            weights[owner._flat_weights_names.index(key)] = tensor
-            owner._flat_weights = weights
+        place(owner, key, tensor)
+
+
+def place(owner: nn.Module, key: str, tensor: Tensor | None) -> None:
+    """Let ``owner`` compute with ``tensor`` as its parameter ``key``.
+
+    The registry is written directly, as ``torch.func.functional_call`` does: ``nn.Module`` refuses to assign a plain
+    tensor to a parameter's name.
+    """
+    owner._parameters[key] = tensor  # type: ignore[assignment]  # a plain tensor stands in for the Parameter
+    if isinstance(owner, nn.RNNBase) and key in owner._flat_weights_names:
+        # Recurrent layers keep a second list of their weights, and compute with that one. It is replaced, not
+        # written into: whoever has remembered the list expects to find the parameters in it.
+        weights = list(owner._flat_weights)
+        weights[owner._flat_weights_names.index(key)] = tensor
+        owner._flat_weights = weights
 
 
 def _match(patterns: str | Sequence[str] | None, names: Sequence[str]) -> set[str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_bpfree.nn.converted import Conversion, Converted
 from lightning_bpfree.nn.fusion import FUSIONS, Fusion
 from lightning_bpfree.nn.layer_families import FAMILIES, family_of
 from lightning_bpfree.nn.layer_family import Family, OwnBranches, Rewire
@@ -19,85 +20,6 @@ from lightning_bpfree.nn.reversible_layers import ReversibleLayers
 
 class FunctionChangedWarning(UserWarning):
     """A module computes another function than before, with the same weights."""
-
-
-class Converted(NamedTuple):
-    """One stack that was made reversible.
-
-    Args:
-        path: name of the stack in the model.
-        family: what its layers are.
-        reversible: how many layers are reversible blocks now.
-        ordinary: how many are not, for they change the shape.
-        rewire: what became of normalisations after the skips.
-        scale: factors of the skips.
-        fusion: how the streams become one.
-        new_parameters: how many were added, by the fusion.
-    """
-
-    path: str
-    family: str
-    reversible: int
-    ordinary: int
-    rewire: Rewire | None
-    scale: tuple[float, float]
-    fusion: str
-    new_parameters: int
-
-
-class Conversion:
-    """What :func:`convert_to_reversible` has replaced.
-
-    Args:
-        report: one entry a stack.
-
-    Examples:
-        >>> layer = nn.TransformerEncoderLayer(8, 2, norm_first=True)
-        >>> model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
-        >>> conversion = convert_to_reversible(model, ["layers"], warn=False)
-        >>> print(conversion)
-        layers: 3 x torch.nn.TransformerEncoderLayer, streams fused by mean, all weights reused
-        >>> conversion.undo()
-        >>> type(model.layers).__name__
-        'ModuleList'
-    """
-
-    def __init__(self, report: list[Converted]) -> None:
-        self.report = report
-        self.stacks: list[ReversibleLayers] = []
-        self._places: list[tuple[nn.Module, str, nn.Module]] = []
-        self._flags: list[tuple[nn.Module, str, Any]] = []
-
-    def undo(self) -> None:
-        """Put the lists of layers back; the layers keep the weights that they have by now."""
-        for owner, name, original in reversed(self._places):
-            setattr(owner, name, original)
-        for owner, name, value in self._flags:
-            setattr(owner, name, value)
-        self._places, self._flags, self.stacks = [], [], []
-
-    def _replace(self, owner: nn.Module, name: str, stack: ReversibleLayers) -> None:
-        self._places.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, stack)
-        self.stacks.append(stack)
-        for flag in ("use_nested_tensor", "enable_nested_tensor"):  # the fast path of nn.TransformerEncoder
-            if hasattr(owner, flag):
-                self._flags.append((owner, flag, getattr(owner, flag)))
-                setattr(owner, flag, False)
-
-    def __str__(self) -> str:
-        return "\n".join(map(_line, self.report))
-
-
-def _line(entry: Converted) -> str:
-    wiring = {None: "", "pre_norm": ", normalisations moved before the branches", "scaled": ", whole sublayers"}
-    scale = "" if entry.scale == (1.0, 1.0) else f", skips scaled by {entry.scale[0]:g} and {entry.scale[1]:g}"
-    rest = f", {entry.ordinary} ordinary between them" if entry.ordinary else ""
-    weights = f"{entry.new_parameters} parameters new" if entry.new_parameters else "all weights reused"
-    return (
-        f"{entry.path}: {entry.reversible} x {entry.family}{rest}{wiring[entry.rewire]}{scale}, streams fused by "
-        f"{entry.fusion}, {weights}"
-    )
 
 
 def convert_to_reversible(
@@ -157,11 +79,11 @@ def convert_to_reversible(
     scales = check_choices(rewire, scale, fusion)
     own = OwnBranches(*branches) if branches is not None else None
     conversion = Conversion([])
-    chosen = [(path, *_find(model, path)) for path in _paths(model, stacks)]
+    lists = {path: _find(model, path) for path in _paths(model, stacks)}
     # All are looked at before any is replaced: an error leaves the model as it was.
-    families = [own or _family(path, getattr(owner, name), rewire) for path, owner, name in chosen]
-    for (path, owner, name), family in zip(chosen, families, strict=True):
-        layers = list(getattr(owner, name).children())
+    families = {path: own or _family(path, layers, rewire) for path, layers in lists.items()}
+    for path, family in families.items():
+        layers = list(lists[path].children())
         stack = ReversibleLayers(
             layers,
             family,
@@ -174,11 +96,11 @@ def convert_to_reversible(
             check_every=check_every,
             store_last=store_last,
         )
-        stack.train(getattr(owner, name).training)
+        stack.training = lists[path].training  # of itself alone: a layer may be in another mode
         new = sum(p.numel() for p in stack.fusions.parameters()) if stack.fusions is not None else 0
         if stack.fusions is not None:
             stack.fusions.to(next(layers[0].parameters()))
-        conversion._replace(owner, name, stack)
+        conversion.replace(_owners(model, lists[path]), stack)
         count = sum(map(len, stack.stretches))
         conversion.report.append(
             Converted(path, family.name, count, len(layers) - count, rewire, scales, stack.fusion, new)
@@ -221,7 +143,10 @@ def check_choices(
 
 def _paths(model: nn.Module, stacks: str | Iterable[str] | None) -> list[str]:
     if stacks is not None:
-        return [stacks] if isinstance(stacks, str) else list(stacks)
+        named = [stacks] if isinstance(stacks, str) else list(dict.fromkeys(stacks))
+        if not named:
+            raise ValueError("stacks=[] is empty: name at least one list of layers, or give None for all known ones.")
+        return named
     found = convertible(model)
     if not found:
         raise ValueError(
@@ -251,8 +176,8 @@ def convertible(model: nn.Module) -> list[str]:
     ]
 
 
-def _find(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    names = dict(model.named_modules())
+def _find(model: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:
+    names = dict(model.named_modules(remove_duplicate=False))
     if path not in names or not path:
         lists = [name for name, module in names.items() if isinstance(module, nn.ModuleList | nn.Sequential) and name]
         near = difflib.get_close_matches(path, lists, n=5, cutoff=0.0)
@@ -267,8 +192,12 @@ def _find(model: nn.Module, path: str) -> tuple[nn.Module, str]:
             f"stacks names {path!r}, a {type(module).__name__}; give the nn.ModuleList or nn.Sequential of layers"
             + (" (a compiled module is compiled after its conversion)." if hasattr(module, "_orig_mod") else ".")
         )
-    parent, _, name = path.rpartition(".")
-    return names[parent], name
+    return module
+
+
+def _owners(model: nn.Module, stack: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return every place that holds the list."""
+    return [(owner, name) for owner in model.modules() for name, child in owner._modules.items() if child is stack]
 
 
 def _family(path: str, stack: Any, rewire: Rewire | None) -> Family:

@@ -58,7 +58,7 @@ def evaluate(branch: Branch, x: Tensor, context: Mapping[str, Any], label: str, 
     """Return ``branch(x)``, with the keyword arguments of ``context`` that it names.
 
     Raises:
-        TypeError: if it returns no tensor.
+        TypeError: if it returns no tensor, or one of a wider type.
         ValueError: if it changes the shape.
         RuntimeError: if it changes its input in place.
     """
@@ -78,6 +78,11 @@ def evaluate(branch: Branch, x: Tensor, context: Mapping[str, Any], label: str, 
         raise ValueError(
             f"{name} of {label} makes shape {tuple(out.shape)} of {tuple(x.shape)}; a branch of a reversible block "
             "keeps the shape. Put layers that change it between two reversible stacks."
+        )
+    if torch.promote_types(out.dtype, x.dtype) != x.dtype:
+        raise TypeError(
+            f"{name} of {label} makes {out.dtype} of {x.dtype}, which a stream of that type cannot take: cast the "
+            "input of the stack, or the output of the branch."
         )
     if version is not None and x._version != version:
         raise RuntimeError(_in_place(name, label))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 Rewire = Literal["pre_norm", "scaled"]
+CACHES = frozenset({"cache", "past_key_values", "past_key_value"})  # of keys and values, by the names of transformers
 
 
 class Family:
@@ -124,3 +125,13 @@ class OwnBranches(Family):
     def branches(self, layer: nn.Module, rewire: Rewire | None) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
         """Return both."""
         return self.f, self.g
+
+    def channels(self, layer: nn.Module) -> int:
+        """Refuse: the width is not known.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "fusion='concat_linear' needs the width of the layers, which branches=(f, g) do not tell: use another one."
+        )

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from lightning_bpfree.core.recompute import Autocast, Inventory
+from lightning_bpfree.core.inventory import Inventory
+from lightning_bpfree.core.recompute import Autocast
 from lightning_bpfree.nn.coupling import Coupling
-from lightning_bpfree.nn.reversible_tape import Block, ReversibleFunction, Tape
+from lightning_bpfree.nn.reversible_function import ReversibleFunction
+from lightning_bpfree.nn.reversible_tape import Block, Tape
 
 Schedule = Literal["autograd", "checkpoint", "sequential", "parallel"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
@@ -50,8 +56,8 @@ class Recomputation:
         check_every: int = 1,
         store_last: int = 0,
     ) -> None:
-        if buffer_every is not None and buffer_every < 1:
-            raise ValueError(f"buffer_every={buffer_every}: give a number of blocks of at least 1, or None.")
+        if buffer_every is not None and (not isinstance(buffer_every, int) or buffer_every < 1):
+            raise ValueError(f"buffer_every={buffer_every!r}: give a number of blocks of at least 1, or None.")
         if max_error is not None and not max_error > 0:
             raise ValueError(f"max_error={max_error}: give a relative error above 0, or None.")
         if check_every < 1:
@@ -96,6 +102,7 @@ class Recomputation:
             RuntimeError: under ``torch.func`` transforms that would need a graph of the recomputation.
         """
         _check_streams(x1, x2)
+        _check_hooks(couplings)
         if Autocast.now(x1.device.type).enabled and x1.dtype in (torch.float16, torch.bfloat16):
             # A stream adds up all branches: in half precision it could not be recovered.
             x1, x2 = (x1.float(), x1.float()) if x1 is x2 else (x1.float(), x2.float())
@@ -115,33 +122,32 @@ class Recomputation:
     def _reversible(
         self, couplings: Sequence[Coupling], x1: Tensor, x2: Tensor, context: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
             raise RuntimeError(
                 f"schedule={self.schedule!r} within a transform of torch.func (grad, vjp, jvp, vmap) is not possible: "
                 "its backward pass recomputes outside of the transform. Use schedule='autograd', or torch.no_grad() "
                 "where no gradient is wanted."
             )
-        measured = self.max_error is not None and self.passes % self.check_every == 0
+        first = self.passes == 0
+        due = self.passes % self.check_every == 0
         self.passes += 1
-        every = self.buffer_every or len(couplings)
-        buffered = frozenset([*range(every, len(couplings), every), *([0] if measured else [])])
-        tape = Tape(context, x1, self.schedule == "parallel", buffered, self._drift if buffered else None)
-        sources = [context[key] for key in tape.sources]
-        for coupling in couplings:
-            tape.blocks.append(Block(coupling, Inventory(coupling.owner, coupling.label), []))
-        for index, block in enumerate(tape.blocks):
-            others = (*sources, *block.inventory.trainable)
-            if not any(tensor.requires_grad for tensor in (x1, x2, *others)):
-                x1, x2 = block.coupling.forward(x1, x2, context)  # frozen, down to the data: no gradient comes here
-                continue
-            top = index == len(couplings) - 1
-            x1, x2 = ReversibleFunction.apply(tape, index, top, x1, x2, *others)
+        blocks = [Block(coupling, Inventory(coupling.owner, coupling.label), []) for coupling in couplings]
+        given = [x1, x2, *(value for value in context.values() if isinstance(value, Tensor))]
+        while blocks and not any(t.requires_grad for t in (*given, *blocks[0].inventory.trainable)):
+            x1, x2 = blocks.pop(0).coupling.forward(x1, x2, context)  # frozen, down to the data: no gradient comes here
+        every = self.buffer_every or len(blocks)
+        buffered = frozenset([*range(every, len(blocks), every or 1), *([0] if due and self.max_error else [])])
+        tape = Tape(context, x1, self.schedule == "parallel", buffered, self._drift if due else None, first)
+        tape.blocks = blocks
+        for index in range(len(blocks)):
+            top = index == len(blocks) - 1
+            x1, x2 = ReversibleFunction.apply(tape, index, top, x1, x2, *tape.inputs(index))
         return x1, x2
 
     def _drift(self, label: str, recovered: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
-        size = sum(torch.linalg.vector_norm(x).square() for x in kept)
-        off = sum(torch.linalg.vector_norm(x - y).square() for x, y in zip(kept, recovered, strict=True))
-        error = torch.as_tensor(off / size).sqrt().detach()
+        off = _norm(x - y for x, y in zip(kept, recovered, strict=True))
+        size = _norm(kept)
+        error = off / size.clamp_min(torch.finfo(size.dtype).tiny)
         self._errors[label] = error
         if self.max_error is not None and not float(error) <= self.max_error:
             raise ReconstructionError(
@@ -149,6 +155,13 @@ class Recomputation:
                 f"max_error={self.max_error:g}: gradients would be wrong. Use buffer_every with a smaller number of "
                 "blocks, scales nearer to 1, a higher precision, or schedule='checkpoint'."
             )
+
+
+def _norm(tensors: Iterable[Tensor]) -> Tensor:
+    # In float64, for squares of small and of large numbers; Apple's devices have none.
+    wide = [x.detach() if x.device.type == "mps" else x.detach().double() for x in tensors]
+    total: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x) for x in wide]))
+    return total
 
 
 def _check_streams(x1: Tensor, x2: Tensor) -> None:
@@ -159,6 +172,21 @@ def _check_streams(x1: Tensor, x2: Tensor) -> None:
         )
     if not x1.is_floating_point():
         raise ValueError(f"the streams are of {x1.dtype}; a reversible stack needs floating-point numbers.")
+
+
+def _check_hooks(couplings: Sequence[Coupling]) -> None:
+    for coupling in couplings:
+        owner = coupling.owner
+        if not (owner._forward_hooks or owner._forward_pre_hooks or owner._backward_hooks or owner._backward_pre_hooks):
+            continue
+        message = (
+            f"{coupling.label} of a reversible stack has hooks, which are not called: its branches run, not the block. "
+            "Hook modules within it or the whole stack; in transformers, do without output_hidden_states."
+        )
+        if torch.is_grad_enabled():
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=4)  # a summary of the model hooks its layers, too
+        return
 
 
 def _check_context(context: Mapping[str, Any]) -> None:
@@ -182,5 +210,33 @@ def _checkpointed(
     couplings: Sequence[Coupling], x1: Tensor, x2: Tensor, context: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
     for coupling in couplings:
-        x1, x2 = checkpoint(coupling.forward, x1, x2, context, use_reentrant=False)
+        inventory = Inventory(coupling.owner, coupling.label)
+        again = functools.partial(_as_it_was, inventory, inventory.copies())
+
+        def contexts(again: Callable[[], Any] = again) -> Any:
+            return contextlib.nullcontext(), _Repeatable(again)
+
+        x1, x2 = checkpoint(coupling.forward, x1, x2, context, use_reentrant=False, context_fn=contexts)
+        inventory.moved()
     return x1, x2
+
+
+@contextlib.contextmanager
+def _as_it_was(inventory: Inventory, buffers: Sequence[Tensor]) -> Iterator[None]:
+    """Compute with the weights of then, and move buffers once; torch leaves both to the module."""
+    inventory.check()
+    with inventory.again(buffers, aliases=False):
+        yield
+
+
+class _Repeatable:
+    """A context that can be entered several times: torch recomputes as often as it is asked."""
+
+    def __init__(self, make: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        self.make, self.stack = make, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        self.stack.enter_context(self.make())
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.stack.__exit__(*error)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_bpfree.core.recompute import Autocast, Draws, Inventory
+from lightning_bpfree.core.inventory import Inventory
+from lightning_bpfree.core.recompute import Autocast, Draws
 from lightning_bpfree.nn.coupling import Coupling
 from lightning_bpfree.nn.fusion import Fusion, StreamFusion
-from lightning_bpfree.nn.layer_family import Family, Rewire
+from lightning_bpfree.nn.layer_family import CACHES, Family, Rewire
 from lightning_bpfree.nn.recomputation import Recomputation, Schedule
 
 # Recovering divides by the scales, so rounding errors grow by 1 / (s1 s2) a block. So much is let through in float32.
@@ -131,7 +132,6 @@ class ReversibleLayers(nn.Module):
 
     def _run(self, number: int, *args: Any, **kwargs: Any) -> Any:
         stretch = self.stretches[number]
-        self._refuse_hooks(stretch)
         first = self[stretch.start]
         x, context = self.family.bind(first, args, kwargs)
         if not self.compared:
@@ -141,40 +141,28 @@ class ReversibleLayers(nn.Module):
         y = fuse(y1, y2)
         return (y, None) if self.family.returns_tuple else y
 
-    def _refuse_hooks(self, stretch: range) -> None:
-        for index in stretch:
-            layer = self[index]
-            if not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks):
-                continue
-            message = (
-                f"layer {index} of a reversible stack has hooks, which are not called: its branches run, not the "
-                "layer. Hook modules within the layer or the whole stack; in transformers, do without "
-                "output_hidden_states."
-            )
-            if torch.is_grad_enabled():
-                raise RuntimeError(message)
-            warnings.warn(message, stacklevel=2)  # a summary of the model hooks its layers, too
-            return
-
     def _compare(
         self, layer: nn.Module, x: Tensor, context: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Refuse layers whose branches do not add up to the layer itself; once."""
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-            return
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        if transformed or torch.compiler.is_compiling() or not CACHES.isdisjoint(context):
+            return  # a later call will do
         draws = Draws.now(x)
         outs = []
         for run in (
             functools.partial(type(layer).forward, layer, *args, **kwargs),
             functools.partial(self.family.original, layer, x, context),
         ):
-            with torch.no_grad(), draws.kept(), Inventory(layer, "the layer").again():
+            with torch.no_grad(), draws.kept(), _buffers_kept(layer):
                 out = run()
-            outs.append(out[0] if isinstance(out, tuple) else out)
+            outs.append((out[0] if isinstance(out, tuple) else out).double())
+        # A fused kernel of the layer may give no number where all keys are masked.
+        outs = [torch.where(outs[0].isfinite(), out, 0.0) for out in outs]
         # Both compute the same operators in nearly the same order; half precision rounds to three digits.
-        low = outs[0].dtype in (torch.float16, torch.bfloat16) or Autocast.now(x.device.type).enabled
-        off = torch.linalg.vector_norm(outs[0].double() - outs[1].double())
-        if not float(off) <= (5e-2 if low else 1e-4) * float(torch.linalg.vector_norm(outs[0].double())) + 1e-12:
+        low = x.dtype in (torch.float16, torch.bfloat16) or Autocast.now(x.device.type).enabled
+        off = torch.linalg.vector_norm(outs[0] - outs[1])
+        if not float(off) <= (5e-2 if low else 1e-4) * float(torch.linalg.vector_norm(outs[0])) + 1e-12:
             raise RuntimeError(
                 f"{type(layer).__name__} looks like a {self.family.name}, but computes something else than its "
                 "attention and feed-forward branches added up. Give its branches: "
@@ -185,6 +173,11 @@ class ReversibleLayers(nn.Module):
     def extra_repr(self) -> str:
         """Return what was made of the layers."""
         return f"schedule={self.schedule}, family={self.family.name}, rewire={self.rewire}, scale={self.scale}"
+
+
+def _buffers_kept(layer: nn.Module) -> AbstractContextManager[Any]:
+    inventory = Inventory(layer, "the layer")
+    return inventory.again(inventory.copies(), aliases=False)
 
 
 def buffers_for(scale: tuple[float, float]) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_bpfree.nn.layer_family import Family
+from lightning_bpfree.nn.layer_family import CACHES, Family
 
 
 class TransformersViT(Family):
@@ -126,7 +126,7 @@ class TransformersBert(Family):
                 "encoder_hidden_states is given, but layers with cross-attention have three branches and make no "
                 "reversible block: convert the encoder only."
             )
-        for key in ("cache", "past_key_values", "past_key_value"):
+        for key in CACHES:
             cache = context.pop(key, None)
             if cache is not None and torch.is_grad_enabled():
                 raise ValueError(

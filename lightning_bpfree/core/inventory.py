@@ -1,0 +1,153 @@
+"""The weights and buffers that a module computes with at one time, so that it can compute with them again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_bpfree.core.params import place
+
+
+class Inventory:
+    """The parameters and buffers of a module, as they are now, and its mode.
+
+    Args:
+        owner: the module.
+        label: what messages call it.
+
+    Examples:
+        >>> import torch
+        >>> net = nn.Linear(2, 1)
+        >>> inventory = Inventory(net, "net")
+        >>> _ = net.weight.data.add_(1.0), inventory.check()  # .data leaves no trace
+        >>> with torch.no_grad():
+        ...     _ = net.weight.add_(1.0)
+        >>> inventory.check()
+        Traceback (most recent call last):
+            ...
+        RuntimeError: a parameter of net was changed in place between forward and backward...
+    """
+
+    def __init__(self, owner: nn.Module, label: str) -> None:
+        self.owner, self.label = owner, label
+        self._modes = [(name, module, module.training) for name, module in owner.named_modules()]
+        self.places: list[tuple[nn.Module, str, Tensor]] = []
+        self.buffers: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+        for _, module, _ in self._modes:
+            self.places += [(module, key, p) for key, p in module._parameters.items() if p is not None]
+            self.buffers += [(module._buffers, key, b) for key, b in module._buffers.items() if b is not None]
+        self.parameters = list({id(p): p for _, _, p in self.places}.values())
+        self.trainable = [p for p in self.parameters if p.requires_grad]
+        self._versions = list(map(version, self.parameters))
+        self._settled = [version(b) for _, _, b in self.buffers]
+        self._moves = False
+
+    # --- buffers of one evaluation ---
+
+    def copies(self) -> list[Tensor]:
+        """Return copies of the buffers; call before an evaluation."""
+        self._settled = [version(b) for _, _, b in self.buffers]
+        return [b.clone() for _, _, b in self.buffers]
+
+    def moved(self) -> bool:
+        """Return whether the evaluation since :meth:`copies` has changed a buffer."""
+        now = [version(b) for _, _, b in self.buffers]
+        changed = now != self._settled or any(registry.get(key) is not b for registry, key, b in self.buffers)
+        self._settled, self._moves = now, self._moves or changed
+        return changed
+
+    # --- again ---
+
+    def check(self) -> None:
+        """Refuse to repeat an evaluation whose weights or mode are no longer what they were.
+
+        Raises:
+            RuntimeError: if a parameter, or a buffer that the evaluation did not move, was changed in place, or the
+                module was switched between training and evaluation.
+        """
+        changed = None
+        if list(map(version, self.parameters)) != self._versions:
+            changed = "parameter"
+        elif not self._moves and [version(b) for _, _, b in self.buffers] != self._settled:
+            changed = "buffer"
+        if changed is not None:
+            raise RuntimeError(
+                f"a {changed} of {self.label} was changed in place between forward and backward, so that its inputs "
+                "cannot be recomputed: call backward() before the optimizer's step, or use schedule='autograd'."
+            )
+        switched = [name for name, module, training in self._modes if module.training != training]
+        if switched:
+            raise RuntimeError(
+                f"the mode of {self.label}{'.' if switched[0] else ''}{switched[0]} (training or evaluation) was "
+                "switched between the forward pass and the backward pass: call train() or eval() after backward()."
+            )
+
+    @contextlib.contextmanager
+    def again(self, buffers: Sequence[Tensor] | None = None, aliases: bool = True) -> Iterator[list[Tensor]]:
+        """Compute with the weights of then; buffers are left alone.
+
+        Args:
+            buffers: copies from which the buffers start; None for an evaluation that does not move them.
+            aliases: whether the trainable parameters are stood in for by leaves of their own, so that neither hooks on
+                parameters nor what they are computed from see a gradient.
+
+        Yields:
+            What stands in for :attr:`trainable`.
+        """
+        stand_ins = {id(p): p.detach().requires_grad_() for p in self.trainable} if aliases else {}
+        weights = [(module, key, module._parameters.get(key)) for module, key, _ in self.places]
+        kept = [(registry, key, registry.get(key)) for registry, key, _ in self.buffers]
+        try:
+            for module, key, then in self.places:
+                place(module, key, stand_ins.get(id(then), then))
+            for number, (registry, key, then) in enumerate(self.buffers):
+                # Copies are put in the place of buffers rather than values into them: graphs may hold the buffers.
+                registry[key] = then if buffers is None else buffers[number].clone()
+            with uncached():
+                yield [stand_ins.get(id(p), p) for p in self.trainable]
+        finally:
+            for module, key, own in weights:
+                place(module, key, own)
+            for registry, key, buffer in kept:
+                registry[key] = buffer
+
+    def foreign(self, out: Tensor, known: Sequence[Tensor]) -> Tensor | None:
+        """Return a leaf that ``out`` depends on and that is neither a trainable parameter nor known; None if none is.
+
+        Args:
+            out: computed with a graph.
+            known: other tensors that it may depend on.
+        """
+        mine = {id(tensor) for tensor in (*self.trainable, *known)}
+        # Nodes themselves rather than their ids: those of nodes that are gone are given out again.
+        seen = {tensor.grad_fn for tensor in (*self.trainable, *known)} | {None}
+        todo: list[Any] = [out.grad_fn]
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, Tensor) and id(leaf) not in mine:
+                return leaf
+            todo += [following for following, _ in node.next_functions]
+        return None
+
+
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Compute parametrized weights anew: those of ``torch.nn.utils.parametrize.cached`` belong to another graph."""
+    cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = cached
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; 0 if that is not counted."""
+    return 0 if tensor.is_inference() else tensor._version
