@@ -6,7 +6,8 @@ A page marks a part by ``<!-- results:NAME -->`` and ``<!-- /results -->``; what
   ``docs/results/quickstart_comparison.json``, which is a ``comparison.json`` of ``bpfree compare``;
 - ``NAME:paired`` for such a file: differences between its rules, paired by seed;
 - ``NAME_study``: the tables and figures of a ``tickets.json`` of ``bpfree tickets``;
-- ``benchmarks``: all rows of ``docs/results/benchmarks.json``; or ``benchmarks:TEXT``, those with TEXT in their name.
+- ``benchmarks``: all rows of ``docs/results/benchmarks.json``; or ``benchmarks:TEXT``, those with TEXT in their name;
+  ``NAME_benchmarks:depths``: the figure of memory against depth.
 
 ``--check`` writes nothing, and fails if a page or a figure is not what the files say.
 """
@@ -14,7 +15,6 @@ A page marks a part by ``<!-- results:NAME -->`` and ``<!-- /results -->``; what
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -25,14 +25,14 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))  # this file is run as a script and loaded by path: its neighbour is found either way
 
+from figures import TITLES, draw, stale_figures  # noqa: E402
 from paired import paired_tables  # noqa: E402
-from studies import drawings, images, study_tables  # noqa: E402
+from studies import images, study_tables  # noqa: E402
 
 from lightning_bpfree.cli import compare_curves  # noqa: E402
 
 RESULTS, IMAGES = DOCS / "results", DOCS / "img"
 PART = re.compile(r"(<!-- results:(?P<name>[^>]+?) -->\n).*?(<!-- /results -->)", re.DOTALL)
-TITLES = {"epochs": "the same epochs", "forwards": "the same forward passes"}
 MISSING = "Not measured yet.\n"
 
 
@@ -177,7 +177,10 @@ def drop(cell):
     return f"{cell['drop']:+.4f}" + ("" if cell["drop_ci95"] is None else f" ± {cell['drop_ci95']:.4f}")
 
 
-def benchmarks_part(found, text):
+def benchmarks_part(name, found, text, page):
+    if text == "depths":
+        figure = os.path.relpath(IMAGES / f"{name}_depths.png", page.parent)
+        return f"![memory over the number of blocks, for every schedule]({figure})\n"
     rows = [row for row in found["rows"] if text in row["name"]]
     if not rows:
         return MISSING
@@ -205,7 +208,7 @@ def part(name, page):
         return paired_tables(found, table)
     if "barriers" in found:
         return study_part(name, found, page)
-    return benchmarks_part(found, text) if "rows" in found else comparison_part(name, found, page)
+    return benchmarks_part(name, found, text, page) if "rows" in found else comparison_part(name, found, page)
 
 
 def stale_pages():
@@ -215,63 +218,6 @@ def stale_pages():
         new = PART.sub(lambda found, page=page: f"{found[1]}\n{part(found['name'], page)}\n{found[3]}", old)
         if new != old:
             yield page, new
-
-
-def stale_figures():
-    """Yield the figures that are missing, or were drawn from another file: each holds the hash of its own."""
-    for path in sorted(RESULTS.glob("*comparison*.json")):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        has_curves = "curve" in json.loads(path.read_text(encoding="utf-8"))
-        for image in (path.stem, f"{path.stem}_curves")[: 1 + has_curves]:
-            if _is_stale(IMAGES / f"{image}.png", digest):
-                yield IMAGES / f"{image}.png", path, digest
-    for path in sorted(RESULTS.glob("*_study.json")):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        for image in images(path, json.loads(path.read_text(encoding="utf-8"))):
-            if _is_stale(IMAGES / f"{image}.png", digest):
-                yield IMAGES / f"{image}.png", path, digest
-
-
-def _is_stale(figure, digest):
-    return not figure.exists() or digest.encode() not in figure.read_bytes()
-
-
-def draw(figure, path, digest):
-    """Draw one figure of a file of results: of a comparison, the metric of every rule, or its curves."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if "curve" in found and figure.stem != path.stem:
-        drawing = compare_curves.figure(found)
-    elif "barriers" in found:
-        drawing = dict(drawings(path, found))[figure.stem]
-    elif "vary" in found:
-        from lightning_bpfree.cli.compare_conditions import figure as over_conditions
-
-        drawing = over_conditions(found)
-    else:
-        drawing = by_rule(found)
-    drawing.savefig(figure, metadata={"Source": digest, "Software": None})
-
-
-def by_rule(found):
-    from matplotlib.figure import Figure
-
-    summary = found["summary"]
-    height = 0.9 + 0.34 * len(found["rules"])
-    drawing = Figure(figsize=(7.2, height * len(summary)), layout="constrained", dpi=150)
-    panels = drawing.subplots(len(summary), 1, squeeze=False, sharex=True)[:, 0]
-    for axes, (budget, rows) in zip(panels, summary.items(), strict=True):
-        for place, row in enumerate(rows):
-            if row["mean"] is None:
-                axes.annotate("failed", (0, place), va="center", color="tab:red")
-                continue
-            color = "0.35" if row["label"].startswith("backprop") else "tab:blue"
-            axes.errorbar(row["mean"], place, xerr=row["ci95"], fmt="o", capsize=4, color=color)
-        axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.grid(axis="x", color="0.9")
-        axes.set_title(f"after {TITLES.get(budget, budget)}", fontsize=10)
-    panels[-1].set_xlabel(f"{found['metric']}, mean and 95 % confidence interval over {len(found['seeds'])} seeds")
-    return drawing
 
 
 def main(arguments=None):
@@ -284,7 +230,7 @@ def main(arguments=None):
         stale.append(page)
         if not check:
             page.write_text(text, encoding="utf-8")
-    for figure, path, digest in stale_figures():
+    for figure, path, digest in stale_figures(RESULTS, IMAGES):
         stale.append(figure)
         if not check:
             draw(figure, path, digest)
