@@ -21,7 +21,18 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # below; nothing under the command line, which is a user of the package like any other, comes in through them.
 FLOORS = {"core": 0, "nn": 1, "rules": 2, "callbacks": 3, "strategies": 3, "federated": 3, "demos": 4, "cli": 4}
 FRONT_DOORS = {"lightning_bpfree", "lightning_bpfree.functional"}
-OPTIONAL = ["jsonargparse", "rich", "sklearn", "matplotlib", "wandb", "transformers", "mnist1d", "gymnasium", "peft", "timm"]
+OPTIONAL = [
+    "jsonargparse",
+    "rich",
+    "sklearn",
+    "matplotlib",
+    "wandb",
+    "transformers",
+    "mnist1d",
+    "gymnasium",
+    "peft",
+    "timm",
+]
 
 LONGEST = 300
 # Files that are still longer, and why.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_bpfree.demos.masking import IGNORED, VOCABULARY
 from lightning_bpfree.demos.modules import Classifier
+from lightning_bpfree.demos.nets import check_at_least
 
 __all__ = ["LanguageModel"]
 
@@ -39,7 +40,9 @@ class LanguageModel(Classifier):
     """
 
     def __init__(self, net: nn.Module, vocab_size: int = VOCABULARY, **kwargs: Any) -> None:
+        check_at_least(2, vocab_size=vocab_size)
         super().__init__(net, vocab_size, **kwargs)
+        self.hparams.pop("num_classes", None)  # load_from_checkpoint would give it to this class
         self.vocab_size = vocab_size
 
     def forward(self, x: Tensor) -> Tensor:

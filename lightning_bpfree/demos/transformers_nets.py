@@ -135,7 +135,7 @@ class SwinTransformer(_ImageClassifier):
         dim: Width of a token in the first stage, a multiple of its heads.
         depths: Layers of each stage, each at least 1.
         heads: Attention heads of each stage; the width of stage i, ``dim * 2**i``, is a multiple of its own.
-        window: Side of a window in tokens, at least 1.
+        window: Side of a window in tokens, from 1 to the height and width of the last stage.
         patch: Side of a square patch, which divides H and W.
         drop_path: Probability that the last layer's branches are left out for a sample, in [0, 1); that of earlier
             layers grows from 0 up to it.
@@ -171,8 +171,15 @@ class SwinTransformer(_ImageClassifier):
             )
         sizes = {f"depths[{i}]": n for i, n in enumerate(depths)} | {f"heads[{i}]": n for i, n in enumerate(heads)}
         check_at_least(1, num_classes=num_classes, dim=dim, window=window, **sizes)
+        rows, columns = (side // patch for side in in_shape[1:])
         for stage, number in enumerate(heads):
             _check_heads(dim * 2**stage, number)
+            if window > min(rows, columns):
+                raise ValueError(
+                    f"window is {window}, but stage {stage} has {rows} x {columns} tokens; give at most "
+                    f"{min(rows, columns)}, fewer stages, or smaller patches."
+                )
+            rows, columns = (rows + 1) // 2, (columns + 1) // 2
         _check_share("drop_path", drop_path)
         library = _library(self)
         config = library.SwinConfig(

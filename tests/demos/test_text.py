@@ -77,16 +77,16 @@ def test_every_split_has_its_share() -> None:
 
 
 def test_max_sequences_takes_some_from_all_over_the_text_and_no_seed_moves_them() -> None:
-    whole, some = ready(max_sequences=None), ready(max_sequences=100)
+    whole, some = ready(max_sequences=None), ready(max_sequences=20)
     for split in SPLITS:
         all_rows, rows = whole.sequences(split), some.sequences(split)
         places = [-1]  # some sequences occur twice, hence each is looked for behind the last
         for row in rows:
             behind = places[-1] + 1
             places.append(behind + int((all_rows[behind:] == row).all(1).nonzero()[0]))
-        assert len(rows) == 100
+        assert len(rows) == 20
         assert places[-1] - places[1] > len(all_rows) / 2
-        assert torch.equal(ready(max_sequences=100, seed=1).sequences(split), rows)
+        assert torch.equal(ready(max_sequences=20, seed=1).sequences(split), rows)
         assert torch.equal(ready(max_sequences=10**6).sequences(split), all_rows)
 
 
