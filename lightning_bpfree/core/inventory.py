@@ -44,7 +44,7 @@ class Inventory:
         self.trainable = [p for p in self.parameters if p.requires_grad]
         self._versions = list(map(version, self.parameters))
         self._settled = [version(b) for _, _, b in self.buffers]
-        self._moves = False
+        self._moves = [False] * len(self.buffers)
 
     # --- buffers of one evaluation ---
 
@@ -53,11 +53,15 @@ class Inventory:
         self._settled = [version(b) for _, _, b in self.buffers]
         return [b.clone() for _, _, b in self.buffers]
 
-    def moved(self) -> bool:
-        """Return whether the evaluation since :meth:`copies` has changed a buffer."""
+    def moved(self) -> list[bool]:
+        """Return which buffers the evaluation since :meth:`copies` has changed."""
         now = [version(b) for _, _, b in self.buffers]
-        changed = now != self._settled or any(registry.get(key) is not b for registry, key, b in self.buffers)
-        self._settled, self._moves = now, self._moves or changed
+        pairs = zip(self.buffers, now, self._settled, strict=True)
+        owners = {id(r) for (r, key, b), after, before in pairs if after != before or r.get(key) is not b}
+        # All of a module's together: batch normalisation counts its batches, but moves its statistics without a trace.
+        changed = [id(registry) in owners for registry, _, _ in self.buffers]
+        self._settled = now
+        self._moves = [a or b for a, b in zip(self._moves, changed, strict=True)]
         return changed
 
     # --- again ---
@@ -72,7 +76,10 @@ class Inventory:
         changed = None
         if list(map(version, self.parameters)) != self._versions:
             changed = "parameter"
-        elif not self._moves and [version(b) for _, _, b in self.buffers] != self._settled:
+        elif any(
+            not moves and version(b) != settled
+            for (_, _, b), settled, moves in zip(self.buffers, self._settled, self._moves, strict=True)
+        ):
             changed = "buffer"
         if changed is not None:
             raise RuntimeError(
@@ -87,18 +94,19 @@ class Inventory:
             )
 
     @contextlib.contextmanager
-    def again(self, buffers: Sequence[Tensor] | None = None, aliases: bool = True) -> Iterator[list[Tensor]]:
+    def again(self, buffers: Sequence[Tensor | None] = (), aliases: bool = True) -> Iterator[list[Tensor]]:
         """Compute with the weights of then; buffers are left alone.
 
         Args:
-            buffers: copies from which the buffers start; None for an evaluation that does not move them.
+            buffers: copies from which the buffers start, None for one that the evaluation does not move; empty if it
+                moves none.
             aliases: whether the trainable parameters are stood in for by leaves of their own, so that neither hooks on
                 parameters nor what they are computed from see a gradient.
 
         Yields:
             What stands in for :attr:`trainable`.
         """
-        stand_ins = {id(p): p.detach().requires_grad_() for p in self.trainable} if aliases else {}
+        stand_ins = {id(p): _stand_in(p) for p in self.trainable} if aliases else {}
         weights = [(module, key, module._parameters.get(key)) for module, key, _ in self.places]
         kept = [(registry, key, registry.get(key)) for registry, key, _ in self.buffers]
         try:
@@ -106,7 +114,8 @@ class Inventory:
                 place(module, key, stand_ins.get(id(then), then))
             for number, (registry, key, then) in enumerate(self.buffers):
                 # Copies are put in the place of buffers rather than values into them: graphs may hold the buffers.
-                registry[key] = then if buffers is None else buffers[number].clone()
+                copy = buffers[number] if buffers else None
+                registry[key] = then if copy is None else copy.clone()
             with uncached():
                 yield [stand_ins.get(id(p), p) for p in self.trainable]
         finally:
@@ -115,16 +124,17 @@ class Inventory:
             for registry, key, buffer in kept:
                 registry[key] = buffer
 
-    def foreign(self, out: Tensor, known: Sequence[Tensor]) -> Tensor | None:
-        """Return a leaf that ``out`` depends on and that is neither a trainable parameter nor known; None if none is.
+    @staticmethod
+    def foreign(out: Tensor, known: Sequence[Tensor]) -> Tensor | None:
+        """Return a leaf that ``out`` depends on otherwise than through ``known``; None if there is none.
 
         Args:
             out: computed with a graph.
-            known: other tensors that it may depend on.
+            known: tensors that it may depend on.
         """
-        mine = {id(tensor) for tensor in (*self.trainable, *known)}
+        mine = {id(tensor) for tensor in known}
         # Nodes themselves rather than their ids: those of nodes that are gone are given out again.
-        seen = {tensor.grad_fn for tensor in (*self.trainable, *known)} | {None}
+        seen = {tensor.grad_fn for tensor in known} | {None}
         todo: list[Any] = [out.grad_fn]
         while todo:
             node = todo.pop()
@@ -136,6 +146,11 @@ class Inventory:
                 return leaf
             todo += [following for following, _ in node.next_functions]
         return None
+
+
+def _stand_in(parameter: Tensor) -> Tensor:
+    alias = parameter.detach()
+    return nn.Parameter(alias) if type(parameter) is nn.Parameter else alias.requires_grad_()
 
 
 @contextlib.contextmanager

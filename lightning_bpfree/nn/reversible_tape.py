@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,11 +47,11 @@ class Evaluation(NamedTuple):
 
     Args:
         draws: the random streams before it; None if it drew nothing.
-        buffers: copies of the buffers before it; None if it moved none.
+        buffers: copies of the buffers before it, None for one that it did not move; empty if it moved none.
     """
 
     draws: Draws | None
-    buffers: list[Tensor] | None
+    buffers: list[Tensor | None]
 
 
 class Block(NamedTuple):
@@ -127,15 +128,15 @@ class Tape:
         with self.autocast.again(), torch.enable_grad(), _Passing() as passing, uncached():
             out = branch(leaf, self.context)
         passing.saved = None
-        if self.suspicious:
-            self._refuse_foreign(index, out, leaf)
+        self._refuse_foreign(index, out, [leaf, *self.inputs(index)])
         drawn, moved = not before.equals(Draws.now(x)), inventory.moved()
-        evaluations.append(Evaluation(before if drawn else None, buffers if moved else None))
+        kept = [copy if moves else None for copy, moves in zip(buffers, moved, strict=True)] if any(moved) else []
+        evaluations.append(Evaluation(before if drawn else None, kept))
         return out.detach()
 
-    def _refuse_foreign(self, index: int, out: Tensor, leaf: Tensor) -> None:
-        _, inventory, _ = self.blocks[index]
-        found = inventory.foreign(out, [leaf, *(self.context[key] for key in self.sources)])
+    def _refuse_foreign(self, index: int, out: Tensor, known: list[Tensor]) -> None:
+        inventory = self.blocks[index].inventory
+        found = inventory.foreign(out, known) if self.suspicious else None
         if found is not None:
             raise RuntimeError(
                 f"{inventory.label} uses a tensor of shape {tuple(found.shape)} that needs a gradient and is none of "
@@ -156,7 +157,13 @@ class Tape:
                 "a keyword argument of a reversible stack (a mask?) was changed in place between forward and backward, "
                 "so that inputs cannot be recomputed: pass a copy of it."
             )
-        self.passes[graph_task()] = Pass(y1, y2, self.parallel)
+        number = graph_task()
+        self.passes[number] = Pass(y1, y2, self.parallel)
+        # A pass that asks for gradients of upper blocks only ends there.
+        torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._end, number))
+
+    def _end(self, number: int) -> None:
+        self.passes.pop(number, None)
 
     def take_back(self, index: int, y1: Tensor, y2: Tensor) -> Pair:
         """Recover a block's inputs from its outputs, keeping the graphs of both branches."""
@@ -187,7 +194,9 @@ class Tape:
         finally:
             if now is not None:
                 now.restore()
-        return Half(leaf, out, [*sources.values(), *parameters], part(y, out.detach(), coupling.scale[which]))
+        others = [*sources.values(), *parameters]
+        self._refuse_foreign(index, out, [leaf, *others])  # such as a parameter that a branch knows by another way
+        return Half(leaf, out, others, part(y, out.detach(), coupling.scale[which]))
 
 
 def graph_task() -> int:
