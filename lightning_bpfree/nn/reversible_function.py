@@ -117,7 +117,8 @@ class _Step:
             with streams.use(index, "gradients", above):
                 above = tape.take_back(index, *above)
             streams.mark("recovered", index)
-        x1, x2 = self._inputs(above.f.back, above.g.back)
+        with streams.use(index, None, self.kept):
+            x1, x2 = self._inputs(above.f.back, above.g.back)
         if self.deeper:
             with streams.use(index - 1, "recovered", (x1, x2)):
                 now.above = tape.take_back(index - 1, x1, x2)

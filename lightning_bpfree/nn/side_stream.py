@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -33,8 +34,7 @@ class SideStream:
     def open(self) -> None:
         """Begin a backward pass on the caller's stream."""
         if self.device is not None:
-            # Made here and not with the module: a stream can be neither copied nor pickled, and belongs to a device.
-            self._streams = (torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device))
+            self._streams = (torch.cuda.current_stream(self.device), _side(self.device))
         self._events = {}
 
     @contextlib.contextmanager
@@ -71,3 +71,9 @@ class SideStream:
         for tensor in tensors:
             if tensor is not None:
                 tensor.record_stream(self._streams[0])
+
+
+@functools.cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """Return the second stream of a device: one for good, since memory that is freed stays with its stream."""
+    return torch.cuda.Stream(device)
