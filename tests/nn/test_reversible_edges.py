@@ -136,8 +136,8 @@ def test_tensors_of_the_context_get_gradients(frozen):
 
 def test_bad_context():
     tensor = torch.ones(WIDTH, requires_grad=True)
-    with pytest.raises(TypeError, match="keyword argument 'maks'; its branches take holder, memory, shift"):
-        small(1, rp.Shifted).double()(ROW.double(), maks=None)
+    with pytest.raises(TypeError, match="keyword argument 'masks'; its branches take holder, memory, shift"):
+        small(1, rp.Shifted).double()(ROW.double(), masks=None)
     for holder in ((tensor, 1), [tensor], {"a": tensor}):
         with pytest.raises(ValueError, match="holder holds a tensor that needs a gradient within a"):
             small(1, rp.Shifted).double()(ROW.double(), holder=holder)
