@@ -2,7 +2,7 @@
 
     python tests/benchmarks/reversible.py --out docs/results/reversible_benchmarks.json
 
-Times are CPU time of one thread, the smallest of interleaved repeats, over plain autograd (``schedule="autograd"``) of
+Times are CPU time of one thread, the median over rounds that run all schedules, over plain autograd (``schedule="autograd"``) of
 the same blocks in the same run: forward and backward, without an optimizer. On a CPU, ``"parallel"`` runs the operators
 of ``"sequential"`` on one stream; what it gains on a GPU is measured by ``reversible_gpu.py``.
 """

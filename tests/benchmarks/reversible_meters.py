@@ -67,7 +67,7 @@ def step(net: nn.Module, x: torch.Tensor, keep_gradients: bool = False) -> Run:
     return run
 
 
-def rounds(runs: dict[str, Run], repeats: int = 10) -> dict[str, list[float]]:
+def rounds(runs: dict[str, Run], repeats: int = 20) -> dict[str, list[float]]:
     """CPU seconds of every function in rounds, each of which runs all of them."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(repeats + 2):  # two rounds warm up
@@ -80,9 +80,12 @@ def rounds(runs: dict[str, Run], repeats: int = 10) -> dict[str, list[float]]:
 
 
 def ratio(found: dict[str, list[float]], name: str, base: str = "autograd") -> tuple[float, str]:
-    """The ratio of the smallest times, and that of pairs of a round as a text: other load moves the latter less."""
+    """The median of the ratios in each round, which other load moves little, and the ratio of the smallest times."""
     paired = statistics.median(a / b for a, b in zip(found[name], found[base], strict=True))
-    return min(found[name]) / min(found[base]), f"median of the ratios in each round {paired:.3f}"
+    return (
+        paired,
+        f"median of the ratios in each round; of the smallest times {min(found[name]) / min(found[base]):.3f}",
+    )
 
 
 def peak(net: nn.Module, x: torch.Tensor) -> int:
