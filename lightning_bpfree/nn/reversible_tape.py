@@ -139,9 +139,9 @@ class Tape:
         found = inventory.foreign(out, known) if self.suspicious else None
         if found is not None:
             raise RuntimeError(
-                f"{inventory.label} uses a tensor of shape {tuple(found.shape)} that needs a gradient and does not come "
-                "from its parameters, so that its gradient would be lost: make it a parameter of the block, pass it as a "
-                "keyword argument of the stack, or use schedule='autograd'."
+                f"{inventory.label} uses a tensor of shape {tuple(found.shape)} that needs a gradient and does not "
+                "come from its parameters, so that its gradient would be lost: make it a parameter of the block, pass "
+                "it as a keyword argument of the stack, or use schedule='autograd'."
             )
 
     # --- backward ---
