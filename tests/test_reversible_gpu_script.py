@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # trains small models, one in a process of its own
+
 SCRIPT = Path(__file__).parent / "benchmarks" / "reversible_gpu.py"
 KEYS = {"command", "date", "seed", "device", "versions", "rows", "checks", "points"}
 
@@ -27,7 +29,6 @@ def script(monkeypatch):
             del sys.modules[name]
 
 
-@pytest.mark.slow
 def test_dry_run_writes_all_that_a_run_writes(tmp_path):
     out = tmp_path / "gpu.json"
     command = [sys.executable, str(SCRIPT), "--cpu", "--out", str(out)]

@@ -132,18 +132,22 @@ def checkpoint_within(module):
         layer.linear1.__class__ = Checkpointed
 
 
+slow = pytest.mark.slow
+SETTINGS = {
+    "plain": {},
+    "accumulated": {"accumulate_grad_batches": 3},
+    "clipped": {"gradient_clip_val": 0.1},
+    "clipped by value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    "frozen middle": {"change": freeze_middle},
+    "frozen bottom": {"change": freeze_bottom},
+    "nested checkpoint": {"change": checkpoint_within},
+}
+FAST = ("plain", "accumulated")
+
+
 @pytest.mark.parametrize(
     "settings",
-    [
-        {},
-        {"accumulate_grad_batches": 3},
-        {"gradient_clip_val": 0.1},
-        {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
-        {"change": freeze_middle},
-        {"change": freeze_bottom},
-        {"change": checkpoint_within},
-    ],
-    ids=["plain", "accumulated", "clipped", "clipped by value", "frozen middle", "frozen bottom", "nested checkpoint"],
+    [pytest.param(each, id=name, marks=() if name in FAST else slow) for name, each in SETTINGS.items()],
 )
 def test_weights_after_training_are_those_of_autograd(settings, tmp_path):
     plain = trained("autograd", tmp_path, **settings)
@@ -156,6 +160,7 @@ def test_weights_after_training_are_those_of_autograd(settings, tmp_path):
     assert sequential.losses == parallel.losses
 
 
+@slow
 def test_mixed_precision_computes_what_autograd_does(tmp_path):
     runs = {s: trained(s, tmp_path, double=False, precision="bf16-mixed") for s in ("autograd", "sequential")}
     # The streams are float32 and branches round to bfloat16 alike, so the first loss is the same; later ones see
@@ -230,7 +235,9 @@ def test_evaluation_converts_too(tmp_path):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES[1:])
+@pytest.mark.parametrize(
+    "schedule", ["sequential", pytest.param("parallel", marks=slow), pytest.param("checkpoint", marks=slow)]
+)
 def test_resuming_goes_on_bit_for_bit(schedule, tmp_path):
     def run(epochs, resume=None, save=False):
         torch.manual_seed(0)
@@ -247,6 +254,7 @@ def test_resuming_goes_on_bit_for_bit(schedule, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
+@slow
 def test_a_checkpoint_of_another_function_is_warned_of(tmp_path):
     trainer = fit(Encoder(), [ReversibleRecompute("all")], tmp_path)
     trainer.save_checkpoint(tmp_path / "mean.ckpt")
@@ -285,6 +293,7 @@ def test_rules_train_through_a_reversible_stack(rule, tmp_path):
         assert alignment.mean_cosine == pytest.approx(1.0, abs=1e-6)  # float32
 
 
+@slow
 def test_lora_adapters_train_through_a_reversible_stack(tmp_path):
     peft = pytest.importorskip("peft")
 

@@ -19,6 +19,8 @@ from lightning_bpfree.demos.masking import IGNORED, MASK, EpochSampler, MaskedSe
 from lightning_bpfree.demos.text import MODULES, StandardLibraryTextDataModule, read_docstrings, split_of
 from lightning_bpfree.rules.backprop import Backprop
 
+pytestmark = pytest.mark.slow  # reads the standard library again and again
+
 SPLITS = ("train", "val", "test")
 
 

@@ -114,6 +114,7 @@ def losses(name: str, schedule: Any) -> list[float]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_losses_step_by_step_are_the_same_under_every_schedule(name: str) -> None:
     want = losses(name, "autograd")

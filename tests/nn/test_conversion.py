@@ -88,7 +88,7 @@ class TimmLike(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
         self.drop_path1, self.drop_path2 = DropPath(drop_path), DropPath(drop_path)
-        self.attn, self.mlp = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.attn, self.mlp = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(5), nn.Linear(16, 8))
         self.ls1, self.ls2 = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
 
     def forward(self, x):
@@ -98,7 +98,7 @@ class TimmLike(nn.Module):
 
 def encoder(norm_first=True, kind=nn.TransformerEncoderLayer, batch_first=True):
     layer = kind(8, 2, 16, dropout=0.2, norm_first=norm_first, batch_first=batch_first)
-    return nn.TransformerEncoder(layer, 3, nn.LayerNorm(8), enable_nested_tensor=False)
+    return nn.TransformerEncoder(layer, 3, nn.LayerNorm(8), enable_nested_tensor=not norm_first)
 
 
 def timm(own=False):
@@ -174,6 +174,7 @@ def test_conversion_and_the_way_back(name):
     model.eval()
     before, state = run(model), copy.deepcopy(model.state_dict())
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+    flags = {name: value for name, value in vars(model).items() if isinstance(value, bool)}
     by_hand = copy.deepcopy(model)
     for path, make_stack in stacks.items():
         owner, _, last = path.rpartition(".")
@@ -184,6 +185,7 @@ def test_conversion_and_the_way_back(name):
     # The same sums in another order.
     torch.testing.assert_close(run(model), run(by_hand), rtol=1e-10, atol=1e-10)
     assert relative(run(model), before) > 1e-3
+    assert not any(module.training for module in model.modules())
     assert all(p is parameters[n] for n, p in model.named_parameters())
     assert list(model.state_dict()) == list(state)
     model.load_state_dict(state)
@@ -191,6 +193,7 @@ def test_conversion_and_the_way_back(name):
         assert torch.equal(run(other), run(model))
     conversion.undo()
     assert list(modules.items()) == list(model.named_modules())
+    assert flags == {name: value for name, value in vars(model).items() if isinstance(value, bool)}
     assert torch.equal(run(model), before)
 
 
@@ -207,6 +210,8 @@ def test_gradients_and_random_numbers_of_converted_models(name):
         loss = run(model).square().sum()
         loss.backward()
         outcomes[schedule] = loss.detach(), gradient(*model.parameters()), torch.get_rng_state()
+    counts = [int(buffer) for buffer_name, buffer in model.named_buffers() if "tracked" in buffer_name]
+    assert counts == len(counts) * [len(SCHEDULES)]
     for loss, grads, state in outcomes.values():
         assert torch.equal(loss, outcomes["autograd"][0])
         assert torch.equal(state, outcomes["autograd"][2])

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import io
 import pickle
 import random
@@ -258,6 +259,14 @@ def test_an_aborted_backward_pass_leaks_nothing_and_can_be_repeated(schedule):
         net.zero_grad()
         torch.ones(1, requires_grad=True).sum().backward()  # torch's engine drops what was left when it runs next
     assert live.now == 0
+
+
+def test_random_states_are_kept_where_numbers_are_drawn():
+    def states(p):
+        outs = rp.stack(3, p)(*rp.streams(dtype=torch.float))
+        return outs and sum(type(o) is torch.Tensor and o.dtype == torch.uint8 for o in gc.get_objects())
+
+    assert states(0.1) - states(0.0) == 3 * 2
 
 
 # --- the check of recovered inputs ---

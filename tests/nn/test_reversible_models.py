@@ -164,6 +164,7 @@ def test_gradients_and_random_streams_are_those_of_autograd(case, depth):
     assert same(found["sequential"][0], found["parallel"][0])
 
 
+@pytest.mark.slow
 @every_family
 def test_dropout_and_stochastic_depth_are_on(make):
     model, inputs = made(make)
@@ -174,6 +175,7 @@ def test_dropout_and_stochastic_depth_are_on(make):
     assert off(other, grads) > 0.01
 
 
+@pytest.mark.slow
 @every_family
 def test_two_passes_may_come_before_their_gradients(make):
     model, inputs = made(make)
@@ -237,6 +239,7 @@ def saved_and_loaded(model):
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.slow
 @every_family
 @pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded])
 def test_copies_compute_the_same_and_live_alone(make, copied):
