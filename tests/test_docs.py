@@ -60,6 +60,7 @@ def with_code(language: str) -> pytest.MarkDecorator:
 # --- code ---
 
 
+@pytest.mark.slow  # short trainings
 @with_code("python")
 @pytest.mark.filterwarnings("ignore:.*Checkpoint directory.*:UserWarning")  # several fits on one page
 def test_python_runs(page, tmp_path, monkeypatch):

@@ -86,6 +86,7 @@ def test_exceptions_of_size_are_still_needed():
         assert LONGEST < len((PACKAGE / path).read_text(encoding="utf-8").splitlines()) <= limit, path
 
 
+@pytest.mark.slow  # a process that imports torch and lightning
 def test_importing_needs_torch_and_lightning_only():
     code = f"""
 import importlib.metadata, importlib.util, sys

@@ -794,6 +794,7 @@ def test_the_same_object_serves_several_fits(tmp_path):
 # --- with the search itself ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # several trainings
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # on purpose
 @pytest.mark.parametrize("algorithm", ["snes", "pgpe", "sep_cma_es", "des"])
 def test_an_evolution_strategy_searches_the_survivors_and_resumes(tmp_path, algorithm):

@@ -92,6 +92,7 @@ def _estimates(num, trials, **how):
     return gradient, torch.stack(made)
 
 
+@pytest.mark.slow  # statistical
 @pytest.mark.parametrize(
     ("how", "variance"),
     [

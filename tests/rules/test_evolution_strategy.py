@@ -213,6 +213,7 @@ def test_forward_passes_are_counted():
 # --- the estimate -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # statistical
 def test_estimates_are_unbiased_along_the_true_gradient():
     torch.manual_seed(0)
     module = Net(nn.Linear(6, 3))
