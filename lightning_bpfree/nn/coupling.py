@@ -101,9 +101,10 @@ def accepted(branch: Branch) -> tuple[str, ...] | None:
     if isinstance(branch, functools.partial):
         return _names(branch.func, len(branch.args) + 1)
     if isinstance(branch, nn.Module):
-        if "forward" not in vars(branch):
-            return _names(type(branch).forward, 2)
-        branch = branch.forward
+        plain: nn.Module = getattr(branch, "_orig_mod", branch)  # a compiled module seems to take anything
+        if "forward" not in vars(plain):
+            return _names(type(plain).forward, 2)
+        branch = plain.forward
     return _names.__wrapped__(branch, 1)  # not kept: a closure may hold a whole model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -177,7 +178,8 @@ def _check_streams(x1: Tensor, x2: Tensor) -> None:
 def _check_hooks(couplings: Sequence[Coupling]) -> None:
     for coupling in couplings:
         owner = coupling.owner
-        if not (owner._forward_hooks or owner._forward_pre_hooks or owner._backward_hooks or owner._backward_pre_hooks):
+        kinds = (owner._forward_hooks, owner._forward_pre_hooks, owner._backward_hooks, owner._backward_pre_hooks)
+        if not any(_in_use(hook) for hooks in kinds for hook in hooks.values()):
             continue
         message = (
             f"{coupling.label} of a reversible stack has hooks, which are not called: its branches run, not the block. "
@@ -187,6 +189,12 @@ def _check_hooks(couplings: Sequence[Coupling]) -> None:
             raise RuntimeError(message)
         warnings.warn(message, stacklevel=4)  # a summary of the model hooks its layers, too
         return
+
+
+def _in_use(hook: Any) -> bool:
+    # transformers leaves its hooks on layers after one call with output_hidden_states; they collect when asked again.
+    collector = getattr(sys.modules.get(getattr(hook, "__module__", "")), "_active_collector", None)
+    return collector is None or bool(collector.get())
 
 
 def _check_context(context: Mapping[str, Any]) -> None:

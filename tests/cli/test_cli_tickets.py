@@ -745,7 +745,7 @@ def test_images_are_named_as_they_are_drawn(change: str) -> None:
     made = pages()
     path = Path("es_study.json")
     captions = made.images(path, study)
-    assert sorted(captions) == sorted(name for name, _ in made.drawings(path, study))
+    assert sorted(captions) == sorted(name for name, _ in importlib.import_module("studies").drawings(path, study))
     assert all("weights left" in caption for caption in captions.values())
     tables = made.study_tables(study, made.table)
     assert len(tables) == {"no lines": 2, "a metric without a loss": 4}.get(change, 6)

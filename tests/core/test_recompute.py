@@ -70,11 +70,14 @@ def test_an_inventory_refuses_what_has_changed(change):
 # --- statistics, types ---
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("kind", ["moving", "average", "uncounted"])
 @in_all
-def test_running_statistics_move_once(schedule, momentum):
+def test_running_statistics_move_once(schedule, kind):
     def normalised():
-        return nn.Sequential(nn.BatchNorm1d(WIDTH, momentum=momentum), nn.Linear(WIDTH, WIDTH), nn.Dropout(0.2))
+        norm = nn.BatchNorm1d(WIDTH, momentum=None if kind == "average" else 0.1)
+        if kind == "uncounted":  # Fails now: then torch moves statistics without a trace.
+            norm.num_batches_tracked = None
+        return nn.Sequential(norm, nn.Linear(WIDTH, WIDTH), nn.Dropout(0.2))
 
     net = small(3, normalised, schedule=schedule).double()
     plain, inputs = copy.deepcopy(net), streams(6, WIDTH)
@@ -85,7 +88,6 @@ def test_running_statistics_move_once(schedule, momentum):
 
 
 def test_buffers_that_do_not_move_are_not_kept():
-    # Fails now: where one buffer moves, copies of all are kept for each evaluation.
     net = small(2, lambda: nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH)))
     for block in net:
         block.f.register_buffer("table", torch.zeros(10_000))
@@ -97,7 +99,6 @@ def test_buffers_that_do_not_move_are_not_kept():
 
 
 def under_autocast(net, *inputs):
-    """The outputs, and the gradients of the inputs and of all parameters."""
     torch.manual_seed(1)
     net.zero_grad()
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
@@ -280,8 +281,6 @@ USES |= {"derived": known(lambda line: line.bias.exp())}
 USES |= {use.__name__: use for use in (spectral, buffer, held, thawed, reentrant, cached, kept, typed)}
 
 
-# Fail now, silently: alias and derived have no gradient; typed takes another branch back, for stand-ins of weights are
-# no nn.Parameter.
 @in_both
 @pytest.mark.parametrize("use", USES)
 def test_right_or_refused(use, schedule):

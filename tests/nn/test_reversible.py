@@ -251,7 +251,7 @@ def test_nothing_stays_alive_after_the_backward_pass(settings, schedule):
 
 @in_both
 def test_passes_that_end_early_leave_nothing(schedule):
-    net, sizes = small(4, schedule=schedule), []  # Fails now: each leaves what it has recovered for the block below.
+    net, sizes = small(4, schedule=schedule), []
     with rp.Live() as live:
         loss = net(torch.randn(3, WIDTH, requires_grad=True)).sum()
         for _ in range(3):

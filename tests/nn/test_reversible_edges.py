@@ -91,6 +91,7 @@ CHANGES = {
     "mask": (lambda net, mask, outs: mask.fill_(-1), "pass a copy"),
     "mask in a tuple": (lambda net, mask, outs: mask.fill_(-1), "pass a copy"),
     "weight": (lambda net, mask, outs: net[0].g[1].weight.mul_(2), "in place"),
+    "buffer": (lambda net, mask, outs: net[1].f.table.add_(1), "a buffer of block 1 was changed in place"),
     "mode": (lambda net, mask, outs: net.eval(), "mode of block 1"),
     "mode of a part": (lambda net, mask, outs: net[1].g[3].eval(), "mode"),
 }
@@ -102,6 +103,7 @@ def test_what_changes_between_forward_and_backward(name, schedule):
     change, said = CHANGES[name]
     blocks = [ReversibleBlock(rp.Attention(), rp.feed_forward(0.5)) for _ in range(2)]
     net, mask = ReversibleSequential(blocks, schedule), torch.zeros(5, 5)
+    net[1].f.register_buffer("table", torch.zeros(1))
     outs = net(*rp.streams(dtype=torch.float), mask=(mask,) if "tuple" in name else mask)
     with torch.no_grad():
         change(net, mask, outs)
