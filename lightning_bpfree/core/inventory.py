@@ -58,7 +58,11 @@ class Inventory:
         now = [version(b) for _, _, b in self.buffers]
         pairs = zip(self.buffers, now, self._settled, strict=True)
         owners = {id(r) for (r, key, b), after, before in pairs if after != before or r.get(key) is not b}
-        # All of a module's together: batch normalisation counts its batches, but moves its statistics without a trace.
+        # All of a module's together: batch normalisation counts its batches, but moves its statistics without a trace;
+        # where it does not count, it is taken to have moved them.
+        owners |= {
+            id(r) for r, key, _ in self.buffers if key == "running_mean" and r.get("num_batches_tracked") is None
+        }
         changed = [id(registry) in owners for registry, _, _ in self.buffers]
         self._settled = now
         self._moves = [a or b for a, b in zip(self._moves, changed, strict=True)]
