@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -53,17 +54,19 @@ class Inventory:
         self._settled = [version(b) for _, _, b in self.buffers]
         return [b.clone() for _, _, b in self.buffers]
 
-    def moved(self) -> list[bool]:
-        """Return which buffers the evaluation since :meth:`copies` has changed."""
+    def moved(self, before: Sequence[Tensor]) -> list[bool]:
+        """Return which buffers an evaluation has changed.
+
+        Args:
+            before: what :meth:`copies` returned before it.
+        """
         now = [version(b) for _, _, b in self.buffers]
-        pairs = zip(self.buffers, now, self._settled, strict=True)
-        owners = {id(r) for (r, key, b), after, before in pairs if after != before or r.get(key) is not b}
-        # All of a module's together: batch normalisation counts its batches, but moves its statistics without a trace;
-        # where it does not count, it is taken to have moved them.
-        owners |= {
-            id(r) for r, key, _ in self.buffers if key == "running_mean" and r.get("num_batches_tracked") is None
-        }
-        changed = [id(registry) in owners for registry, _, _ in self.buffers]
+        # Batch normalisation moves its statistics, and ``.data`` a tensor, without a trace in the version. Tables of
+        # integers are not compared, for on an accelerator that would make the host wait.
+        changed = [
+            after != then or r.get(key) is not b or (b.is_floating_point() and not torch.equal(b, copy))
+            for (r, key, b), after, then, copy in zip(self.buffers, now, self._settled, before, strict=True)
+        ]
         self._settled = now
         self._moves = [a or b for a, b in zip(self._moves, changed, strict=True)]
         return changed

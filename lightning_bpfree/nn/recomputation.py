@@ -219,13 +219,14 @@ def _checkpointed(
 ) -> tuple[Tensor, Tensor]:
     for coupling in couplings:
         inventory = Inventory(coupling.owner, coupling.label)
-        again = functools.partial(_as_it_was, inventory, inventory.copies())
+        buffers = inventory.copies()
+        again = functools.partial(_as_it_was, inventory, buffers)
 
         def contexts(again: Callable[[], Any] = again) -> Any:
             return contextlib.nullcontext(), _Repeatable(again)
 
         x1, x2 = checkpoint(coupling.forward, x1, x2, context, use_reentrant=False, context_fn=contexts)
-        inventory.moved()
+        inventory.moved(buffers)
     return x1, x2
 
 

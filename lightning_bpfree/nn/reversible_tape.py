@@ -129,7 +129,7 @@ class Tape:
             out = branch(leaf, self.context)
         passing.saved = None
         self._refuse_foreign(index, out, [leaf, *self.inputs(index)])
-        drawn, moved = not before.equals(Draws.now(x)), inventory.moved()
+        drawn, moved = not before.equals(Draws.now(x)), inventory.moved(buffers)
         kept = [copy if moves else None for copy, moves in zip(buffers, moved, strict=True)] if any(moved) else []
         evaluations.append(Evaluation(before if drawn else None, kept))
         return out.detach()

@@ -67,16 +67,17 @@ def test_an_inventory_refuses_what_has_changed(change):
         inventory.check()
 
 
-# --- statistics, types ---
-
-
-@pytest.mark.parametrize("kind", ["moving", "average", "uncounted"])
+@pytest.mark.parametrize("kind", ["moving", "average", "uncounted", "bare"])
 @in_all
 def test_running_statistics_move_once(schedule, kind):
     def normalised():
         norm = nn.BatchNorm1d(WIDTH, momentum=None if kind == "average" else 0.1)
-        if kind == "uncounted":  # Fails now: then torch moves statistics without a trace.
+        if kind == "uncounted":  # then torch moves statistics without a trace
             norm.num_batches_tracked = None
+        if kind == "bare":  # Fails now: neither a trace nor a name that is known.
+            norm = rp.Does(lambda line, x: line(nn.functional.batch_norm(x, line.m, line.v, training=True)))
+            norm.line.register_buffer("m", torch.zeros(WIDTH))
+            norm.line.register_buffer("v", torch.ones(WIDTH))
         return nn.Sequential(norm, nn.Linear(WIDTH, WIDTH), nn.Dropout(0.2))
 
     net = small(3, normalised, schedule=schedule).double()
@@ -241,7 +242,7 @@ def thawed(net, x):
 def reentrant(net, x):
     out, once = net(x), []
     total = out.sum()
-    hook = lambda _: once or once.append(torch.autograd.grad(total, x, retain_graph=True))  # noqa: E731
+    hook = lambda _: None if once else once.append(torch.autograd.grad(total, x, retain_graph=True))  # noqa: E731
     net[1].f[1].weight.register_post_accumulate_grad_hook(hook)
     return out, x
 
@@ -265,9 +266,7 @@ def typed(net, x):
 
 
 def known(make):
-    """A branch with a tensor that it knows otherwise than as its parameter."""
-
-    def use(net, x):
+    def use(net, x):  # a branch with a tensor that it knows otherwise than as its parameter
         net[0].f = rp.Does(lambda line, x: line(x) * line.known[0]).double()
         line = net[0].f.line
         line.known = [make(line)]
@@ -290,7 +289,8 @@ def test_right_or_refused(use, schedule):
         net, x = small(3, schedule=chosen).double(), torch.randn(4, WIDTH, dtype=torch.double, requires_grad=True)
         try:
             out, leaf = USES[use](net, x)
-            out.square().sum().backward(retain_graph=True)
+            for _ in range(2):
+                out.square().sum().backward(retain_graph=True)
         except (RuntimeError, ValueError, TypeError) as error:
             assert chosen == schedule and "schedule='autograd'" in str(error)  # noqa: PT017, PT018  # a way out
         else:

@@ -324,7 +324,7 @@ def test_a_cache_is_filled_once():
 @slow
 @pytest.mark.parametrize("first", [False, True])
 def test_hidden_states_are_refused_and_leave_nothing_behind(first):
-    # Fails now: transformers leaves its hooks on the layers for good.
+    # The library leaves its hooks on the layers for good.
     model = library("ViTModel", VIT).double()
     if first:
         model(wave(2, 1, 16, 16), output_hidden_states=True)

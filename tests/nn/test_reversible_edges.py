@@ -186,7 +186,7 @@ def test_compiled(part, backend, schedule):
     for block in net[1] if part == "branches" else ():
         block.f, block.g = torch.compile(block.f, backend=backend), torch.compile(block.g, backend=backend)
     assert rp.relative(rp.outcome(compiled, x).grads, expected.grads) < 1e-12
-    # Fails now for compiled branches: they seem to take any keyword argument, and get all.
+    # Compiled modules seem to take any keyword argument.
     net[1](x, mask=torch.zeros(5, 5, dtype=x.dtype)).sum().backward()
     torch._dynamo.reset()
 
@@ -289,7 +289,7 @@ def test_inputs_of_any_size_are_measured(rows, factor):
     # The square of a norm may be 0 or infinite, a norm infinite in half precision; and 0 / 0 is no number.
     net, x = small(3, lambda: nn.Linear(WIDTH, WIDTH, bias=False), max_error=1e-2), torch.randn(rows, WIDTH) * factor
     net.half()(x.half()).sum().backward() if rows > 2 else net(x).sum().backward()
-    assert net.reconstruction_error <= 1e-2
+    assert (rows > 2) * 1e-6 <= net.reconstruction_error <= 1e-2  # half precision has three digits
 
 
 @in_both
