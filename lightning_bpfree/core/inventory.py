@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from lightning_bpfree.core.params import place
@@ -42,6 +43,11 @@ class Inventory:
             self.places += [(module, key, p) for key, p in module._parameters.items() if p is not None]
             self.buffers += [(module._buffers, key, b) for key, b in module._buffers.items() if b is not None]
         self.parameters = list({id(p): p for _, _, p in self.places}.values())
+        if any(map(is_lazy, self.parameters)):
+            raise RuntimeError(
+                f"{label} has parameters without a shape (a lazy module?), of which no gradient can be told: run the "
+                "stack once with schedule='autograd', which makes them."
+            )
         self.trainable = [p for p in self.parameters if p.requires_grad]
         self._versions = list(map(version, self.parameters))
         self._settled = [version(b) for _, _, b in self.buffers]

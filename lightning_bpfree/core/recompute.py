@@ -14,6 +14,9 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 class Draws(NamedTuple):
     """States of torch's global random streams: the CPU's, and those of the accelerators that hold given tensors.
 
+    Taken before and after every branch, and so without Python's and NumPy's streams, whose states take ten times as
+    long (:class:`~lightning_bpfree.core.replay.RandomStreams`, of which a step takes one).
+
     Examples:
         >>> before = Draws.now(torch.zeros(1))
         >>> first = torch.rand(3)
@@ -56,7 +59,7 @@ class Draws(NamedTuple):
 class Autocast(NamedTuple):
     """Whether operators on the CPU and on another device choose their types, and which.
 
-    Weights are cast without a cache: one cast without a graph must never serve a use that needs a gradient.
+    Weights are cast without a cache: one cast within a branch, whose graph goes with it, must never serve another use.
 
     Examples:
         >>> with torch.autocast("cpu", torch.bfloat16):

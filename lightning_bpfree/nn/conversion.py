@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_bpfree.nn.converted import Conversion, Converted
+from lightning_bpfree.nn.converted import Conversion
 from lightning_bpfree.nn.fusion import FUSIONS, Fusion
 from lightning_bpfree.nn.layer_families import FAMILIES, family_of
 from lightning_bpfree.nn.layer_family import Family, OwnBranches, Rewire
@@ -78,14 +78,13 @@ def convert_to_reversible(
     """
     scales = check_choices(rewire, scale, fusion)
     own = OwnBranches(*branches) if branches is not None else None
-    conversion = Conversion([])
+    conversion = Conversion()
     lists = {path: _find(model, path) for path in _paths(model, stacks)}
     # All are looked at before any is replaced: an error leaves the model as it was.
     families = {path: own or _family(path, layers, rewire) for path, layers in lists.items()}
     for path, family in families.items():
-        layers = list(lists[path].children())
         stack = ReversibleLayers(
-            layers,
+            list(lists[path].children()),
             family,
             schedule,
             rewire=rewire,
@@ -97,14 +96,7 @@ def convert_to_reversible(
             store_last=store_last,
         )
         stack.training = lists[path].training  # of itself alone: a layer may be in another mode
-        new = sum(p.numel() for p in stack.fusions.parameters()) if stack.fusions is not None else 0
-        if stack.fusions is not None:
-            stack.fusions.to(next(layers[0].parameters()))
-        conversion.replace(_owners(model, lists[path]), stack)
-        count = sum(map(len, stack.stretches))
-        conversion.report.append(
-            Converted(path, family.name, count, len(layers) - count, rewire, scales, stack.fusion, new)
-        )
+        conversion.replace(path, _owners(model, lists[path]), stack)
     if warn:
         warnings.warn(
             f"Made reversible, which CHANGES THE FUNCTION of the model (two streams instead of one, with the same "

@@ -36,10 +36,7 @@ class Converted(NamedTuple):
 
 
 class Conversion:
-    """What ``convert_to_reversible`` has replaced.
-
-    Args:
-        report: one entry a stack.
+    """What ``convert_to_reversible`` has replaced: ``report`` has an entry for each of ``stacks``.
 
     Examples:
         >>> layer = nn.TransformerEncoderLayer(8, 2, norm_first=True)
@@ -53,8 +50,8 @@ class Conversion:
         'ModuleList'
     """
 
-    def __init__(self, report: list[Converted]) -> None:
-        self.report = report
+    def __init__(self) -> None:
+        self.report: list[Converted] = []
         self.stacks: list[ReversibleLayers] = []
         self._places: list[tuple[nn.Module, str, nn.Module]] = []
         self._flags: list[tuple[nn.Module, str, Any]] = []
@@ -63,13 +60,14 @@ class Conversion:
         """Put the lists of layers back; the layers keep the weights that they have by now."""
         for owner, name, original in reversed(self._places):
             setattr(owner, name, original)
-        for owner, name, value in self._flags:
+        for owner, name, value in reversed(self._flags):
             setattr(owner, name, value)
         self._places, self._flags, self.stacks = [], [], []
 
-    def replace(self, places: Sequence[tuple[nn.Module, str]], stack: ReversibleLayers) -> None:
-        """Put the stack in the place of a list, at all modules that hold it."""
+    def replace(self, path: str, places: Sequence[tuple[nn.Module, str]], stack: ReversibleLayers) -> None:
+        """Put the stack in the place of the list ``path``, at all modules that hold it."""
         self.stacks.append(stack)
+        self.report.append(_entry(path, stack))
         for owner, name in places:
             self._places.append((owner, name, getattr(owner, name)))
             setattr(owner, name, stack)
@@ -83,6 +81,13 @@ class Conversion:
 
     def __str__(self) -> str:
         return "\n".join(map(_line, self.report))
+
+
+def _entry(path: str, stack: ReversibleLayers) -> Converted:
+    count = sum(map(len, stack.stretches))
+    new = 0 if stack.fusions is None else sum(p.numel() for p in stack.fusions.parameters())
+    family, ordinary = stack.family.name, len(stack) - count
+    return Converted(path, family, count, ordinary, stack.rewire, stack.scale, stack.fusion, new)
 
 
 def _line(entry: Converted) -> str:

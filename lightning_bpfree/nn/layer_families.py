@@ -36,10 +36,6 @@ class TorchEncoderLayer(Family):
         out: Tensor = layer._ff_block(x)
         return out
 
-    def norms(self, layer: Any) -> tuple[nn.Module, nn.Module]:
-        """Return ``norm1`` and ``norm2``."""
-        return layer.norm1, layer.norm2
-
 
 class TimmBlock(Family):
     """Blocks of timm's ViT and Swin: scaled residual branches with stochastic depth."""
@@ -62,10 +58,6 @@ class TimmBlock(Family):
         """Return the feed-forward network, scaled and with stochastic depth."""
         out: Tensor = layer.drop_path2(_scaled(layer, "ls2", layer.mlp(x)))
         return out
-
-    def norms(self, layer: Any) -> tuple[nn.Module, nn.Module]:
-        """Return ``norm1`` and ``norm2``."""
-        return layer.norm1, layer.norm2
 
 
 def _scaled(layer: Any, name: str, x: Tensor) -> Any:

@@ -21,6 +21,7 @@ class Family:
 
     name: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]  # attributes that all of its layers have
+    norm_names: ClassVar[tuple[str, str]] = ("norm1", "norm2")
     returns_tuple: ClassVar[bool] = False
     checked: ClassVar[bool] = True  # whether the branches are to add up to the layer
 
@@ -67,7 +68,8 @@ class Family:
 
     def norms(self, layer: Any) -> tuple[nn.Module, nn.Module]:
         """Return the normalisations of the attention and of the feed-forward branch."""
-        raise NotImplementedError
+        first, second = self.norm_names
+        return getattr(layer, first), getattr(layer, second)
 
     # --- what a reversible block is made of ---
 

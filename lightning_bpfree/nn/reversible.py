@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor, nn
 
@@ -104,7 +104,15 @@ class ReversibleSequential(nn.Module):
     def __iter__(self) -> Iterator[ReversibleBlock]:
         return (self[index] for index in range(self.depth))
 
-    def __getitem__(self, index: int) -> ReversibleBlock:
+    @overload
+    def __getitem__(self, index: int) -> ReversibleBlock: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[ReversibleBlock]: ...
+
+    def __getitem__(self, index: int | slice) -> ReversibleBlock | list[ReversibleBlock]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(self.depth)[index]]
         block = self._modules[str(range(self.depth)[index])]
         assert isinstance(block, ReversibleBlock)
         return block

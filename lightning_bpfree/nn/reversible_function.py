@@ -87,15 +87,11 @@ class _Step:
         self.tape, self.index, self.kept = ctx.tape, ctx.index, kept
         self.streams_wanted, self.wanted = ctx.needs_input_grad[3:5], ctx.needs_input_grad[5:]
         self.block = self.tape.blocks[self.index]
-        # Whether a block below will ask for its outputs.
-        self.deeper = self.index > 0 and any(self.streams_wanted)
 
     def gradients(self, d1: Tensor, d2: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of both streams and of all other inputs."""
         now = self.tape.passes[graph_task()]
         above, now.above = now.above, None
-        if not self.deeper:
-            del self.tape.passes[graph_task()]
         d1, d2, rest = (self._in_parallel if self.tape.parallel else self._in_sequence)(now, above, d1, d2)
         s1, s2 = self.streams_wanted
         return (d1 if s1 else None, d2 if s2 else None, *rest)
@@ -105,9 +101,10 @@ class _Step:
         g = self.tape.upper(self.index, y1, y2)
         x2 = g.back
         d1, rest = self._through_g(g, d1, d2)
-        del g  # its graph is used up: at most one branch's is alive
+        del g  # one branch's tensors at a time
         f = self.tape.lower(self.index, x2, y1)
-        now.above = self._inputs(f.back, x2)
+        below = self._inputs(f.back, x2)
+        now.above = below if self.index > 0 else None
         return self._through_f(f, d1, d2, rest)
 
     def _in_parallel(self, now: Pass, above: Any, d1: Tensor, d2: Tensor) -> tuple[Tensor, Tensor, Grads]:
@@ -119,7 +116,7 @@ class _Step:
             streams.mark("recovered", index)
         with streams.use(index, None, self.kept):
             x1, x2 = self._inputs(above.f.back, above.g.back)
-        if self.deeper:
+        if index > 0:
             with streams.use(index - 1, "recovered", (x1, x2)):
                 now.above = tape.take_back(index - 1, x1, x2)
             streams.mark("recovered", index - 1)

@@ -68,14 +68,15 @@ class ReversibleLayers(nn.Module):
             Recomputation(schedule, every, max_error, check_every, store_last) for _ in self.stretches
         ]
         # Only a fusion with weights is a module of its own, so that the names of a model's state stay what they are.
-        self.fusions = (
-            nn.ModuleList(StreamFusion(fusion, family.channels(layers[s.start])) for s in self.stretches)
-            if fusion == "concat_linear"
-            else None
-        )
-        self.fusion = fusion
+        self.fusion, self.fusions = fusion, None if fusion != "concat_linear" else self._fusions_with_weights()
         self._plain_fusion = StreamFusion(fusion).forward if self.fusions is None else None
         self.compared = not family.checked
+
+    def _fusions_with_weights(self) -> nn.ModuleList:
+        first = [self[stretch.start] for stretch in self.stretches]
+        made = nn.ModuleList(StreamFusion("concat_linear", self.family.channels(layer)) for layer in first)
+        like: Tensor = next(first[0].parameters())
+        return made.to(like.device, like.dtype)
 
     # --- as a list ---
 

@@ -16,6 +16,7 @@ class TransformersViT(Family):
     """Layers of transformers' ViT, and others of its structure."""
 
     name = "transformers ViT layer"
+    norm_names = ("layernorm_before", "layernorm_after")
     parts: ClassVar[tuple[str, ...]] = ("layernorm_before", "attention", "layernorm_after", "mlp", "dropout")
 
     def matches(self, layer: nn.Module) -> bool:
@@ -31,10 +32,6 @@ class TransformersViT(Family):
         """Return the feed-forward network with dropout."""
         out: Tensor = layer.dropout(layer.mlp(x))
         return out
-
-    def norms(self, layer: Any) -> tuple[nn.Module, nn.Module]:
-        """Return ``layernorm_before`` and ``layernorm_after``."""
-        return layer.layernorm_before, layer.layernorm_after
 
 
 class TransformersSwin(TransformersViT):
@@ -72,6 +69,7 @@ class TransformersHiera(Family):
     """Layers of transformers' Hiera; those that pool their queries or widen are stage transitions."""
 
     name = "transformers Hiera layer"
+    norm_names = ("layernorm_before", "layernorm_after")
     parts = ("layernorm_before", "attn", "layernorm_after", "mlp", "drop_path", "query_stride")
     returns_tuple = True
 
@@ -88,10 +86,6 @@ class TransformersHiera(Family):
         """Return the feed-forward network with stochastic depth."""
         out: Tensor = layer.drop_path(layer.mlp(x))
         return out
-
-    def norms(self, layer: Any) -> tuple[nn.Module, nn.Module]:
-        """Return ``layernorm_before`` and ``layernorm_after``."""
-        return layer.layernorm_before, layer.layernorm_after
 
 
 class TransformersBert(Family):

@@ -11,7 +11,6 @@ requirements, tqdm comes with Lightning. It is used as its README and its exampl
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.metadata
 import itertools
@@ -19,7 +18,6 @@ import logging
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -33,7 +31,7 @@ from fflib.utils.data.dataprocessor import FFDataProcessor
 from fflib.utils.ff_logger import logger
 from fflib.utils.ff_suite import FFSuite
 from local_learning import ruled, with_adam
-from run import Classifier, backprop, batch, mlp, plain_forward, row, seconds, write
+from run import Classifier, backprop, batch, mlp, plain_forward, row, run_parts, seconds
 
 import lightning_bpfree as bpf
 from lightning_bpfree.cli.compare_results import confidence
@@ -240,22 +238,10 @@ def times() -> list[dict[str, object]]:
 PARTS = {f.__name__: f for f in (times, error_on_digits, error_on_fashion)}
 
 
-def main() -> None:
-    """Measure, and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
-    chosen = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+if __name__ == "__main__":
     logger.setLevel(logging.WARNING)
     iff_suite.tqdm = iter  # no progress bars
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    rows = [made for name in chosen.only for made in PARTS[name]()]
-    command = f"python tests/benchmarks/fflib_peer.py --out {chosen.out}"
-    write(rows, command, chosen.out, fflib=importlib.metadata.version("fflib"))
-
-
-if __name__ == "__main__":
-    main()
+    COMMAND = "python tests/benchmarks/fflib_peer.py --out docs/results/fflib_benchmarks.json"
+    run_parts(PARTS, COMMAND, __doc__, fflib=importlib.metadata.version("fflib"))

@@ -9,12 +9,10 @@ of ``"sequential"`` on one stream; what it gains on a GPU is measured by ``rever
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import math
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +35,7 @@ from reversible_meters import (
     tokens,
 )  # fmt: skip
 from reversible_models import converted, training
-from run import write
+from run import run_parts
 from torch import nn
 
 from lightning_bpfree.nn.conversion import convert_to_reversible
@@ -181,21 +179,9 @@ def scaled() -> list[Row]:
 PARTS = {f.__name__: f for f in (times, memory, gradients, converted, training, scaled)}
 
 
-def main() -> None:
-    """Run the chosen parts and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
-    chosen = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    rows = [made for name in chosen.only for made in PARTS[name]()]
-    command = "python tests/benchmarks/reversible.py --out docs/results/reversible_benchmarks.json"
-    versions = {name.replace("-", "_"): importlib.metadata.version(name) for name in ("transformers", "scikit-learn")}
-    write(rows, command, chosen.out, **versions)
-    missed = [str(made["name"]) for made in rows if made["reached"] is False]
-    print(f"missed: {', '.join(missed) or 'none'}")
-
-
 if __name__ == "__main__":
-    main()
+    COMMAND = "python tests/benchmarks/reversible.py --out docs/results/reversible_benchmarks.json"
+    LIBRARIES = ("transformers", "scikit-learn")
+    run_parts(
+        PARTS, COMMAND, __doc__, **{name.replace("-", "_"): importlib.metadata.version(name) for name in LIBRARIES}
+    )

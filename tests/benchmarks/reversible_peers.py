@@ -15,12 +15,10 @@ numbers, with the options that it has for this. A peer that fails has its error 
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import warnings
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +38,7 @@ from reversible_meters import (
     step,
     tokens,
 )
-from run import write
+from run import run_parts
 from torch import nn
 
 from lightning_bpfree.nn.reversible import ReversibleBlock, ReversibleSequential
@@ -205,20 +203,8 @@ def with_dropout() -> list[Row]:
 PARTS = {f.__name__: f for f in (without_dropout, with_dropout)}
 
 
-def main() -> None:
-    """Run the chosen parts and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
-    chosen = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning)  # names that the peers use of an older torch
     warnings.filterwarnings("ignore", "TypedStorage is deprecated")
-    rows = [made for name in chosen.only for made in PARTS[name]()]
-    command = "python tests/benchmarks/reversible_peers.py --out docs/results/reversible_peers_benchmarks.json"
-    write(rows, command, chosen.out, **{name: importlib.metadata.version(name) for name in PEERS})
-
-
-if __name__ == "__main__":
-    main()
+    COMMAND = "python tests/benchmarks/reversible_peers.py --out docs/results/reversible_peers_benchmarks.json"
+    run_parts(PARTS, COMMAND, __doc__, **{name: importlib.metadata.version(name) for name in PEERS})

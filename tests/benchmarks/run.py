@@ -12,10 +12,9 @@ import argparse
 import datetime
 import json
 import platform
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import lightning
@@ -350,20 +349,21 @@ def write(rows: list[dict[str, object]], command: str, out: Path | None, **versi
         out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def main() -> None:
-    """Run the chosen parts and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def run_parts(
+    parts: Mapping[str, Callable[[], list[dict[str, object]]]], command: str, doc: str | None, **versions: str
+) -> None:
+    """Run the parts of a benchmark that the command line names, write the file, and say which goals were missed."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--only", nargs="*", choices=list(parts), default=list(parts))
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = [made for name in chosen.only for made in PARTS[name]()]
-    write(rows, "python tests/benchmarks/run.py --out docs/results/benchmarks.json", chosen.out)
+    rows = [made for name in chosen.only for made in parts[name]()]
+    write(rows, command, chosen.out, **versions)
     missed = [str(made["name"]) for made in rows if made["reached"] is False]
     print(f"missed: {', '.join(missed) or 'none'}")
-    sys.exit(0)
 
 
 if __name__ == "__main__":
-    main()
+    run_parts(PARTS, "python tests/benchmarks/run.py --out docs/results/benchmarks.json", __doc__)

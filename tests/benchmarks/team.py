@@ -7,15 +7,13 @@ The network is that of the 5-bit multiplexer: 37 inputs, 64 and 32 units, two ac
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from run import Checkpointed, Classifier, backprop, plain_forward, row, seconds, write
+from run import Checkpointed, Classifier, backprop, plain_forward, row, run_parts, seconds
 from torch import nn
 
 import lightning_bpfree as bpf
@@ -196,20 +194,7 @@ def wide() -> list[dict[str, object]]:
 PARTS = {f.__name__: f for f in (updates, wide)}
 
 
-def main() -> None:
-    """Run the chosen parts and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
-    chosen = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    rows = [made for name in chosen.only for made in PARTS[name]()]
-    command = "python tests/benchmarks/team.py --out docs/results/team_benchmarks.json"
-    write(rows, command, chosen.out, numpy=np.__version__)
-    missed = [str(made["name"]) for made in rows if made["reached"] is False]
-    print(f"missed: {', '.join(missed) or 'none'}")
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(
+        PARTS, "python tests/benchmarks/team.py --out docs/results/team_benchmarks.json", __doc__, numpy=np.__version__
+    )

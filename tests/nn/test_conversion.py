@@ -363,3 +363,12 @@ def test_adapters_and_gradient_checkpointing(before):
         assert all((p.grad is not None) == ("lora" in name) for name, p in model.named_parameters())
         grads.append(gradient(*(p for p in model.parameters() if p.requires_grad)))
         assert relative(grads[-1], grads[0]) < 1e-12
+
+
+def test_undoing_puts_flags_back_that_two_lists_share():
+    model = encoder()
+    model.use_nested_tensor, model.more = True, nn.ModuleList(encoder().layers)
+    conversion = convert_to_reversible(model, ["layers", "more"], warn=False)
+    assert model.use_nested_tensor is False
+    conversion.undo()
+    assert model.use_nested_tensor is True
