@@ -37,8 +37,8 @@ class ReversibleRecompute(Callback):
     load with and without; but a model that was trained reversibly computes what it has learned only while it is
     reversible, so the conversion stays after the fit, until :meth:`undo`.
 
-    Logs, every ``log_every_n_steps`` batches, ``bpfree/samples_per_second`` (over all ranks, data loading included),
-    ``bpfree/peak_memory`` in MiB (allocated on a CUDA device; of the process on the CPU) and, where it was measured,
+    Logs, every ``log_every_n_steps`` optimizer steps, ``bpfree/samples_per_second`` (over all ranks, data loading
+    included), ``bpfree/peak_memory`` in MiB (allocated on a CUDA device; of the process on the CPU) and, where it was measured,
     ``bpfree/reconstruction_error``. On devices without CUDA, ``"parallel"`` computes the same bits on one stream.
 
     Args:
@@ -97,8 +97,7 @@ class ReversibleRecompute(Callback):
         self.conversion: Conversion | None = None
         self._module: pl.LightningModule | None = None
         self._found: list[tuple[Stack, Schedule]] = []
-        self._window = _Window()
-        self._resumed: dict[str, Any] = {}
+        self._window, self._logged_at = _Window(), 0
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments, as plain values that loggers take."""
@@ -159,7 +158,7 @@ class ReversibleRecompute(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the settings into the loggers."""
-        self._window = _Window()
+        self._window, self._logged_at = _Window(), trainer.global_step
         for logger in trainer.loggers:
             logger.log_hyperparams({"bpfree_recompute": self.settings()})
 
@@ -180,8 +179,10 @@ class ReversibleRecompute(Callback):
         """Count the samples; log where the Trainer logs."""
         self._window.samples += _size(batch)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.barebones or not every or (batch_idx + 1) % every:
+        # Optimizer steps rather than batches, as loggers count: what is logged at another step does not reach them.
+        if trainer.barebones or not every or trainer.global_step % every or trainer.global_step == self._logged_at:
             return
+        self._logged_at = trainer.global_step
         values = self._window.close(trainer.strategy.root_device, trainer.world_size)
         errors = [stack.reconstruction_error for stack, _ in self._found]
         measured = [error for error in errors if error is not None]

@@ -67,7 +67,7 @@ class _ImageClassifier(nn.Module):
 class VisionTransformer(_ImageClassifier):
     """transformers' ``ViTForImageClassification`` with random weights: pre-norm, learned positions, a class token.
 
-    Its layers are ``model.vit.layers``; in transformers before 5, ``model.vit.encoder.layer``.
+    Its layers are ``model.vit.layers``.
 
     Args:
         in_shape: Shape (C, H, W) of one image.

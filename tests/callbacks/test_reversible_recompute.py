@@ -101,6 +101,16 @@ def test_cost_is_logged(tmp_path):
     assert "schedule: sequential" in (tmp_path / "lightning_logs/version_0/hparams.yaml").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_loggers_get_every_measurement(accumulate, tmp_path):
+    # Eight batches an epoch and an odd interval: steps are counted over epochs, and batches are not.
+    settings = {"max_epochs": 3, "accumulate_grad_batches": accumulate, "log_every_n_steps": 3}
+    fit(Encoder(), [ReversibleRecompute("all")], tmp_path, logger=CSVLogger(tmp_path), **settings)
+    lines = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text(encoding="utf-8").splitlines()
+    column = lines[0].split(",").index("bpfree/samples_per_second")
+    assert sum(bool(line.split(",")[column]) for line in lines[1:]) == 24 // accumulate // 3
+
+
 def test_samples_are_counted(tmp_path, monkeypatch):
     ticks = iter(range(100))
     monkeypatch.setattr("lightning_bpfree.callbacks.reversible_recompute.time.perf_counter", lambda: next(ticks))
