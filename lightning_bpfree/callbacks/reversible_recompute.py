@@ -38,8 +38,9 @@ class ReversibleRecompute(Callback):
     reversible, so the conversion stays after the fit, until :meth:`undo`.
 
     Logs, every ``log_every_n_steps`` optimizer steps, ``bpfree/samples_per_second`` (over all ranks, data loading
-    included), ``bpfree/peak_memory`` in MiB (allocated on a CUDA device; of the process on the CPU) and, where it was measured,
-    ``bpfree/reconstruction_error``. On devices without CUDA, ``"parallel"`` computes the same bits on one stream.
+    included), ``bpfree/peak_memory`` in MiB (allocated on a CUDA device; of the process on the CPU) and, where it was
+    measured, ``bpfree/reconstruction_error``. On devices without CUDA, ``"parallel"`` computes the same bits on one
+    stream.
 
     Args:
         stacks: names of lists of layers, such as ``"model.encoder.layers"``; ``"all"`` for every list of known layers;
