@@ -131,8 +131,8 @@ class ReversibleRecompute(Callback):
         there = reversible_stacks(module)
         names = self.stacks
         if names is not None:
-            asked = None if names == "all" else [name for name in names if name not in there]
-            if asked or (asked is None and not there):
+            asked = names if names == "all" else [name for name in names if name not in there]
+            if asked and not (asked == "all" and there):
                 self.conversion = convert_to_reversible(module, asked, self.schedule, warn=warn, **self._options)
         elif not there:
             lists = ", ".join(map(repr, convertible(module))) or "none of known layers"

@@ -24,7 +24,7 @@ class FunctionChangedWarning(UserWarning):
 
 def convert_to_reversible(
     model: nn.Module,
-    stacks: str | Iterable[str] | None = None,
+    stacks: str | Iterable[str] = "all",
     schedule: Schedule = "sequential",
     *,
     rewire: Rewire | None = None,
@@ -49,7 +49,7 @@ def convert_to_reversible(
 
     Args:
         model: the model; a LightningModule is one.
-        stacks: names of the stacks, such as ``"encoder.layers"``; None for all stacks of known layers.
+        stacks: names of the stacks, such as ``"encoder.layers"``; ``"all"`` for all stacks of known layers.
         schedule: ``"autograd"``, ``"checkpoint"``, ``"sequential"`` or ``"parallel"``.
         rewire: what is done with post-norm layers, whose output is a normalisation and no sum: ``"pre_norm"`` puts the
             normalisations before the branches (train from scratch); ``"scaled"`` keeps each sublayer whole as a branch
@@ -133,16 +133,16 @@ def check_choices(
     return both[0], both[1]
 
 
-def _paths(model: nn.Module, stacks: str | Iterable[str] | None) -> list[str]:
-    if stacks is not None:
+def _paths(model: nn.Module, stacks: str | Iterable[str]) -> list[str]:
+    if stacks != "all":
         named = [stacks] if isinstance(stacks, str) else list(dict.fromkeys(stacks))
         if not named:
-            raise ValueError("stacks=[] is empty: name at least one list of layers, or give None for all known ones.")
+            raise ValueError("stacks=[] is empty: name at least one list of layers, or give 'all' for all known ones.")
         return named
     found = convertible(model)
     if not found:
         raise ValueError(
-            f"stacks=None, and {type(model).__name__} has no nn.ModuleList or nn.Sequential of known layers "
+            f"stacks='all', and {type(model).__name__} has no nn.ModuleList or nn.Sequential of known layers "
             f"({', '.join(family.name for family in FAMILIES)}): name the stacks, and give branches=(f, g) for layers "
             "of your own."
         )
