@@ -40,7 +40,7 @@ class Stopwatch(Callback):
 
 
 class StepMeter(Callback):
-    """Measures the peak of memory over training batches, and what the last batch cost in forward passes."""
+    """Measures one epoch: the peak of memory over its batches, and what the last batch cost in forward passes."""
 
     peak_mib: float | None = None
     last_cost = 0.0
@@ -60,6 +60,10 @@ class StepMeter(Callback):
         """Note what this batch has cost; validation, which comes behind it, does not count."""
         self.last_cost = _rule(trainer).record.forward_evals - self._before
         self.peak_mib = self.memory.peak()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop."""
+        trainer.should_stop = True
 
 
 class LearningCurve(Callback):
@@ -94,7 +98,9 @@ def profile(blueprint: Blueprint, seed: int) -> dict[str, Any]:
         callbacks=[meter],
         dropped=(GradientAlignment,),
         strategy="auto",
-        max_epochs=1,
+        max_epochs=10_000,  # the meter stops after one; learning rates may warm up for longer than that
+        min_epochs=None,
+        min_steps=None,
         limit_train_batches=PROFILED_STEPS * blueprint.config.trainer.accumulate_grad_batches,
         limit_val_batches=1,  # not 0, for early stopping and schedulers may ask for a metric of it
         val_check_interval=1.0,  # at the end: more batches than there are would be refused

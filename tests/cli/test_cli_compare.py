@@ -17,7 +17,8 @@ from comparing import run_in_process, written
 from lightning_bpfree.cli import compare as command
 from lightning_bpfree.cli import compare_worker, main
 from lightning_bpfree.cli.compare_results import confidence, rows, t95
-from lightning_bpfree.cli.compare_runs import train
+from lightning_bpfree.cli.compare_runs import PROFILED_STEPS, profile, train
+from lightning_bpfree.cli.configured import Blueprint
 from lightning_bpfree.core.peak_memory import MIB, PeakMemory
 
 Overlay = Callable[..., str]
@@ -106,6 +107,15 @@ def test_equal_forwards_buy_the_right_number_of_steps(base: str, overlay: Overla
     assert steps["same"] == {"epochs": (8, 24, False), "forwards": (8, 24, True)}
     assert steps["cheap"] == {"epochs": (8, 16, False), "forwards": (12, 24, False)}
     assert steps["dear"] == {"epochs": (8, 48, False), "forwards": (4, 24, False)}
+
+
+def test_what_is_longer_than_the_profiled_steps_is_profiled(base: str, overlay: Overlay) -> None:
+    warmup = ["--model.init_args.lr_schedule=cosine", f"--model.init_args.warmup_steps={PROFILED_STEPS + 2}"]
+    layers = "--model.init_args.net.init_args.hidden=[8,8]"
+    greedy = overlay("greedy.yaml", "ForwardForward", schedule="greedy")  # shares the epochs among two blocks
+    profiled = profile(Blueprint(["-c", base, "-c", greedy, layers, *warmup, "--trainer.min_epochs=2"]), seed=0)
+    assert profiled["rule"] == "ForwardForward"
+    assert profiled["forward_evals_per_batch"] > 0
 
 
 @pytest.mark.slow
