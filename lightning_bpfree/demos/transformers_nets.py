@@ -198,10 +198,11 @@ class SwinTransformer(_ImageClassifier):
 
 
 class RobertaEncoderLM(nn.Module):
-    """transformers' ``RobertaForMaskedLM`` with random weights: a post-norm encoder, from tokens to logits of tokens.
+    """transformers' ``RobertaForMaskedLM`` with random weights: an encoder from tokens to logits of tokens.
 
-    Its layers are ``model.roberta.encoder.layer``. There is no padding: all tokens are alike to it, and every position
-    attends to all others.
+    Its layers are ``model.roberta.encoder.layer``; with `norm_first`, which makes it a
+    ``RobertaPreLayerNormForMaskedLM``, they are ``model.roberta_prelayernorm.encoder.layer``. There is no padding: all
+    tokens are alike to it, and every position attends to all others.
 
     Args:
         vocab_size: Number of tokens, at least 2; 129 for the characters of
@@ -212,6 +213,7 @@ class RobertaEncoderLM(nn.Module):
         mlp_ratio: Width of a layer's feed-forward part over `dim`.
         max_length: Longest sequence, at least 1.
         dropout: Dropout probability of embeddings, attention and branches, in [0, 1).
+        norm_first: Normalise before the branches of a layer rather than after its skips, as RoBERTa does.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
@@ -234,6 +236,7 @@ class RobertaEncoderLM(nn.Module):
         mlp_ratio: int = 4,
         max_length: int = 64,
         dropout: float = 0.0,
+        norm_first: bool = False,
     ) -> None:
         super().__init__()
         check_at_least(2, vocab_size=vocab_size)
@@ -241,7 +244,8 @@ class RobertaEncoderLM(nn.Module):
         _check_heads(dim, heads)
         _check_share("dropout", dropout)
         library = _library(self)
-        config = library.RobertaConfig(
+        kind = "RobertaPreLayerNorm" if norm_first else "Roberta"
+        config = getattr(library, f"{kind}Config")(
             vocab_size=vocab_size,
             hidden_size=dim,
             num_hidden_layers=depth,
@@ -257,7 +261,7 @@ class RobertaEncoderLM(nn.Module):
             eos_token_id=None,
         )
         self.max_length = max_length
-        self.model = library.RobertaForMaskedLM(config)
+        self.model = getattr(library, f"{kind}ForMaskedLM")(config)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits, shape (B, T, vocab_size), of tokens int64 of shape (B, T)."""

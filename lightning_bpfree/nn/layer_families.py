@@ -10,6 +10,7 @@ from lightning_bpfree.nn.layer_family import Family
 from lightning_bpfree.nn.transformers_layers import (
     TransformersBert,
     TransformersHiera,
+    TransformersPreNormBert,
     TransformersSwin,
     TransformersViT,
 )
@@ -70,6 +71,7 @@ FAMILIES: tuple[Family, ...] = (
     TransformersViT(),
     TransformersHiera(),
     TransformersBert(),
+    TransformersPreNormBert(),
     TimmBlock(),
 )
 

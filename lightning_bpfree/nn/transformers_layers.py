@@ -88,6 +88,9 @@ class TransformersHiera(Family):
         return out
 
 
+_BERT_OUTPUT = ("dense", "dropout", "LayerNorm")
+
+
 class TransformersBert(Family):
     """Layers of transformers' RoBERTa, BERT and others of their structure; post-norm."""
 
@@ -147,4 +150,29 @@ class TransformersBert(Family):
         return layer.attention.output.LayerNorm, layer.output.LayerNorm
 
 
-_BERT_OUTPUT = ("dense", "dropout", "LayerNorm")
+class TransformersPreNormBert(TransformersBert):
+    """Layers of transformers' RoBERTa-PreLayerNorm: those of RoBERTa, with normalisations before the branches."""
+
+    name = "transformers RoBERTa-PreLayerNorm layer"
+
+    def matches(self, layer: Any) -> bool:
+        """Return whether the layer has the structure."""
+        attention = getattr(layer, "attention", None)
+        norms = (attention, getattr(layer, "intermediate", None))
+        return bool(Family.matches(self, layer) and all(hasattr(owner, "LayerNorm") for owner in norms)) and all(
+            hasattr(attention, part) for part in ("self", "output")
+        )
+
+    def post_norm(self, layer: Any) -> bool:
+        """Return False."""
+        return False
+
+    def feed_forward(self, layer: Any, x: Tensor) -> Tensor:
+        """Return both linear layers with dropout."""
+        inner = layer.intermediate
+        out: Tensor = layer.output.dropout(layer.output.dense(inner.intermediate_act_fn(inner.dense(x))))
+        return out
+
+    def norms(self, layer: Any) -> tuple[nn.Module, nn.Module]:
+        """Return both ``LayerNorm``."""
+        return layer.attention.LayerNorm, layer.intermediate.LayerNorm
