@@ -43,9 +43,9 @@ def convert_to_reversible(
     :class:`ReversibleLayers` of the same layers: weights and the names of parameters stay, so old checkpoints load.
     **The function changes**: two streams run where one did, so a trained model must be fine-tuned or trained anew.
 
-    Known layers: ``torch.nn.TransformerEncoderLayer``; transformers' ViT, Swin, Hiera, RoBERTa and BERT; timm's ViT and
-    Swin blocks. They are recognised by their structure, and the branches of the first layer are compared with the
-    layer's own output at the first call.
+    Known layers: ``torch.nn.TransformerEncoderLayer``; transformers' ViT, Swin, Hiera, RoBERTa and BERT, GPT-2, and
+    Llama with others of its structure, such as Mistral and Qwen; timm's ViT and Swin blocks. They are recognised by
+    their structure, and the branches of the first layer are compared with the layer's own output at the first call.
 
     Args:
         model: the model; a LightningModule is one.
@@ -213,6 +213,13 @@ def _family(path: str, stack: Any, rewire: Rewire | None) -> Family:
         )
     if not all(post) and rewire is not None:
         raise ValueError(f"rewire={rewire!r} is for post-norm layers; {path!r} holds pre-norm ones: leave it out.")
+    kinds = {str(kind): None for layer in stack if (kind := family.attention_kind(layer)) is not None}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{path!r} holds layers of several kinds of attention ({', '.join(kinds)}), each of which the model gives "
+            "a mask of its own, and a reversible stack takes one for all its layers: configure one kind, or leave this "
+            "stack out."
+        )
     if not any(family.reversible(layer) for layer in stack):
         raise ValueError(f"all layers of {path!r} change the shape of their input: none can be reversible.")
     return family

@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_bpfree.nn.layer_family import Family
-from lightning_bpfree.nn.transformers_layers import (
+from lightning_bpfree.nn.transformers_image_layers import TransformersHiera, TransformersSwin, TransformersViT
+from lightning_bpfree.nn.transformers_text_layers import (
     TransformersBert,
-    TransformersHiera,
+    TransformersGPT2,
+    TransformersLlama,
     TransformersPreNormBert,
-    TransformersSwin,
-    TransformersViT,
 )
 
 
@@ -72,6 +72,8 @@ FAMILIES: tuple[Family, ...] = (
     TransformersHiera(),
     TransformersBert(),
     TransformersPreNormBert(),
+    TransformersGPT2(),
+    TransformersLlama(),
     TimmBlock(),
 )
 

@@ -37,6 +37,10 @@ class Family:
         """Return whether normalisations come after the skips."""
         return False
 
+    def attention_kind(self, layer: nn.Module) -> str | None:
+        """Return what models may choose the arguments of the layer by; None where all layers get the same."""
+        return None
+
     def bind(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Return the input of the layer's forward, and all other arguments by name, as branches take them.
 

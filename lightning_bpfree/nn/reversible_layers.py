@@ -20,14 +20,16 @@ from lightning_bpfree.nn.recomputation import Recomputation, Schedule
 
 # Recovering divides by the scales, so rounding errors grow by 1 / (s1 s2) a block. So much is let through in float32.
 _ERROR = 1e-3
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class ReversibleLayers(nn.Module):
     """Layers of one family as reversible blocks, with the names of parameters that they had in their list.
 
-    It takes the place of an ``nn.ModuleList`` or ``nn.Sequential``. Indexing gives the layers, untouched. A loop over
-    it sees each stretch of reversible layers as one layer: the stretch doubles its input into two streams, runs all of
-    its blocks, and fuses the streams. Layers that change the shape stay ordinary layers between two stretches.
+    It takes the place of an ``nn.ModuleList`` or ``nn.Sequential``. A number gives a layer, untouched. A loop over it,
+    or over a slice of it, sees each stretch of reversible layers as one layer: the stretch doubles its input into two
+    streams, runs all of its blocks, and fuses the streams. Layers that change the shape stay ordinary layers between
+    two stretches.
 
     Args:
         layers: the layers.
@@ -70,7 +72,7 @@ class ReversibleLayers(nn.Module):
         # Only a fusion with weights is a module of its own, so that the names of a model's state stay what they are.
         self.fusion, self.fusions = fusion, None if fusion != "concat_linear" else self._fusions_with_weights()
         self._plain_fusion = StreamFusion(fusion).forward if self.fusions is None else None
-        self.compared = not family.checked
+        self.compared: set[type] = set()
 
     def _fusions_with_weights(self) -> nn.ModuleList:
         first = [self[stretch.start] for stretch in self.stretches]
@@ -85,16 +87,28 @@ class ReversibleLayers(nn.Module):
 
     def __getitem__(self, index: int | slice) -> Any:
         numbers = range(self.depth)[index]
-        return self._modules[str(numbers)] if isinstance(numbers, int) else [self._modules[str(i)] for i in numbers]
+        if isinstance(numbers, int):
+            return self._modules[str(numbers)]
+        if numbers.step != 1:
+            raise IndexError(
+                f"a slice with step {numbers.step} of reversible layers, which run one after the other: leave the step "
+                "out, or take layers by their numbers."
+            )
+        return self._parts(numbers)
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         """Yield what a model's loop calls one after the other: stretches, and ordinary layers between them."""
-        index = 0
+        return iter(self._parts(range(self.depth)))
+
+    def _parts(self, numbers: range) -> list[Callable[..., Any]]:
+        parts: list[Callable[..., Any]] = []
+        index = numbers.start
         for number, stretch in enumerate(self.stretches):
-            yield from self[index : stretch.start]
-            yield functools.partial(self._run, number)
-            index = stretch.stop
-        yield from self[index:]
+            cut = range(max(stretch.start, numbers.start), min(stretch.stop, numbers.stop))
+            if cut:
+                parts += [*(self[i] for i in range(index, cut.start)), Stretch(self, number, cut)]
+                index = cut.stop
+        return [*parts, *(self[i] for i in range(index, numbers.stop))]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run all layers, as ``nn.Sequential`` does."""
@@ -121,23 +135,24 @@ class ReversibleLayers(nn.Module):
         errors = [r.error for r in self.recomputations if r.error is not None]
         return max(errors, default=None)
 
-    def couplings(self, stretch: range) -> list[Coupling]:
+    def couplings(self, layers: range) -> list[Coupling]:
         """Return reversible layers as schedules see them."""
         made = []
-        for index in stretch:
+        for index in layers:
             f, g = self.family.branches(self[index], self.rewire)
             layer = self[index]
             label = f"layer {index}"
             made.append(Coupling(functools.partial(f, layer), functools.partial(g, layer), layer, self.scale, label))
         return made
 
-    def _run(self, number: int, *args: Any, **kwargs: Any) -> Any:
-        stretch = self.stretches[number]
-        first = self[stretch.start]
+    def run(self, number: int, layers: range, *args: Any, **kwargs: Any) -> Any:
+        """Run layers of the stretch with that number, as one layer of the family runs."""
+        first = self[layers.start]
         x, context = self.family.bind(first, args, kwargs)
-        if not self.compared:
-            self._compare(first, x, context, args, kwargs)
-        y1, y2 = self.recomputations[number].run(self.couplings(stretch), x, x, context)
+        for index in layers:
+            if self.family.checked and type(self[index]) not in self.compared:
+                self._compare(self[index], x, context, args, kwargs)
+        y1, y2 = self.recomputations[number].run(self.couplings(layers), x, x, context)
         fuse: Any = self._plain_fusion if self.fusions is None else self.fusions[number]
         y = fuse(y1, y2)
         return (y, None) if self.family.returns_tuple else y
@@ -145,35 +160,72 @@ class ReversibleLayers(nn.Module):
     def _compare(
         self, layer: nn.Module, x: Tensor, context: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Refuse layers whose branches do not add up to the layer itself; once."""
+        """Refuse layers whose branches do not add up to the layer itself; once for each class of layers."""
         transformed = torch._C._functorch.peek_interpreter_stack() is not None
         if transformed or torch.compiler.is_compiling() or not CACHES.isdisjoint(context):
             return  # a later call will do
-        draws = Draws.now(x)
-        outs = []
-        for run in (
-            functools.partial(type(layer).forward, layer, *args, **kwargs),
-            functools.partial(self.family.original, layer, x, context),
-        ):
+        draws, low = Draws.now(x), x.dtype in _HALF or Autocast.now(x.device.type).enabled
+        alike, cause = False, None
+        with torch.no_grad(), draws.kept(), _buffers_kept(layer):
+            own = type(layer).forward(layer, *args, **kwargs)
+        try:
             with torch.no_grad(), draws.kept(), _buffers_kept(layer):
-                out = run()
-            outs.append((out[0] if isinstance(out, tuple) else out).double())
-        # A fused kernel of the layer may give no number where all keys are masked.
-        outs = [torch.where(outs[0].isfinite(), out, 0.0) for out in outs]
-        # Both compute the same operators in nearly the same order; half precision rounds to three digits.
-        low = x.dtype in (torch.float16, torch.bfloat16) or Autocast.now(x.device.type).enabled
-        off = torch.linalg.vector_norm(outs[0] - outs[1])
-        if not float(off) <= (5e-2 if low else 1e-4) * float(torch.linalg.vector_norm(outs[0])) + 1e-12:
+                alike = _alike(own, self.family.original(layer, x, context), low)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            cause = error  # parts of another kind than those of the family
+        if not alike:
             raise RuntimeError(
                 f"{type(layer).__name__} looks like a {self.family.name}, but computes something else than its "
                 "attention and feed-forward branches added up. Give its branches: "
                 "convert_to_reversible(..., branches=(f, g))."
-            )
-        self.compared = True
+            ) from cause
+        self.compared.add(type(layer))
 
     def extra_repr(self) -> str:
         """Return what was made of the layers."""
         return f"schedule={self.schedule}, family={self.family.name}, rewire={self.rewire}, scale={self.scale}"
+
+
+class Stretch:
+    """Reversible layers in a row as a model's loop sees them: one layer to call.
+
+    It also shows numbers and strings that the layers have in common, such as the kind of attention that a model chooses
+    their mask by.
+
+    Args:
+        stack: what holds the layers.
+        number: that of the stretch.
+        layers: which of its layers.
+    """
+
+    def __init__(self, stack: ReversibleLayers, number: int, layers: range) -> None:
+        self.stack, self.number, self.layers = stack, number, layers
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run them."""
+        return self.stack.run(self.number, self.layers, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        values = [getattr(self.stack[index], name) for index in self.layers]
+        if isinstance(values[0], str | int | float | None) and all(value == values[0] for value in values):
+            return values[0]
+        raise AttributeError(
+            f"{name!r} of layers {self.layers.start} to {self.layers.stop - 1}, which run as one reversible stretch "
+            "and do not have it in common: take each layer by its number, stack[i]."
+        )
+
+
+def _alike(own: Any, added: Tensor, low: bool) -> bool:
+    """Return whether a layer's output is that of its branches; both compute the same operators in nearly one order."""
+    first = (own[0] if isinstance(own, tuple) else own).double()
+    # A fused kernel of the layer may give no number where all keys are masked.
+    first, second = (torch.where(first.isfinite(), out, 0.0) for out in (first, added.double()))
+    size, off = torch.linalg.vector_norm(first), torch.linalg.vector_norm(first - second)
+    return bool(off <= (5e-2 if low else 1e-4) * size + 1e-12)  # half precision rounds to three digits
 
 
 def _buffers_kept(layer: nn.Module) -> AbstractContextManager[Any]:

@@ -87,8 +87,8 @@ def reversible_vit(config: Any = None, *, fusion: Fusion = "concat", **recompute
     # A conversion keeps the width, for it does not know what follows. Here that is known, and made anew.
     _converted(model, recompute)
     path, stack = next((path, m) for path, m in model.named_modules() if isinstance(m, ReversibleLayers))
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, ReversibleLayers(stack[:], stack.family, fusion="concat", **recompute))
+    layers = ReversibleLayers([*stack.children()], stack.family, fusion="concat", **recompute)
+    model.set_submodule(path, layers)
     width = 2 * model.config.hidden_size
     model.vit.layernorm = nn.LayerNorm(width, eps=model.config.layer_norm_eps)
     if model.config.num_labels > 0:

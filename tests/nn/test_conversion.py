@@ -3,10 +3,10 @@
 import copy
 import pickle
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from reversible_problems import SCHEDULES, DropPath, gradient, relative
+from convertible_models import GPT2, HIERA, LLAMA, SWIN, TEXT, VIT, encoder, library, run, timm
+from reversible_problems import SCHEDULES, gradient, relative
 from torch import nn
 
 from lightning_bpfree.nn.conversion import FunctionChangedWarning, convert_to_reversible
@@ -78,64 +78,7 @@ ENCODER_SCALED = stack_of(
 )
 
 
-# --- models ---
-
-
-class TimmLike(nn.Module):
-    """A block of timm's structure."""
-
-    def __init__(self, *_, drop_path, **__):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
-        self.drop_path1, self.drop_path2 = DropPath(drop_path), DropPath(drop_path)
-        self.attn, self.mlp = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(5), nn.Linear(16, 8))
-        self.ls1, self.ls2 = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
-
-    def forward(self, x):
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-
-
-def encoder(norm_first=True, kind=nn.TransformerEncoderLayer, batch_first=True):
-    layer = kind(8, 2, 16, dropout=0.2, norm_first=norm_first, batch_first=batch_first)
-    return nn.TransformerEncoder(layer, 3, nn.LayerNorm(8), enable_nested_tensor=not norm_first)
-
-
-def timm(own=False):
-    make = pytest.importorskip("timm.models.vision_transformer").Block if own else TimmLike
-    return nn.ModuleDict({"blocks": nn.Sequential(*(make(8, 2, init_values=0.1, drop_path=0.2) for _ in range(3)))})
-
-
-TEXT = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
-VIT = TEXT | {"image_size": 16, "num_channels": 1, "patch_size": 4}
-SWIN = {"image_size": 16, "num_channels": 1, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2]}
-HIERA = {"embed_dim": 8, "image_size": [16, 16], "patch_size": [3, 3], "patch_stride": [2, 2], "num_channels": 1}
-HIERA |= {"patch_padding": [1, 1], "depths": [1, 3], "num_heads": [1, 2], "masked_unit_size": [2, 2]}
-HIERA |= {"masked_unit_attention": [True, False], "num_query_pool": 1, "drop_path_rate": 0.3}
-
-
-def library(name, settings):
-    import transformers
-
-    config = getattr(transformers, name.split("For")[0].removesuffix("Model") + "Config")
-    return getattr(transformers, name)(config(**settings))
-
-
-def wave(*shape):
-    return torch.linspace(-3, 3, torch.Size(shape).numel(), dtype=torch.double).view(shape).sin()
-
-
-def run(model):
-    if isinstance(model, nn.TransformerEncoder):
-        padded, causal = torch.arange(5) >= torch.tensor([[5], [3]]), torch.triu(torch.ones(5, 5, dtype=torch.bool), 1)
-        first = model.layers[0].self_attn.batch_first
-        return model(wave(2, 5, 8) if first else wave(5, 2, 8), causal, padded, is_causal=not first)
-    if isinstance(model, nn.ModuleDict):
-        return model["blocks"](wave(2, 5, 8))
-    if hasattr(model.config, "vocab_size") and not hasattr(model.config, "patch_size"):
-        return model(torch.arange(3, 17).view(2, 7), torch.arange(7)[None] < torch.tensor([[7], [5]]))[0]
-    return model(wave(2, 1, 16, 16))[0]
-
+# --- models and their stacks by hand ---
 
 ENCODER, WINDOWS = pre_norm("self_attn", "norm2"), pre_norm("attention", "layernorm_after")
 UNITS = pre_norm("attn", "layernorm_after")
@@ -155,6 +98,13 @@ CASES = {
     "HieraModel": (HIERA, {}, HIERA_STACKS),
     "RobertaForMaskedLM": (TEXT, {"rewire": "pre_norm"}, {"roberta.encoder.layer": BERT}),
     "RobertaModel, scaled": (TEXT, {"rewire": "scaled"}, {"encoder.layer": BERT_SCALED}),
+    "RobertaPreLayerNormModel": (
+        TEXT,
+        {},
+        {"encoder.layer": pre_norm("attention.output.dense", "intermediate.LayerNorm")},
+    ),
+    "GPT2Model": (GPT2, {}, {"h": pre_norm("attn", "ln_2")}),
+    "LlamaModel": (LLAMA, {}, {"layers": pre_norm("self_attn", "post_attention_layernorm")}),
     "BertModel": (TEXT, {"rewire": "pre_norm"}, {"encoder.layer": BERT}),
 }
 slow = pytest.mark.slow
@@ -218,157 +168,3 @@ def test_gradients_and_random_numbers_of_converted_models(name):
         # Scales of 0.1 lose two digits a branch.
         assert relative(grads, outcomes["autograd"][1]) < (1e-9 if "scaled" in settings.values() else 1e-12)
     assert torch.equal(outcomes["sequential"][1], outcomes["parallel"][1])
-
-
-# --- refusals ---
-
-
-class LookAlike(nn.TransformerEncoderLayer):
-    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
-        return super().forward(src, src_mask, src_key_padding_mask, is_causal) * 2
-
-
-def hooked(model):
-    model.layers[1].register_forward_hook(lambda *args: None)
-
-
-REFUSED = {
-    r"names 'layer', which the model does not have.*layers": (encoder, {"stacks": "layer"}),
-    "names 'norm', a LayerNorm; give the nn.ModuleList": (encoder, {"stacks": ["norm"]}),
-    "holds a Linear of no known family": (lambda: nn.ModuleList([nn.Sequential(nn.Linear(2, 2))]), {"stacks": "0"}),
-    "has no nn.ModuleList or nn.Sequential of known layers": (lambda: nn.Linear(2, 2), {}),
-    r"holds a TimmLike beside a torch\.nn": (lambda: nn.ModuleList([encoder().layers.append(timm()["blocks"][0])]), {}),
-    "holds post-norm layers.*rewire='pre_norm'": (lambda: encoder(False), {}),
-    "rewire='pre_norm' is for post-norm layers": (encoder, {"rewire": "pre_norm"}),
-    "rewire='x'": (encoder, {"rewire": "x"}),
-    "fusion='concat' doubles the width": (encoder, {"fusion": "concat"}),
-    "scale=0": (encoder, {"scale": 0}),
-    "schedule='x'": (encoder, {"schedule": "x"}),
-    "buffer_every='all'": (encoder, {"buffer_every": "all"}),
-    "stacks=": (encoder, {"stacks": []}),
-    "fusion='concat_linear'": (encoder, {"fusion": "concat_linear", "branches": (max, min)}),
-}
-
-
-@pytest.mark.parametrize("said", REFUSED)
-def test_refused_and_nothing_is_touched(said):
-    make, settings = REFUSED[said]
-    model = make()
-    modules = list(model.named_modules())
-    with pytest.raises(ValueError, match=said):
-        convert_to_reversible(model, warn=False, **settings)
-    assert list(model.named_modules()) == modules
-
-
-def test_refused_when_it_is_called():
-    for model, change, said in (
-        (encoder(kind=LookAlike), lambda model: None, r"LookAlike looks like a torch.*branches=\(f, g\)"),
-        (encoder(), hooked, "layer 1 of a reversible stack has hooks"),
-    ):
-        convert_to_reversible(model, warn=False)
-        change(model)
-        with pytest.raises(RuntimeError, match=said):
-            run(model.double())
-    with pytest.raises(ValueError, match="'layers', which is reversible already"):
-        convert_to_reversible(model, "layers", warn=False)
-
-
-# --- particular uses ---
-
-
-def test_own_branches():
-    model, x = pl.LightningModule(), wave(2, 8)
-    model.blocks = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))).double()
-    settings = {"branches": (lambda layer, x: layer(x).sin(), lambda layer, x: layer(x).cos()), "scale": (0.5, 2)}
-    convert_to_reversible(model, "blocks", warn=False, fusion="max", **settings)
-    x1 = x2 = x
-    for layer in model.blocks[:]:
-        x1 = 0.5 * x1 + layer(x2).sin()
-        x2 = 2 * x2 + layer(x1).cos()
-    torch.testing.assert_close(model.blocks(x), torch.maximum(x1, x2), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("gradients", [True, False])
-def test_a_sample_that_is_padding_alone(gradients):
-    # The fused kernel of the layer, which a comparison without gradients would take, gives no numbers here.
-    model = encoder().eval()
-    convert_to_reversible(model, warn=False)
-    with torch.set_grad_enabled(gradients):
-        out = model(wave(2, 5, 8).float(), src_key_padding_mask=torch.tensor([[False] * 5, [True] * 5]))
-    assert out.isfinite().all()
-
-
-def test_a_list_with_two_owners_is_converted_for_both():
-    model = pl.LightningModule()
-    model.one, model.two = encoder(), encoder()
-    model.two.layers = model.one.layers
-    convert_to_reversible(model, "one.layers", warn=False)
-    assert len(model.one.layers) == 3
-    assert not isinstance(model.one.layers, nn.ModuleList)
-    assert model.two.layers is model.one.layers
-
-
-@slow
-def test_a_cache_is_filled_once():
-    model = library("RobertaForCausalLM", TEXT | {"is_decoder": True}).eval()
-    convert_to_reversible(model, warn=False, rewire="pre_norm")
-    ids = torch.arange(3, 17).view(2, 7)
-    with torch.no_grad():
-        first = model(ids[:, :4], use_cache=True)
-        rest = model(ids[:, 4:], past_key_values=first.past_key_values, use_cache=True).logits
-        torch.testing.assert_close(rest, model(ids, use_cache=False).logits[:, 4:], rtol=1e-4, atol=1e-5)  # float32
-    with pytest.raises(ValueError, match=r"use_cache = False"):
-        model(ids, use_cache=True)
-
-
-@slow
-@pytest.mark.parametrize("first", [False, True])
-def test_hidden_states_are_refused_and_leave_nothing_behind(first):
-    # The library leaves its hooks on the layers for good.
-    model = library("ViTModel", VIT).double()
-    if first:
-        model(wave(2, 1, 16, 16), output_hidden_states=True)
-    convert_to_reversible(model, warn=False)
-    if not first:
-        with pytest.raises(RuntimeError, match="do without output_hidden_states"):
-            model(wave(2, 1, 16, 16), output_hidden_states=True)
-    run(model).sum().backward()
-
-
-@slow
-@pytest.mark.parametrize(("name", "settings"), [("SwinModel", SWIN), ("HieraModel", HIERA)])
-def test_attention_maps_are_not_silently_missing(name, settings):
-    model = library(name, settings | {"attn_implementation": "eager"}).double()
-    convert_to_reversible(model, warn=False)
-    with pytest.raises((RuntimeError, ValueError), match="output_attentions"):
-        model(wave(2, 1, 16, 16), output_attentions=True)
-
-
-@slow
-@pytest.mark.parametrize("before", [True, False])
-def test_adapters_and_gradient_checkpointing(before):
-    import peft
-
-    model = library("RobertaForMaskedLM", TEXT).double().train()
-    settings = {"warn": False, "rewire": "pre_norm"}
-    conversion = convert_to_reversible(model, **settings) if not before else None
-    model.gradient_checkpointing_enable()
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query", "dense"], init_lora_weights=False))
-    conversion = conversion or convert_to_reversible(model.double(), **settings)
-    grads = []
-    for conversion.stacks[0].schedule in SCHEDULES:
-        model.zero_grad()
-        torch.manual_seed(1)
-        run(model.base_model.model).square().sum().backward()
-        assert all((p.grad is not None) == ("lora" in name) for name, p in model.named_parameters())
-        grads.append(gradient(*(p for p in model.parameters() if p.requires_grad)))
-        assert relative(grads[-1], grads[0]) < 1e-12
-
-
-def test_undoing_puts_flags_back_that_two_lists_share():
-    model = encoder()
-    model.use_nested_tensor, model.more = True, nn.ModuleList(encoder().layers)
-    conversion = convert_to_reversible(model, ["layers", "more"], warn=False)
-    assert model.use_nested_tensor is False
-    conversion.undo()
-    assert model.use_nested_tensor is True
