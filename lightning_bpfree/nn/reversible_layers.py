@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -166,10 +168,10 @@ class ReversibleLayers(nn.Module):
             return  # a later call will do
         draws, low = Draws.now(x), x.dtype in _HALF or Autocast.now(x.device.type).enabled
         alike, cause = False, None
-        with torch.no_grad(), draws.kept(), _buffers_kept(layer):
+        with torch.no_grad(), draws.kept(), _buffers_kept(layer), _unheard(layer):
             own = type(layer).forward(layer, *args, **kwargs)
         try:
-            with torch.no_grad(), draws.kept(), _buffers_kept(layer):
+            with torch.no_grad(), draws.kept(), _buffers_kept(layer), _unheard(layer):
                 alike = _alike(own, self.family.original(layer, x, context), low)
         except torch.OutOfMemoryError:
             raise
@@ -231,6 +233,19 @@ def _alike(own: Any, added: Tensor, low: bool) -> bool:
 def _buffers_kept(layer: nn.Module) -> AbstractContextManager[Any]:
     inventory = Inventory(layer, "the layer")
     return inventory.again(inventory.copies(), aliases=False)
+
+
+@contextlib.contextmanager
+def _unheard(layer: nn.Module) -> Iterator[None]:
+    """Keep forward hooks within a layer, which may collect what they hear, from a run that is no pass of the model."""
+    hooks = [(part, part._forward_hooks) for part in layer.modules()]
+    for part, _ in hooks:
+        part._forward_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        for part, kept in hooks:
+            part._forward_hooks = kept
 
 
 def buffers_for(scale: tuple[float, float]) -> int | None:

@@ -88,6 +88,17 @@ def test_own_branches():
     torch.testing.assert_close(model.blocks(x), torch.maximum(x1, x2), rtol=1e-12, atol=1e-12)
 
 
+def test_hooks_within_layers_hear_each_pass_once():
+    model, heard = timm().double(), []
+    hook = model["blocks"][0].mlp.register_forward_hook(lambda *_: heard.append("forward"))
+    convert_to_reversible(model, warn=False, schedule="autograd")
+    for _ in range(2):  # the first call also compares the layers with their branches
+        run(model)
+    assert len(heard) == 2
+    hook.remove()
+    assert not model["blocks"][0].mlp._forward_hooks
+
+
 @pytest.mark.parametrize("gradients", [True, False])
 def test_a_sample_that_is_padding_alone(gradients):
     # The fused kernel of the layer, which a comparison without gradients would take, gives no numbers here.
