@@ -23,6 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_bpfree.cli.compare_runs import MetricMissingError, profile, step_limits, train
 from lightning_bpfree.cli.configured import Blueprint
+from lightning_bpfree.cli.preconditions import CommandError
 from lightning_bpfree.rules.training_rule import BACKPROP_COST
 
 Send = Callable[..., None]
@@ -141,8 +142,9 @@ def _attempted(run: Callable[[], Result]) -> Result:
         raise
     except Exception as error:
         traceback.print_exc()  # to the log
-        refused = isinstance(error, MisconfigurationException)
-        return {"error": str(error) if refused else f"{type(error).__name__}: {error}", "refused": refused}
+        known = isinstance(error, MisconfigurationException | CommandError)
+        message = str(error) if known else f"{type(error).__name__}: {error}"
+        return {"error": message, "refused": isinstance(error, MisconfigurationException)}
 
 
 def _metric(result: Result, metric: str) -> float | None:
@@ -186,7 +188,7 @@ def work(spec: dict[str, Any], send: Send) -> None:
         send("end")
     except MetricMissingError as error:
         send("fatal", message=str(error))
-    except (RefusedError, MisconfigurationException) as error:
+    except (RefusedError, MisconfigurationException, CommandError) as error:
         send("refused", message=str(error))
     except Exception as error:
         traceback.print_exc()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -61,6 +62,33 @@ class ConfigCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
             raise CommandError(str(error)) from error
+
+    def instantiate_classes(self) -> None:
+        """Make everything, and turn the refusal of an argument by this package or Lightning into CommandError.
+
+        Errors that begin elsewhere, such as in a module of the user's, keep their traceback.
+        """
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            first = _first(error)
+            if not isinstance(first, ValueError | ImportError | OSError) or not _is_refusal(first):
+                raise
+            raise CommandError(str(first)) from error
+
+
+def _first(error: BaseException) -> BaseException:
+    """Return what the error began with: the parser wraps what a constructor raises, once for every level."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Return whether it was raised by this package or by Lightning, which say what to change."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    where = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    return where.split(".")[0] in ("lightning_bpfree", "lightning")
 
 
 class Built(NamedTuple):

@@ -144,6 +144,33 @@ def test_two_rules_are_refused_by_name(base: str, overlay: Overlay, capsys: pyte
     assert "ForwardGradient, ZerothOrder" in message
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.init_args.lr=-1", "lr is -1.0; give a learning rate above 0."),
+        (
+            "--trainer.callbacks+={class_path: ForwardGradient, init_args: {num_directions: 0}}",
+            "num_directions=0: give a",
+        ),
+        ("--data.init_args.batch_size=0", "batch_size is 0; give"),
+        ("--trainer.max_steps=-7", "`max_steps` must be"),
+    ],
+)
+def test_arguments_out_of_range_are_one_line(
+    base: str, option: str, message: str, no_fit: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "-c", base, option]) == 2
+    assert f"bpfree fit: error: {message}" in capsys.readouterr().err
+
+
+def test_errors_of_the_users_own_modules_keep_their_traceback(base: str, no_fit: None) -> None:
+    Path("mine_alone.py").write_text(
+        "from torch import nn\nclass Mine(nn.Linear):\n    def __init__(self): raise ValueError('a mistake of mine')\n"
+    )
+    with pytest.raises(ValueError, match="a mistake of mine"):
+        main(["fit", "-c", base, "--model.init_args.net={class_path: mine_alone.Mine}"])
+
+
 def test_a_folder_that_cannot_be_written_to_is_named_before_training(
     base: str, no_fit: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
