@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
@@ -69,6 +70,16 @@ class Record:
         if origin is not None:
             self.history = [dict(entry) for entry in origin["history"]]
         rank_zero_warn(message)
+
+
+def of_all_ranks(trainer: pl.Trainer, mine: list[Any]) -> list[Any]:
+    """Return the lists of all ranks, one after the other; of a run that was interrupted, this rank's alone."""
+    # After an exception on one rank, the others do not come here.
+    if trainer.world_size == 1 or trainer.interrupted or not torch.distributed.is_initialized():
+        return mine
+    gathered: list[list[Any]] = [[] for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(gathered, mine)
+    return [part for parts in gathered for part in parts]
 
 
 def banner(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer) -> str:

@@ -22,7 +22,7 @@ from lightning_bpfree.core.params import ParameterSlots, norm
 from lightning_bpfree.core.replay import Replay
 from lightning_bpfree.core.step import Estimate, NonFiniteLossError, SkipBatchError, Step, loss_of
 from lightning_bpfree.rules.guards import check_fit
-from lightning_bpfree.rules.record import Record, banner
+from lightning_bpfree.rules.record import Record, banner, of_all_ranks
 from lightning_bpfree.rules.swap import Swap, handed_over
 from lightning_bpfree.rules.view import View
 
@@ -91,7 +91,7 @@ class TrainingRule(Callback, ABC):
         self.probes: list[Probe] = []
         self.record = Record(type(self).__name__)
         self._estimates = 0  # since the last step of the optimizer
-        self._resumed: dict[str, Any] | None = None
+        self._resumed: list[dict[str, Any]] = []  # random streams of a checkpoint, by rank
         self._swap: Swap | None = None
         self._view: View | None = None
 
@@ -169,7 +169,7 @@ class TrainingRule(Callback, ABC):
             seed = torch.initial_seed() if self.seed is None else self.seed
             self.record.seed = int(trainer.strategy.broadcast(seed)) & ((1 << 63) - 1)
         self.check(trainer, pl_module, self._view.slots)
-        self._continue_streams()
+        self._continue_streams(trainer)
         rank_zero_info(banner(self, self._view.slots, trainer))
         for logger in trainer.loggers:
             logger.log_hyperparams({"bpfree": {"rule": type(self).__name__, **self.settings()}})
@@ -185,13 +185,13 @@ class TrainingRule(Callback, ABC):
         """Count batches: directions are new for every batch, not for every evaluation of one."""
         self.record.batches += 1
         if batch_idx > 0:  # resumed inside an epoch, behind the loader's draw
-            self._continue_streams()
-        self._resumed = None
+            self._continue_streams(trainer)
+        self._resumed = []
 
-    def _continue_streams(self) -> None:
+    def _continue_streams(self, trainer: pl.Trainer) -> None:
         """After a resume, continue the random streams where the checkpoint left them: Lightning does not."""
-        if self._resumed is not None and self._view is not None:
-            self._view.streams.from_plain(self._resumed)
+        if trainer.global_rank < len(self._resumed) and self._view is not None:
+            self._view.streams.from_plain(self._resumed[trainer.global_rank])
 
     def _run(self, trainer: pl.Trainer, module: pl.LightningModule, original: Any, *args: Any, **kwargs: Any) -> Any:
         evaluate = partial(original, *args, **kwargs)
@@ -311,7 +311,7 @@ class TrainingRule(Callback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an exact resume needs: seed, counters, history, and the rule's own state."""
-        streams = None if self._view is None else self._view.streams.to_plain()
+        streams = [] if self._view is None else [self._view.streams.to_plain()]
         return {"record": self.record.state_dict(), "rule": self.rule_state(), "streams": streams}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -323,7 +323,9 @@ class TrainingRule(Callback, ABC):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Write down which rule trained the module, with which settings, in which epochs."""
+        """Write down which rule trained the module, with which settings, in which epochs; and streams of all ranks."""
+        own = checkpoint["callbacks"][self.state_key]
+        own["streams"] = of_all_ranks(trainer, own["streams"])
         checkpoint["bpfree"] = {
             "rule": type(self).__name__,
             "settings": self.settings(),

@@ -150,6 +150,13 @@ def test_validation_agrees(rule, both):
 
 
 @under_all
+def test_a_resume_goes_on_bit_for_bit_with_the_random_numbers_of_each_rank(rule, both):
+    for whole, resumed in zip(finished(both(f"noisy_{rule}")), finished(both(f"resumed_{rule}")), strict=True):
+        assert resumed["losses"] == whole["losses"][worker.STEPS :]
+        assert all(torch.equal(resumed["parameters"][name], p) for name, p in whole["parameters"].items())
+
+
+@under_all
 def test_default_sampler_gives_each_rank_its_own_rows(rule, both):
     first, second = finished(both(f"noisy_{rule}"))
     assert set(first["batches"]).isdisjoint(second["batches"])

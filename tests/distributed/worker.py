@@ -152,9 +152,10 @@ def fit(
     data: DataLoader,
     *callbacks: pl.Callback,
     val: DataLoader | None = None,
+    checkpoint: Path | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Fit on CPUs; returns all that the tests compare."""
+    """Fit on CPUs, from a checkpoint on if there is one; returns all that the tests compare."""
     options = {
         "accelerator": "cpu",
         "max_epochs": 1,
@@ -168,7 +169,7 @@ def fit(
     }
     witness = Witness()
     trainer = pl.Trainer(callbacks=[*callbacks, witness], **{**options, **settings})
-    trainer.fit(module, data, val)
+    trainer.fit(module, data, val, ckpt_path=checkpoint)
     rules = [callback for callback in callbacks if isinstance(callback, bpf.TrainingRule)]
     alignments = [callback for callback in callbacks if isinstance(callback, bpf.GradientAlignment)]
     return {
@@ -205,14 +206,22 @@ def aligned(rule: str, rank: int, world: int, **settings: Any) -> dict[str, Any]
     return fit(Net().double(), split_rows(rank, world), RULES[rule](), watch, devices=world, **settings)
 
 
-def noisy(rule: str, **settings: Any) -> dict[str, Any]:
+def noisy(rule: str, *callbacks: pl.Callback, epochs: int = 2, seed: int = SEED, **settings: Any) -> dict[str, Any]:
     """Two epochs with BatchNorm, dropout, shuffled data, validation and AdamW; ranks start differently."""
-    torch.manual_seed(SEED + RANK)
+    torch.manual_seed(seed + RANK)
     rows = table(torch.float32)
     train, val = DataLoader(rows, ROWS // 2, shuffle=True), DataLoader(TensorDataset(*rows[:ROWS]), 16)
     module = Validated(noisy=True, optimizer="adamw")
-    settings |= {"devices": 2, "max_epochs": 2, "limit_train_batches": STEPS, "use_distributed_sampler": True}
-    return fit(module, train, RULES[rule](), val=val, **settings)
+    settings |= {"devices": 2, "max_epochs": epochs, "limit_train_batches": STEPS, "use_distributed_sampler": True}
+    return fit(module, train, RULES[rule](), *callbacks, val=val, **settings)
+
+
+def resumed(rule: str, **settings: Any) -> dict[str, Any]:
+    """Do the same, but stop after the first of both epochs and begin again, with other random numbers to start from."""
+    folder = Path(sys.argv[2]) / "checkpoints"
+    saved = pl.callbacks.ModelCheckpoint(folder, f"{settings['strategy']}_{rule}", every_n_epochs=1)
+    noisy(rule, saved, epochs=1, enable_checkpointing=True, **settings)
+    return noisy(rule, seed=SEED + 5, checkpoint=folder / f"{settings['strategy']}_{rule}.ckpt", **settings)
 
 
 def head_only(rule: str, **settings: Any) -> dict[str, Any]:
@@ -317,6 +326,7 @@ def ddp_cases() -> dict[str, Callable[[], dict[str, Any]]]:
         cases[f"union_{rule}"] = partial(union, rule, RANK, 2, strategy="ddp")
         cases[f"accumulate_{rule}"] = partial(union, rule, RANK, 2, accumulate=True, strategy="ddp")
         cases[f"noisy_{rule}"] = partial(noisy, rule, strategy="ddp")
+        cases[f"resumed_{rule}"] = partial(resumed, rule, strategy="ddp")
         cases[f"head_{rule}"] = partial(head_only, rule, strategy="ddp")
         cases[f"aligned_{rule}"] = partial(aligned, rule, RANK, 2, strategy="ddp")
         if rule != "backprop":
@@ -337,6 +347,7 @@ def data_cases() -> dict[str, Callable[[], dict[str, Any]]]:
         cases[f"union_{rule}"] = partial(union, rule, RANK, 2, **strategy)
         cases[f"accumulate_{rule}"] = partial(union, rule, RANK, 2, accumulate=True, **strategy)
         cases[f"noisy_{rule}"] = partial(noisy, rule, **strategy)
+        cases[f"resumed_{rule}"] = partial(resumed, rule, **strategy)
         cases[f"head_{rule}"] = partial(head_only, rule, **strategy)
         cases[f"aligned_{rule}"] = partial(aligned, rule, RANK, 2, **strategy)
         cases[f"nan_{rule}"] = partial(nan_batch, rule, RANK, 2, **strategy)
