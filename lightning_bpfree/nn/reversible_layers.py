@@ -223,9 +223,10 @@ class Stretch:
 
 def _alike(own: Any, added: Tensor, low: bool) -> bool:
     """Return whether a layer's output is that of its branches; both compute the same operators in nearly one order."""
-    first = (own[0] if isinstance(own, tuple) else own).double()
+    both = (own[0] if isinstance(own, tuple) else own, added)
     # A fused kernel of the layer may give no number where all keys are masked.
-    first, second = (torch.where(first.isfinite(), out, 0.0) for out in (first, added.double()))
+    known = both[0].isfinite()
+    first, second = (torch.where(known, out, 0.0).to(torch.promote_types(out.dtype, torch.float32)) for out in both)
     size, off = torch.linalg.vector_norm(first), torch.linalg.vector_norm(first - second)
     return bool(off <= (5e-2 if low else 1e-4) * size + 1e-12)  # half precision rounds to three digits
 
