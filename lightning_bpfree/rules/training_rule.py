@@ -19,7 +19,7 @@ from lightning_bpfree.core.directions import mix
 from lightning_bpfree.core.exchange import ScalarExchange
 from lightning_bpfree.core.injection import inject, zeros
 from lightning_bpfree.core.params import ParameterSlots, norm
-from lightning_bpfree.core.replay import Replay
+from lightning_bpfree.core.replay import RandomStreams, Replay
 from lightning_bpfree.core.step import Estimate, NonFiniteLossError, SkipBatchError, Step, loss_of
 from lightning_bpfree.rules.guards import check_fit
 from lightning_bpfree.rules.record import Record, banner, of_all_ranks
@@ -94,6 +94,7 @@ class TrainingRule(Callback, ABC):
         self._resumed: list[dict[str, Any]] = []  # random streams of a checkpoint, by rank
         self._swap: Swap | None = None
         self._view: View | None = None
+        self._streams = RandomStreams()
 
     # --- what a rule says of itself ---
 
@@ -169,6 +170,7 @@ class TrainingRule(Callback, ABC):
             seed = torch.initial_seed() if self.seed is None else self.seed
             self.record.seed = int(trainer.strategy.broadcast(seed)) & ((1 << 63) - 1)
         self.check(trainer, pl_module, self._view.slots)
+        self._streams = self._view.streams  # kept behind the fit, for checkpoints that are saved then
         self._continue_streams(trainer)
         rank_zero_info(banner(self, self._view.slots, trainer))
         for logger in trainer.loggers:
@@ -190,8 +192,8 @@ class TrainingRule(Callback, ABC):
 
     def _continue_streams(self, trainer: pl.Trainer) -> None:
         """After a resume, continue the random streams where the checkpoint left them: Lightning does not."""
-        if trainer.global_rank < len(self._resumed) and self._view is not None:
-            self._view.streams.from_plain(self._resumed[trainer.global_rank])
+        if trainer.global_rank < len(self._resumed):
+            self._streams.from_plain(self._resumed[trainer.global_rank])
 
     def _run(self, trainer: pl.Trainer, module: pl.LightningModule, original: Any, *args: Any, **kwargs: Any) -> Any:
         evaluate = partial(original, *args, **kwargs)
@@ -311,8 +313,8 @@ class TrainingRule(Callback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an exact resume needs: seed, counters, history, and the rule's own state."""
-        streams = [] if self._view is None else [self._view.streams.to_plain()]
-        return {"record": self.record.state_dict(), "rule": self.rule_state(), "streams": streams}
+        streams = self._streams.to_plain()
+        return {"record": self.record.state_dict(), "rule": self.rule_state(), "streams": [streams]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back the state of a checkpoint."""

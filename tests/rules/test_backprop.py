@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conformance import assert_equal, run, state
+from problems import Problem, fitted, loader
 
 from lightning_bpfree import Backprop
 
@@ -34,3 +35,15 @@ def test_it_evaluates_once_a_batch_and_costs_three_forwards():
     module, _ = run(lambda: rule)
     assert module.evaluations == 4
     assert rule.record.forward_evals == 12
+
+
+def test_a_checkpoint_that_is_saved_behind_a_fit_goes_on_as_the_fit_would_have(tmp_path):
+    torch.manual_seed(3)
+    whole = Problem()
+    fitted(whole, loader(shuffle=True), Backprop(), max_epochs=4)
+    torch.manual_seed(3)
+    fitted(Problem(), loader(shuffle=True), Backprop(), max_epochs=2).save_checkpoint(tmp_path / "two.ckpt")
+    torch.manual_seed(99)  # the resumed process starts from another random state
+    again = Problem()
+    fitted(again, loader(shuffle=True), Backprop(), max_epochs=4, ckpt_path=tmp_path / "two.ckpt")
+    assert_equal(state(whole), state(again))  # dropout and the order of the data included
