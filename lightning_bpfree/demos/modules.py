@@ -142,7 +142,8 @@ class Classifier(LightningModule):
         warmup, total = int(self.hparams["warmup_steps"]), math.inf
         if self.hparams["lr_schedule"] == "cosine":
             total = self.trainer.estimated_stepping_batches
-            if not warmup < total < math.inf:
+            # A few steps that only show that all goes together need not go beyond the warm-up.
+            if not warmup < total < math.inf and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 raise ValueError(
                     f"lr_schedule is 'cosine' with warmup_steps={warmup}, but the fit has {total} steps; give the "
                     "Trainer a max_epochs or max_steps that goes beyond the warm-up."
@@ -151,6 +152,6 @@ class Classifier(LightningModule):
         def factor(step: int) -> float:
             if step < warmup:
                 return (step + 1) / warmup
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (total - warmup))))
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
         return factor

@@ -224,6 +224,7 @@ def test_a_cosine_with_no_room_is_refused(warmup: int, limits: dict[str, int]) -
     model = Classifier(MLP(), lr_schedule="cosine", warmup_steps=warmup)
     with pytest.raises(ValueError, match=f"warmup_steps={warmup}.*max_epochs or max_steps"):
         trainer(**limits).fit(model, DigitsDataModule())
+    trainer(fast_dev_run=warmup or 1).fit(model, DigitsDataModule())
 
 
 def test_hyperparameters_are_saved_without_the_network() -> None:
