@@ -20,6 +20,7 @@ import os
 import re
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 
 DOCS = Path(__file__).parent
@@ -184,14 +185,29 @@ def benchmarks_part(name, found, text, page):
     rows = [row for row in found["rows"] if text in row["name"]]
     if not rows:
         return MISSING
+    return f"{rows_table(rows)}\n\n{provenance(found, found['command'], ', ' + found['device'])}\n"
+
+
+def rows_table(rows):
+    """Return rows of a benchmark as a table; clauses that several have in common stand once below it, as notes."""
     kept = {True: "yes", False: "**missed**", None: "–"}
-    lines = [
-        [row["name"], row["what"], f"{number(row['value'])} {row['unit']}", number(row["limit"]), kept[row["reached"]]]
-        for row in rows
-    ]
-    head = ["measured", "what", "value", "limit", "kept"]
-    made = table(head, lines).replace("| --- | ---: |", "| --- | --- |", 1)  # the second column is text as well
-    return f"{made}\n\n{provenance(found, found['command'], ', ' + found['device'])}\n"
+    clauses = [row["what"].split("; ") for row in rows]
+    counts = Counter(clause for row in clauses for clause in row)
+    notes = [clause for clause, count in counts.items() if count > 1]
+    columns = {"measured": [row["name"] for row in rows]}
+    own = ["; ".join(clause for clause in row if clause not in notes) for row in clauses]
+    if any(own):
+        columns["what"] = own
+    numbers = [", ".join(str(index) for index, note in enumerate(notes, 1) if note in row) for row in clauses]
+    if len(set(numbers)) > 1:
+        columns["notes"] = numbers
+    columns["value"] = [f"{number(row['value'])} {row['unit']}".strip() for row in rows]
+    if any(row["limit"] is not None for row in rows):
+        columns |= {"limit": [number(row["limit"]) for row in rows], "kept": [kept[row["reached"]] for row in rows]}
+    made = table(list(columns), zip(*columns.values(), strict=True))
+    if any(own):
+        made = made.replace("| --- | ---: |", "| --- | --- |", 1)  # the second column is text as well
+    return "\n".join([made, *([""] if notes else []), *(f"{index}. {note}" for index, note in enumerate(notes, 1))])
 
 
 def part(name, page):
