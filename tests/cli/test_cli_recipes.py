@@ -96,7 +96,11 @@ def test_an_installed_package_brings_them_inside(folder: Path, monkeypatch: pyte
         recipes.folder()
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize(
+    "name",
+    # Of the studies' many overlays, half a second each.
+    [pytest.param(name, marks=[pytest.mark.slow] if name.count("/") > 1 else []) for name in recipes.names()],
+)
 def test_each_recipe_parses_and_says_how_to_run_it(name: str, base: str) -> None:
     path = recipes.find(name)
     first, command = path.read_text().splitlines()[:2]
