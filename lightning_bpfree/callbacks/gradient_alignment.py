@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_bpfree.core.params import Params, dot, norm
 from lightning_bpfree.core.step import Estimate, Step
+from lightning_bpfree.rules.trainer_facts import callbacks_of, log_every_n_steps
 from lightning_bpfree.rules.training_rule import TrainingRule
 
 
@@ -50,7 +51,7 @@ class GradientAlignment(Callback):
         """Find the rule whose estimates are to be measured."""
         if stage != "fit":
             return
-        rules = [cb for cb in trainer.callbacks if isinstance(cb, TrainingRule)]  # type: ignore[attr-defined]
+        rules = callbacks_of(trainer, TrainingRule)
         if not rules:
             raise MisconfigurationException(
                 "GradientAlignment compares a training rule with backprop, and no rule is among the callbacks: add one."
@@ -61,7 +62,7 @@ class GradientAlignment(Callback):
                 "gradient of the module's loss."
             )
             return
-        logged = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        logged = log_every_n_steps(trainer)
         self._every = self.every_n_steps or logged or 1
         if logged and self._every % logged:
             rank_zero_warn(

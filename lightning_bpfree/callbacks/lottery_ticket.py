@@ -21,6 +21,7 @@ from lightning_bpfree.core.params import ParameterSlots, Slot
 from lightning_bpfree.core.pruning import Scope
 from lightning_bpfree.core.ticket import Ticket
 from lightning_bpfree.rules.guards import TESTED_STRATEGIES
+from lightning_bpfree.rules.trainer_facts import callbacks_of
 from lightning_bpfree.rules.training_rule import TrainingRule
 
 
@@ -147,7 +148,7 @@ class LotteryTicket(Callback):
         """Refuse what cannot work, before anything is trained."""
         if stage != "fit":
             return
-        rules = [cb for cb in trainer.callbacks if isinstance(cb, TrainingRule)]  # type: ignore[attr-defined]
+        rules = callbacks_of(trainer, TrainingRule)
         if not TESTED_STRATEGIES & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
             raise MisconfigurationException(
                 f"LotteryTicket needs whole parameters on every rank, which {type(trainer.strategy).__name__} may not "

@@ -23,6 +23,7 @@ from lightning_bpfree.nn.recomputation import Recomputation, Schedule
 from lightning_bpfree.nn.reversible import ReversibleSequential
 from lightning_bpfree.nn.reversible_layers import ReversibleLayers
 from lightning_bpfree.rules.guards import TESTED_STRATEGIES
+from lightning_bpfree.rules.trainer_facts import log_every_n_steps
 
 Stack = ReversibleSequential | ReversibleLayers
 
@@ -179,7 +180,7 @@ class ReversibleRecompute(Callback):
     ) -> None:
         """Count the samples; log where the Trainer logs."""
         self._window.samples += _size(batch)
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        every = log_every_n_steps(trainer)
         # Optimizer steps rather than batches, as loggers count: what is logged at another step does not reach them.
         if trainer.barebones or not every or trainer.global_step % every or trainer.global_step == self._logged_at:
             return

@@ -18,6 +18,7 @@ from lightning_bpfree.core.masks import Masks, Restricts
 from lightning_bpfree.core.params import ParameterSlots, Params
 from lightning_bpfree.core.pruning import num_kept, top_masks
 from lightning_bpfree.core.ticket import Ticket, on_cpu
+from lightning_bpfree.rules.trainer_facts import is_dry_run
 from lightning_bpfree.rules.training_rule import BACKPROP_COST, TrainingRule
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class Levels:
             "metrics": metrics,
         }
         self.results = [*(r for r in self.results if r["level"] != self.level), result]
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.is_global_zero and not is_dry_run(trainer):
             ticket = Ticket(
                 masks,
                 self._init,

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_bpfree.core.masks import Masks
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.pruning import num_kept
+from lightning_bpfree.rules.trainer_facts import is_dry_run
 
 Score = Literal["snr", "magnitude", "random", "snip"]
 Weights = Literal["init", "fresh", "permuted"]
@@ -97,7 +98,7 @@ class Plan:
     def check_epochs(self, trainer: pl.Trainer) -> None:
         """Raise MisconfigurationException if the Trainer stops before the last level is through."""
         needed, given = self.levels * self.epochs_per_level, trainer.max_epochs
-        if given is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if given is None or is_dry_run(trainer):
             return
         if 0 <= given < needed:
             raise MisconfigurationException(

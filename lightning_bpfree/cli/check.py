@@ -23,6 +23,7 @@ from lightning_bpfree.cli.preconditions import CommandError, require
 from lightning_bpfree.cli.tables import console, number
 from lightning_bpfree.core.step import loss_of
 from lightning_bpfree.rules.quiet import Quiet
+from lightning_bpfree.rules.trainer_facts import callbacks_of
 from lightning_bpfree.rules.training_rule import TrainingRule
 
 
@@ -63,7 +64,7 @@ class CostProbe(Callback):
         """Measure; then let the module skip the rest of the epoch, which Lightning allows to modules only."""
         pl_module.on_train_batch_start(batch, batch_idx)
         trainer.should_stop = True
-        rule = next(cb for cb in trainer.callbacks if isinstance(cb, TrainingRule))  # type: ignore[attr-defined]
+        rule = callbacks_of(trainer, TrainingRule)[0]
         rule.start_epoch, rule.stop_epoch = 0, None  # the rule's own epochs may lie further on
         rule.on_train_epoch_start(trainer, pl_module)
         takes_index = "batch_idx" in inspect.signature(pl_module.training_step).parameters

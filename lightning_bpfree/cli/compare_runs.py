@@ -16,6 +16,7 @@ from lightning_bpfree.cli.configured import Blueprint
 from lightning_bpfree.cli.evaluation import evaluated, mean_cosine
 from lightning_bpfree.cli.records import finite
 from lightning_bpfree.core.peak_memory import PeakMemory
+from lightning_bpfree.rules.trainer_facts import callbacks_of
 from lightning_bpfree.rules.training_rule import TrainingRule
 
 PROFILED_STEPS = 3  # the first may differ, and an optimizer has all its state after it
@@ -87,7 +88,7 @@ class LearningCurve(Callback):
 
 
 def _rule(trainer: pl.Trainer) -> TrainingRule:
-    return next(cb for cb in trainer.callbacks if isinstance(cb, TrainingRule))  # type: ignore[attr-defined]
+    return callbacks_of(trainer, TrainingRule)[0]
 
 
 def profile(blueprint: Blueprint, seed: int) -> dict[str, Any]:

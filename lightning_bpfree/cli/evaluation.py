@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_bpfree.callbacks.gradient_alignment import GradientAlignment
+from lightning_bpfree.rules.trainer_facts import callbacks_of
 
 STAGES = {"validate": ("val_dataloader", "validation_step"), "test": ("test_dataloader", "test_step")}
 
@@ -31,9 +32,9 @@ def evaluated(
 
 def mean_cosine(trainer: pl.Trainer) -> float | None:
     """Return what GradientAlignment measured in the fit; None if it is not among the callbacks, or measured nothing."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, GradientAlignment) and callback.measured:
-            return callback.mean_cosine
+    for alignment in callbacks_of(trainer, GradientAlignment):
+        if alignment.measured:
+            return alignment.mean_cosine
     return None
 
 

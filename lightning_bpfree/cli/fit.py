@@ -14,6 +14,7 @@ from lightning_bpfree.cli import recipes, report
 from lightning_bpfree.cli.configured import ConfigCLI
 from lightning_bpfree.cli.evaluation import evaluated
 from lightning_bpfree.cli.preconditions import require, require_writable
+from lightning_bpfree.rules.trainer_facts import is_dry_run
 
 
 class FitCLI(ConfigCLI):
@@ -30,7 +31,7 @@ class FitCLI(ConfigCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Return the configured Trainer; for a report, with a CSVLogger among its loggers."""
         trainer = super().instantiate_trainer(**kwargs)
-        if self._reports and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside __init__
+        if self._reports and not is_dry_run(trainer):
             require("rich", "matplotlib")
             if report.csv_logger(trainer) is None:
                 trainer.loggers = [*trainer.loggers, CSVLogger(trainer.default_root_dir)]
@@ -59,7 +60,7 @@ class FitCLI(ConfigCLI):
 
 def _outputs(trainer: pl.Trainer) -> Iterator[tuple[str, str]]:
     """Yield the folders that a fit writes to, with the option that changes each."""
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+    if is_dry_run(trainer):
         return
     root = "--trainer.default_root_dir=DIR"
     for logger in trainer.loggers:

@@ -6,13 +6,13 @@ import csv
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_bpfree.cli.evaluation import mean_cosine
 from lightning_bpfree.cli.tables import console, number
+from lightning_bpfree.rules.trainer_facts import callbacks_of
 from lightning_bpfree.rules.training_rule import TrainingRule
 
 COSINE = "bpfree/cosine_to_backprop"
@@ -50,8 +50,7 @@ def show(trainer: pl.Trainer, metrics: dict[str, float], seconds: float) -> None
 
 
 def _rows(trainer: pl.Trainer, metrics: dict[str, float], seconds: float) -> dict[str, str]:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    rule = next((cb for cb in callbacks if isinstance(cb, TrainingRule)), None)
+    rule = next(iter(callbacks_of(trainer, TrainingRule)), None)
     rows = {"rule": "none (plain Lightning)" if rule is None else type(rule).__name__}
     rows.update({name: number(value, 4) for name, value in metrics.items()})
     cosine = mean_cosine(trainer)

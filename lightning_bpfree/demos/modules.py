@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_bpfree.demos.nets import MLP, SmallCNN, SmallTransformer, check_at_least, check_choice
+from lightning_bpfree.rules.trainer_facts import is_dry_run
 
 __all__ = ["MLP", "Classifier", "SmallCNN", "SmallTransformer"]
 
@@ -143,7 +144,7 @@ class Classifier(LightningModule):
         if self.hparams["lr_schedule"] == "cosine":
             total = self.trainer.estimated_stepping_batches
             # A few steps that only show that all goes together need not go beyond the warm-up.
-            if not warmup < total < math.inf and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if not warmup < total < math.inf and not is_dry_run(self.trainer):
                 raise ValueError(
                     f"lr_schedule is 'cosine' with warmup_steps={warmup}, but the fit has {total} steps; give the "
                     "Trainer a max_epochs or max_steps that goes beyond the warm-up."

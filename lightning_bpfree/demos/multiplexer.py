@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_bpfree.demos.fresh import Batch, FreshDataModule
 from lightning_bpfree.demos.in_memory import BatchDataset
 from lightning_bpfree.demos.modules import Classifier
+from lightning_bpfree.rules.trainer_facts import log_every_n_steps
 
 __all__ = ["MultiplexerDataModule", "PolicyClassifier"]
 
@@ -129,7 +130,7 @@ class PolicyClassifier(Classifier):
         x, y = batch
         logits = self(x)
         loss = F.cross_entropy(logits, y, label_smoothing=self.hparams["label_smoothing"])
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        every = log_every_n_steps(self.trainer)
         if every and (self.trainer.global_step + 1) % every == 0:
             self.log("train_loss", loss.detach())
             self.log("train_reward", self.expected_reward(logits.detach(), y).mean(), prog_bar=True)

@@ -113,17 +113,17 @@ class TransformersGPT2(TextFamily):
     norm_names = ("ln_1", "ln_2")
 
     def attention(self, layer: Any, x: Tensor, **context: Any) -> Tensor:
-        """Return causal self-attention with dropout."""
-        out: Tensor = layer.attn(x, **context)[0]
+        """Return causal self-attention, with the layer's dropout if it has any."""
+        out: Tensor = getattr(layer, self.parts[1])(x, **context)[0]
         return out
 
     def feed_forward(self, layer: Any, x: Tensor) -> Tensor:
-        """Return the feed-forward network with dropout."""
+        """Return the feed-forward network, with the layer's dropout if it has any."""
         out: Tensor = layer.mlp(x)
         return out
 
 
-class TransformersLlama(TextFamily):
+class TransformersLlama(TransformersGPT2):
     """Layers of transformers' Llama, Mistral, Qwen and others of their structure; not those with experts."""
 
     name = "transformers Llama layer"
@@ -141,13 +141,3 @@ class TransformersLlama(TextFamily):
         """Return the configuration's name of it, such as ``"sliding_attention"``; masks and rotations differ by it."""
         kinds = getattr(getattr(layer.self_attn, "config", None), "layer_types", None)
         return kinds[layer.self_attn.layer_idx] if kinds else None
-
-    def attention(self, layer: Any, x: Tensor, **context: Any) -> Tensor:
-        """Return self-attention."""
-        out: Tensor = layer.self_attn(hidden_states=x, **context)[0]
-        return out
-
-    def feed_forward(self, layer: Any, x: Tensor) -> Tensor:
-        """Return the feed-forward network."""
-        out: Tensor = layer.mlp(x)
-        return out

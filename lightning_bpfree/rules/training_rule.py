@@ -24,6 +24,7 @@ from lightning_bpfree.core.step import Estimate, NonFiniteLossError, SkipBatchEr
 from lightning_bpfree.rules.guards import check_fit
 from lightning_bpfree.rules.record import Record, banner, of_all_ranks
 from lightning_bpfree.rules.swap import Swap, handed_over
+from lightning_bpfree.rules.trainer_facts import callbacks_of, log_every_n_steps
 from lightning_bpfree.rules.view import View
 
 BACKPROP_COST = 3.0  # forward passes: one forward, and two matrix products per layer on the way back
@@ -143,7 +144,7 @@ class TrainingRule(Callback, ABC):
         """Replace the module's training step, once everything that could stand in the way has been checked."""
         if stage != "fit":
             return
-        rules = [cb for cb in trainer.callbacks if isinstance(cb, TrainingRule)]  # type: ignore[attr-defined]
+        rules = callbacks_of(trainer, TrainingRule)
         check_fit(self, [type(rule).__name__ for rule in rules], trainer, pl_module)
         self._swap = Swap(pl_module, partial(self._run, trainer, pl_module))
 
@@ -291,7 +292,7 @@ class TrainingRule(Callback, ABC):
             trainer.strategy.verify(pl_module)
 
     def _log_due(self, trainer: pl.Trainer) -> bool:
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        every = log_every_n_steps(trainer)
         return bool(every) and (trainer.global_step + 1) % every == 0 and not trainer.barebones
 
     def _log(self, trainer: pl.Trainer, module: pl.LightningModule, values: dict[str, Any]) -> None:
@@ -313,8 +314,7 @@ class TrainingRule(Callback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an exact resume needs: seed, counters, history, and the rule's own state."""
-        streams = self._streams.to_plain()
-        return {"record": self.record.state_dict(), "rule": self.rule_state(), "streams": [streams]}
+        return {"record": self.record.state_dict(), "rule": self.rule_state(), "streams": [self._streams.to_plain()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back the state of a checkpoint."""

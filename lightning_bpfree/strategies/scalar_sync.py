@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor, nn
 
 from lightning_bpfree.core.exchange import ScalarExchange
+from lightning_bpfree.rules.trainer_facts import callbacks_of
 from lightning_bpfree.rules.training_rule import TrainingRule
 
 
@@ -53,7 +54,7 @@ class ScalarSyncStrategy(DDPStrategy, ScalarExchange):
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Refuse a fit whose gradients would never meet."""
-        rules = [cb for cb in trainer.callbacks if isinstance(cb, TrainingRule)]  # type: ignore[attr-defined]
+        rules = callbacks_of(trainer, TrainingRule)
         if trainer.state.fn == "fit" and not rules:
             raise MisconfigurationException(
                 "ScalarSyncStrategy sends no gradients between ranks, and no training rule is among the callbacks: the "

@@ -81,6 +81,8 @@ ENCODER_SCALED = stack_of(
 # --- models and their stacks by hand ---
 
 ENCODER, WINDOWS = pre_norm("self_attn", "norm2"), pre_norm("attention", "layernorm_after")
+GROUPED = {"num_key_value_heads": 1, "head_dim": 4, "pad_token_id": 0}  # queries share keys and values
+LLAMA_BY_HAND = pre_norm("self_attn", "post_attention_layernorm")
 UNITS = pre_norm("attn", "layernorm_after")
 SWIN_STACKS = {f"encoder.layers.{i}.blocks": WINDOWS for i in (0, 1)}
 HIERA_STACKS = {"encoder.stages.0.layers": UNITS}
@@ -104,7 +106,15 @@ CASES = {
         {"encoder.layer": pre_norm("attention.output.dense", "intermediate.LayerNorm")},
     ),
     "GPT2Model": (GPT2, {}, {"h": pre_norm("attn", "ln_2")}),
-    "LlamaModel": (LLAMA, {}, {"layers": pre_norm("self_attn", "post_attention_layernorm")}),
+    "LlamaModel": (LLAMA, {}, {"layers": LLAMA_BY_HAND}),
+    **{
+        f"{name}Model": (
+            LLAMA | {"num_key_value_heads": 1, "head_dim": 4, "pad_token_id": 0},
+            {},
+            {"layers": LLAMA_BY_HAND},
+        )
+        for name in ("Mistral", "Qwen2", "Qwen3", "Gemma", "Phi3")
+    },
     "BertModel": (TEXT, {"rewire": "pre_norm"}, {"encoder.layer": BERT}),
 }
 slow = pytest.mark.slow

@@ -1,0 +1,37 @@
+"""What a Trainer keeps under names that its class does not declare, for which type checkers do not know them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import lightning.pytorch as pl
+
+C = TypeVar("C")
+
+
+def callbacks_of(trainer: pl.Trainer, kind: Callable[..., C]) -> list[C]:
+    """Return the Trainer's callbacks of a class, in their order.
+
+    Args:
+        trainer: the Trainer.
+        kind: the class; as a callable, since type checkers take no abstract class for a type.
+
+    Examples:
+        >>> from lightning.pytorch.callbacks import EarlyStopping
+        >>> trainer = pl.Trainer(barebones=True)
+        >>> callbacks_of(trainer, EarlyStopping)
+        []
+    """
+    untyped, cls = cast(Any, trainer), cast(Any, kind)
+    return [callback for callback in untyped.callbacks if isinstance(callback, cls)]
+
+
+def log_every_n_steps(trainer: pl.Trainer) -> int:
+    """Return every how many optimizer steps loggers listen; 0: never."""
+    return int(cast(Any, trainer).log_every_n_steps or 0)
+
+
+def is_dry_run(trainer: pl.Trainer) -> bool:
+    """Return whether the Trainer runs a few batches only, with ``fast_dev_run``."""
+    return bool(cast(Any, trainer).fast_dev_run)
