@@ -8,7 +8,7 @@ import json
 import depths
 from studies import drawings, images
 
-from lightning_bpfree.cli import compare_curves
+from lightning_bpfree.cli.compare import curves as compare_curves
 
 TITLES = {"epochs": "the same epochs", "forwards": "the same forward passes"}
 
@@ -47,7 +47,7 @@ def draw(figure, path, digest):
     elif "barriers" in found:
         drawing = dict(drawings(path, found))[figure.stem]
     elif "vary" in found:
-        from lightning_bpfree.cli.compare_conditions import figure as over_conditions
+        from lightning_bpfree.cli.compare.conditions import figure as over_conditions
 
         drawing = over_conditions(found)
     else:

@@ -30,7 +30,7 @@ from figures import TITLES, draw, stale_figures  # noqa: E402
 from paired import paired_tables  # noqa: E402
 from studies import images, study_tables  # noqa: E402
 
-from lightning_bpfree.cli import compare_curves  # noqa: E402
+from lightning_bpfree.cli.compare import curves as compare_curves  # noqa: E402
 
 RESULTS, IMAGES = DOCS / "results", DOCS / "img"
 PART = re.compile(r"(<!-- results:(?P<name>[^>]+?) -->\n).*?(<!-- /results -->)", re.DOTALL)

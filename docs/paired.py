@@ -3,7 +3,7 @@
 import itertools
 import math
 
-from lightning_bpfree.cli.compare_results import confidence
+from lightning_bpfree.cli.compare.results import confidence
 
 
 def by_seed(rule, budget, metric):

@@ -1,6 +1,6 @@
 """Tables and figures of studies of lottery tickets (``bpfree tickets``), for ``make_results.py``."""
 
-from lightning_bpfree.cli.tickets_results import barrier_rows, figures, table_rows
+from lightning_bpfree.cli.tickets.results import barrier_rows, figures, table_rows
 
 CAPTIONS = {
     "pruning": "accuracy over weights left, by kind of tickets",

@@ -7,22 +7,22 @@
 torch.Size([1])
 """
 
-from lightning_bpfree.callbacks.gradient_alignment import cosine as cosine
-from lightning_bpfree.core.advantage import leave_one_out as leave_one_out
-from lightning_bpfree.core.connectivity import Barrier as Barrier
-from lightning_bpfree.core.connectivity import loss_barrier as loss_barrier
-from lightning_bpfree.core.connectivity import module_loss as module_loss
 from lightning_bpfree.core.directions import Directions as Directions
-from lightning_bpfree.core.fitness import shaped as shaped
+from lightning_bpfree.core.finite_differences import difference_quotients as difference_quotients
 from lightning_bpfree.core.forward_ad import directional_derivative as directional_derivative
 from lightning_bpfree.core.forward_ad import directional_derivatives as directional_derivatives
 from lightning_bpfree.core.forward_ad import supported_kernels as supported_kernels
 from lightning_bpfree.core.injection import inject as inject
-from lightning_bpfree.core.masks import Masks as Masks
-from lightning_bpfree.core.pruning import magnitude as magnitude
-from lightning_bpfree.core.pruning import snip as snip
-from lightning_bpfree.core.pruning import snr as snr
-from lightning_bpfree.core.pruning import top_masks as top_masks
-from lightning_bpfree.rules.forward_gradient import forward_gradient as forward_gradient
-from lightning_bpfree.rules.zeroth_order import difference_quotients as difference_quotients
-from lightning_bpfree.rules.zeroth_order import zeroth_order_gradient as zeroth_order_gradient
+from lightning_bpfree.methods.evolution_strategy.search.fitness_shaping import shaped as shaped
+from lightning_bpfree.methods.forward_gradient.rule import forward_gradient as forward_gradient
+from lightning_bpfree.methods.lottery_ticket.connectivity import Barrier as Barrier
+from lightning_bpfree.methods.lottery_ticket.connectivity import loss_barrier as loss_barrier
+from lightning_bpfree.methods.lottery_ticket.connectivity import module_loss as module_loss
+from lightning_bpfree.methods.lottery_ticket.masks import Masks as Masks
+from lightning_bpfree.methods.lottery_ticket.pruning import magnitude as magnitude
+from lightning_bpfree.methods.lottery_ticket.pruning import snip as snip
+from lightning_bpfree.methods.lottery_ticket.pruning import snr as snr
+from lightning_bpfree.methods.lottery_ticket.pruning import top_masks as top_masks
+from lightning_bpfree.methods.team_reinforce.baselines import leave_one_out as leave_one_out
+from lightning_bpfree.methods.zeroth_order.rule import zeroth_order_gradient as zeroth_order_gradient
+from lightning_bpfree.training.gradient_alignment import cosine as cosine

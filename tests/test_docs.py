@@ -148,7 +148,7 @@ def test_tests_that_pages_name_exist(page):
         assert found["name"] is None or found["name"] in functions, f"{name(page)}: {found[0]}"
 
 
-@pytest.mark.parametrize("page", [*sorted((DOCS / "rules").glob("*.md")), DOCS / "strategies/scalar_sync.md"], ids=name)
+@pytest.mark.parametrize("page", [*sorted((DOCS / "methods").glob("*.md")), DOCS / "training/scalar_sync.md"], ids=name)
 def test_rules_are_backed_by_tests(page):
     assert len([found for found in TEST.finditer(page.read_text(encoding="utf-8")) if found["name"]]) >= 3
 

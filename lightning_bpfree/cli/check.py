@@ -16,15 +16,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 
 import lightning_bpfree
-from lightning_bpfree.callbacks.gradient_alignment import GradientAlignment
-from lightning_bpfree.cli import recipes
-from lightning_bpfree.cli.configured import Blueprint, RulesChoice, silence
-from lightning_bpfree.cli.preconditions import CommandError, require
-from lightning_bpfree.cli.tables import console, number
+from lightning_bpfree.cli.common import recipes
+from lightning_bpfree.cli.common.configured import Blueprint, RulesChoice, silence
+from lightning_bpfree.cli.common.preconditions import CommandError, require
+from lightning_bpfree.cli.common.tables import console, number
 from lightning_bpfree.core.step import loss_of
-from lightning_bpfree.rules.quiet import Quiet
-from lightning_bpfree.rules.trainer_facts import callbacks_of
-from lightning_bpfree.rules.training_rule import TrainingRule
+from lightning_bpfree.training.gradient_alignment import GradientAlignment
+from lightning_bpfree.training.module_state import Quiet
+from lightning_bpfree.training.trainer_attributes import callbacks_of
+from lightning_bpfree.training.training_rule import TrainingRule
 
 
 class Cost(NamedTuple):

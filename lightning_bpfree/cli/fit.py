@@ -10,11 +10,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_bpfree.cli import recipes, report
-from lightning_bpfree.cli.configured import ConfigCLI
-from lightning_bpfree.cli.evaluation import evaluated
-from lightning_bpfree.cli.preconditions import require, require_writable
-from lightning_bpfree.rules.trainer_facts import is_dry_run
+from lightning_bpfree.cli import report
+from lightning_bpfree.cli.common import recipes
+from lightning_bpfree.cli.common.configured import ConfigCLI
+from lightning_bpfree.cli.common.evaluation import evaluated
+from lightning_bpfree.cli.common.preconditions import require, require_writable
+from lightning_bpfree.training.trainer_attributes import is_dry_run
 
 
 class FitCLI(ConfigCLI):

@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import lightning_bpfree
-from lightning_bpfree.cli.preconditions import CommandError, nearest
+from lightning_bpfree.cli.common.preconditions import CommandError, nearest
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = (*LIGHTNING_COMMANDS, "check", "compare", "tickets", "recipes")
@@ -67,15 +67,15 @@ def _run(command: str, arguments: list[str]) -> int:
 
         return check.run(arguments)
     if command == "compare":
-        from lightning_bpfree.cli import compare
+        from lightning_bpfree.cli.compare import command as compare
 
         return compare.run(arguments)
     if command == "tickets":
-        from lightning_bpfree.cli import tickets
+        from lightning_bpfree.cli.tickets import command as tickets
 
         return tickets.run(arguments)
     if command == "recipes":
-        from lightning_bpfree.cli import recipes
+        from lightning_bpfree.cli.common import recipes
 
         return recipes.run(arguments)
     raise CommandError(f"no such command{nearest(command, COMMANDS)} The commands are {', '.join(COMMANDS)}.")

@@ -10,10 +10,10 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_bpfree.cli.evaluation import mean_cosine
-from lightning_bpfree.cli.tables import console, number
-from lightning_bpfree.rules.trainer_facts import callbacks_of
-from lightning_bpfree.rules.training_rule import TrainingRule
+from lightning_bpfree.cli.common.evaluation import mean_cosine
+from lightning_bpfree.cli.common.tables import console, number
+from lightning_bpfree.training.trainer_attributes import callbacks_of
+from lightning_bpfree.training.training_rule import TrainingRule
 
 COSINE = "bpfree/cosine_to_backprop"
 Curve = tuple[list[float], list[float]]

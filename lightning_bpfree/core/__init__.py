@@ -1,1 +1,1 @@
-"""Floor 0: what a training rule is made of. Needs torch only."""
+"""Parts that two methods or more are made of. Needs torch only."""

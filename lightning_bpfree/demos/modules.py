@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_bpfree.demos.nets import MLP, SmallCNN, SmallTransformer, check_at_least, check_choice
-from lightning_bpfree.rules.trainer_facts import is_dry_run
+from lightning_bpfree.training.trainer_attributes import is_dry_run
 
 __all__ = ["MLP", "Classifier", "SmallCNN", "SmallTransformer"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_bpfree.demos.fresh import Batch, FreshDataModule
 from lightning_bpfree.demos.in_memory import BatchDataset
 from lightning_bpfree.demos.modules import Classifier
-from lightning_bpfree.rules.trainer_facts import log_every_n_steps
+from lightning_bpfree.training.trainer_attributes import log_every_n_steps
 
 __all__ = ["MultiplexerDataModule", "PolicyClassifier"]
 

@@ -1,7 +1,7 @@
 """Small networks of Hugging Face's transformers, built from their configurations: no weights are downloaded.
 
 They are ordinary modules. Their layers are of kinds that
-:func:`~lightning_bpfree.nn.conversion.convert_to_reversible` knows. Weights are drawn with a standard deviation of
+:func:`~lightning_bpfree.convert_to_reversible` knows. Weights are drawn with a standard deviation of
 ``1 / sqrt(width)``: the 0.02 of the configurations suits widths near 1,000, and narrow networks learn slowly from it.
 """
 

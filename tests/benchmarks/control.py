@@ -13,10 +13,10 @@ from pathlib import Path
 
 from run import row, write
 
-from lightning_bpfree.cli import recipes
-from lightning_bpfree.cli.compare_runs import Stopwatch
-from lightning_bpfree.cli.configured import Blueprint, silence
-from lightning_bpfree.cli.evaluation import evaluated
+from lightning_bpfree.cli.common import recipes
+from lightning_bpfree.cli.common.configured import Blueprint, silence
+from lightning_bpfree.cli.common.evaluation import evaluated
+from lightning_bpfree.cli.compare.runs import Stopwatch
 
 RECIPE, SEEDS = "papers/es_control", range(10)
 

@@ -34,12 +34,12 @@ from torch.utils.data import DataLoader
 
 import lightning_bpfree as bpf
 from lightning_bpfree.core.replay import Replay
-from lightning_bpfree.core.search.algorithm import SearchAlgorithm
-from lightning_bpfree.core.search.openai_es import OpenAIES
-from lightning_bpfree.core.search.snes import SNES
 from lightning_bpfree.core.step import Step
-from lightning_bpfree.rules.swap import handed_over
-from lightning_bpfree.rules.view import View
+from lightning_bpfree.methods.evolution_strategy.search.algorithm import SearchAlgorithm
+from lightning_bpfree.methods.evolution_strategy.search.openai_es import OpenAIES
+from lightning_bpfree.methods.evolution_strategy.search.snes import SNES
+from lightning_bpfree.training.module_state import View
+from lightning_bpfree.training.step_swap import handed_over
 
 Data = list[torch.Tensor]
 Work = Callable[[], object]

@@ -48,9 +48,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_bpfree as bpf
-from lightning_bpfree.core.search.openai_es import OpenAIES
-from lightning_bpfree.core.search.pgpe import PGPE
-from lightning_bpfree.core.search.snes import SNES
+from lightning_bpfree.methods.evolution_strategy.search.openai_es import OpenAIES
+from lightning_bpfree.methods.evolution_strategy.search.pgpe import PGPE
+from lightning_bpfree.methods.evolution_strategy.search.snes import SNES
 
 SIGMA, RATE, SAMPLES = 0.05, 0.002, 128
 ADAM: Optimizer = partial(torch.optim.Adam, lr=RATE)

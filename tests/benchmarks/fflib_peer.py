@@ -34,7 +34,7 @@ from local_learning import ruled, with_adam
 from run import Classifier, backprop, batch, mlp, plain_forward, row, run_parts, seconds
 
 import lightning_bpfree as bpf
-from lightning_bpfree.cli.compare_results import confidence
+from lightning_bpfree.cli.compare.results import confidence
 from lightning_bpfree.demos import modules
 from lightning_bpfree.demos.data import DigitsDataModule, FashionMNISTDataModule, InMemoryDataModule
 

@@ -17,7 +17,7 @@ import torch
 from run import row, write
 
 import lightning_bpfree as bpf
-from lightning_bpfree.cli.compare_results import confidence
+from lightning_bpfree.cli.compare.results import confidence
 from lightning_bpfree.demos.data import DigitsDataModule
 from lightning_bpfree.demos.modules import Classifier, SmallCNN
 from lightning_bpfree.functional import cosine

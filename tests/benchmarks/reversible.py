@@ -38,10 +38,10 @@ from reversible_models import converted, training
 from run import run_parts
 from torch import nn
 
-from lightning_bpfree.nn.conversion import convert_to_reversible
-from lightning_bpfree.nn.recomputation import Schedule
-from lightning_bpfree.nn.reversible import ReversibleSequential
-from lightning_bpfree.nn.reversible_layers import buffers_for
+from lightning_bpfree.methods.reversible_recompute.conversion import convert_to_reversible
+from lightning_bpfree.methods.reversible_recompute.layer_stack import buffers_for
+from lightning_bpfree.methods.reversible_recompute.recomputation import Schedule
+from lightning_bpfree.methods.reversible_recompute.sequential import ReversibleSequential
 
 DEPTHS = (2, 4, 8, 16, 32, 48)
 MIB = 2**20

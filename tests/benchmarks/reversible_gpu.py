@@ -37,8 +37,8 @@ from reversible_gpu_models import CONFIGS, MODELS, Data, Hold, RaceNet
 from reversible_gpu_report import Point, Report, row
 from torch import nn
 
-from lightning_bpfree.nn.recomputation import SCHEDULES
-from lightning_bpfree.nn.reversible import ReversibleSequential
+from lightning_bpfree.methods.reversible_recompute.recomputation import SCHEDULES
+from lightning_bpfree.methods.reversible_recompute.sequential import ReversibleSequential
 
 PRECISIONS, PARTS = ("fp32", "bf16"), ("race", "errors", "throughput")
 OPTIONS: dict[str, dict[str, Any]] = {

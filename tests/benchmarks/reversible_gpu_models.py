@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_bpfree.nn.reversible import ReversibleBlock, ReversibleSequential
+from lightning_bpfree.methods.reversible_recompute.sequential import ReversibleBlock, ReversibleSequential
 
 Data = tuple[torch.Tensor, ...]
 SWIN = {"depths": (2, 2, 18, 2)}

@@ -11,7 +11,7 @@ import torch
 from memory import peak_bytes
 from torch import nn
 
-from lightning_bpfree.nn.reversible import ReversibleBlock
+from lightning_bpfree.methods.reversible_recompute.sequential import ReversibleBlock
 
 Row = dict[str, object]
 Run = Callable[[], object]

@@ -8,9 +8,9 @@ from reversible_meters import Row, blocks, measured, peak, ratio, rounds, step
 from torch import nn
 
 from lightning_bpfree.demos.data import DigitsDataModule
-from lightning_bpfree.nn.conversion import convert_to_reversible
-from lightning_bpfree.nn.recomputation import SCHEDULES, Schedule
-from lightning_bpfree.nn.reversible import ReversibleSequential
+from lightning_bpfree.methods.reversible_recompute.conversion import convert_to_reversible
+from lightning_bpfree.methods.reversible_recompute.recomputation import SCHEDULES, Schedule
+from lightning_bpfree.methods.reversible_recompute.sequential import ReversibleSequential
 
 STEPS = 200
 

@@ -41,7 +41,7 @@ from reversible_meters import (
 from run import run_parts
 from torch import nn
 
-from lightning_bpfree.nn.reversible import ReversibleBlock, ReversibleSequential
+from lightning_bpfree.methods.reversible_recompute.sequential import ReversibleBlock, ReversibleSequential
 
 PEERS = ("revlib", "revtorch", "memcnn")
 Blocks = list[ReversibleBlock]

@@ -16,9 +16,9 @@ import torch
 from reversible_meters import measured
 from run import run_parts
 
-from lightning_bpfree.cli.configured import Blueprint
-from lightning_bpfree.cli.evaluation import evaluated
-from lightning_bpfree.cli.recipes import config_arguments
+from lightning_bpfree.cli.common.configured import Blueprint
+from lightning_bpfree.cli.common.evaluation import evaluated
+from lightning_bpfree.cli.common.recipes import config_arguments
 
 SEEDS, FIRST = (0, 1, 2), 100  # the second: steps before rounding has grown
 

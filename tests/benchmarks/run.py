@@ -32,8 +32,8 @@ from lightning_bpfree.core.directions import Directions
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.replay import Buffers, RandomStreams, Replay
 from lightning_bpfree.core.step import Step
-from lightning_bpfree.rules.quiet import Metrics, Quiet
-from lightning_bpfree.rules.swap import handed_over
+from lightning_bpfree.training.module_state import Metrics, Quiet
+from lightning_bpfree.training.step_swap import handed_over
 
 
 class Classifier(pl.LightningModule):

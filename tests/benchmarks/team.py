@@ -20,8 +20,8 @@ import lightning_bpfree as bpf
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.replay import Buffers, RandomStreams, Replay
 from lightning_bpfree.core.step import Step
-from lightning_bpfree.rules.quiet import Metrics, Quiet
-from lightning_bpfree.rules.swap import handed_over
+from lightning_bpfree.training.module_state import Metrics, Quiet
+from lightning_bpfree.training.step_swap import handed_over
 
 BATCH, WIDTHS, VARIANCES, RATES, STEPS = 128, (37, 64, 32, 2), (0.3, 1.0), (0.04, 4e-5, 4e-6), 20
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lightning_bpfree.cli import compare as command
-from lightning_bpfree.cli import compare_worker
+from lightning_bpfree.cli.compare import command
+from lightning_bpfree.cli.compare import worker as compare_worker
 
 
 def run_in_process(monkeypatch: pytest.MonkeyPatch) -> list[Any]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_bpfree.cli import main
 from lightning_bpfree.cli.check import Cost, Verdict, check, shipped_rules
-from lightning_bpfree.cli.configured import Blueprint
+from lightning_bpfree.cli.common.configured import Blueprint
 
 Overlay = Callable[..., str]
 HERE = "test_cli_check"

@@ -14,11 +14,12 @@ import pytest
 import torch
 from comparing import run_in_process, written
 
-from lightning_bpfree.cli import compare as command
-from lightning_bpfree.cli import compare_worker, main
-from lightning_bpfree.cli.compare_results import confidence, rows, t95
-from lightning_bpfree.cli.compare_runs import PROFILED_STEPS, profile, train
-from lightning_bpfree.cli.configured import Blueprint
+from lightning_bpfree.cli import main
+from lightning_bpfree.cli.common.configured import Blueprint
+from lightning_bpfree.cli.compare import command
+from lightning_bpfree.cli.compare import worker as compare_worker
+from lightning_bpfree.cli.compare.results import confidence, rows, t95
+from lightning_bpfree.cli.compare.runs import PROFILED_STEPS, profile, train
 from lightning_bpfree.core.peak_memory import MIB, PeakMemory
 
 Overlay = Callable[..., str]

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from comparing import run_in_process, written
 
-from lightning_bpfree.cli import compare as command
-from lightning_bpfree.cli import compare_curves, compare_worker, main
-from lightning_bpfree.cli.compare_results import confidence
-from lightning_bpfree.cli.compare_runs import train
-from lightning_bpfree.cli.configured import Blueprint
+from lightning_bpfree.cli import main
+from lightning_bpfree.cli.common.configured import Blueprint
+from lightning_bpfree.cli.compare import command
+from lightning_bpfree.cli.compare import curves as compare_curves
+from lightning_bpfree.cli.compare import worker as compare_worker
+from lightning_bpfree.cli.compare.results import confidence
+from lightning_bpfree.cli.compare.runs import train
 
 Overlay = Callable[..., str]
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from comparing import run_in_process, written
 
-from lightning_bpfree.cli import compare as command
-from lightning_bpfree.cli import compare_worker, main
-from lightning_bpfree.cli.compare_conditions import cells, figure
-from lightning_bpfree.cli.compare_results import confidence
-from lightning_bpfree.cli.configured import Blueprint
+from lightning_bpfree.cli import main
+from lightning_bpfree.cli.common.configured import Blueprint
+from lightning_bpfree.cli.compare import command
+from lightning_bpfree.cli.compare import worker as compare_worker
+from lightning_bpfree.cli.compare.conditions import cells, figure
+from lightning_bpfree.cli.compare.results import confidence
 from lightning_bpfree.demos.corruption import CORRUPTIONS, Corruption
 from lightning_bpfree.demos.data import DigitsDataModule
 

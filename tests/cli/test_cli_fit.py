@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 
 import lightning_bpfree as bpf
 from lightning_bpfree.cli import main
-from lightning_bpfree.cli.configured import Blueprint
+from lightning_bpfree.cli.common.configured import Blueprint
 from lightning_bpfree.cli.report import curves, read_metrics
 
 Overlay = Callable[..., str]
@@ -212,7 +212,7 @@ def test_an_unknown_configuration_names_the_nearest_recipe(capsys: pytest.Captur
 def test_a_missing_optional_package_is_named_with_its_extra(
     base: str, no_fit: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_bpfree.cli.preconditions.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_bpfree.cli.common.preconditions.find_spec", lambda name: None)
     assert main(["fit", "-c", base]) == 2
     message = capsys.readouterr().err
     assert "jsonargparse" in message

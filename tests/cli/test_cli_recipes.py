@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lightning_bpfree.cli import main, recipes
-from lightning_bpfree.cli.configured import Blueprint
-from lightning_bpfree.cli.preconditions import CommandError
+from lightning_bpfree.cli import main
+from lightning_bpfree.cli.common import recipes
+from lightning_bpfree.cli.common.configured import Blueprint
+from lightning_bpfree.cli.common.preconditions import CommandError
 
 EXPECTED = {
     "quickstart",

@@ -21,16 +21,20 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bpfree import Ticket
-from lightning_bpfree.cli import main, recipes, tickets, tickets_results, tickets_runs
-from lightning_bpfree.cli.compare_results import confidence
-from lightning_bpfree.cli.configured import Blueprint, silence
-from lightning_bpfree.cli.records import finite
-from lightning_bpfree.cli.tickets_results import barrier_rows, cells, differences, figures, table_rows, written
-from lightning_bpfree.cli.tickets_runs import AGAIN, KINDS, Study, plan_of
-from lightning_bpfree.core.connectivity import loss_barrier
+from lightning_bpfree.cli import main
+from lightning_bpfree.cli.common import recipes
+from lightning_bpfree.cli.common.configured import Blueprint, silence
+from lightning_bpfree.cli.common.records import finite
+from lightning_bpfree.cli.compare.results import confidence
+from lightning_bpfree.cli.tickets import command as tickets
+from lightning_bpfree.cli.tickets import results as tickets_results
+from lightning_bpfree.cli.tickets import runs as tickets_runs
+from lightning_bpfree.cli.tickets.results import barrier_rows, cells, differences, figures, table_rows, written
+from lightning_bpfree.cli.tickets.runs import AGAIN, KINDS, Study, plan_of
 from lightning_bpfree.core.params import Params
-from lightning_bpfree.core.pruning import num_kept
 from lightning_bpfree.demos.modules import MLP, Classifier
+from lightning_bpfree.methods.lottery_ticket.connectivity import loss_barrier
+from lightning_bpfree.methods.lottery_ticket.pruning import num_kept
 
 pytestmark = pytest.mark.slow  # each trains several levels
 

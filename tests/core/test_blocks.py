@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_bpfree.core.block_hooks import watched
 from lightning_bpfree.core.blocks import cut, find_network
 from lightning_bpfree.core.labels import labels_of
-from lightning_bpfree.core.watching import watched
 from lightning_bpfree.demos.nets import MLP, SmallCNN, SmallTransformer
 
 

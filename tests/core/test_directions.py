@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from lightning_bpfree.core.combination import Combination, weights_from_slopes
-from lightning_bpfree.core.directions import Directions, mix
+from lightning_bpfree.core.directions import Directions
 from lightning_bpfree.core.params import dot
+from lightning_bpfree.core.seeds import mix
 
 LIKE = {"w": torch.zeros(7, 9), "b": torch.zeros(9), "s": torch.zeros(())}
 

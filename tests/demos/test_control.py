@@ -18,11 +18,11 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_bpfree.core.search.snes import SNES
 from lightning_bpfree.demos import control, episodes
 from lightning_bpfree.demos.control import ControlModule, EpisodeSeeds
 from lightning_bpfree.demos.modules import MLP
-from lightning_bpfree.rules.evolution_strategy import EvolutionStrategy
+from lightning_bpfree.methods.evolution_strategy.rule import EvolutionStrategy
+from lightning_bpfree.methods.evolution_strategy.search.snes import SNES
 
 
 class World(gym.Env[Any, Any]):

@@ -24,12 +24,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_bpfree.demos import idx
-from lightning_bpfree.demos.data import (
-    DigitsDataModule,
-    FashionMNISTDataModule,
-    MNIST1DDataModule,
-    MNISTDataModule,
-)
+from lightning_bpfree.demos.data import DigitsDataModule, FashionMNISTDataModule, MNIST1DDataModule, MNISTDataModule
 from lightning_bpfree.demos.in_memory import BatchDataset, InMemoryDataModule, pass_through, stratified_split
 
 FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_bpfree.demos.fresh import FreshDataModule
 from lightning_bpfree.demos.modules import MLP
 from lightning_bpfree.demos.multiplexer import MultiplexerDataModule, PolicyClassifier
-from lightning_bpfree.rules.backprop import Backprop
+from lightning_bpfree.methods.backprop.rule import Backprop
 
 
 def by_hand(x: Tensor, k: int) -> list[int]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_bpfree.demos.masking import IGNORED, MASK, EpochSampler, MaskedSequences, masked
 from lightning_bpfree.demos.text import MODULES, StandardLibraryTextDataModule, read_docstrings, split_of
-from lightning_bpfree.rules.backprop import Backprop
+from lightning_bpfree.methods.backprop.rule import Backprop
 
 pytestmark = pytest.mark.slow  # reads the standard library again and again
 

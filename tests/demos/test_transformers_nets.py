@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from lightning_bpfree.demos.modules import Classifier
 from lightning_bpfree.demos.transformers_nets import RobertaEncoderLM, SwinTransformer, VisionTransformer
-from lightning_bpfree.nn.conversion import convert_to_reversible
+from lightning_bpfree.methods.reversible_recompute.conversion import convert_to_reversible
 
 VIT: dict[str, Any] = {"dim": 16, "depth": 3, "heads": 2}
 SWIN: dict[str, Any] = {"in_shape": (1, 16, 16), "dim": 8, "depths": (2, 2), "heads": (1, 2), "window": 4}

@@ -1,1 +1,0 @@
-"""Floor 3: companions of rules."""

@@ -1,0 +1,207 @@
+"""Configuration files as LightningCLI reads them: parsed once, built as often as a command needs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.seed import seed_everything
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning_utilities.core.imports import RequirementCache
+
+from lightning_bpfree.cli.common.preconditions import CommandError, require
+from lightning_bpfree.training.training_rule import TrainingRule
+
+RulesChoice = Callable[[list[TrainingRule]], list[TrainingRule]]
+
+SHOWING = (Checkpoint, ProgressBar, ModelSummary)  # what these show and write belongs to `bpfree fit`
+SILENT: dict[str, Any] = {
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "barebones": False,
+    "num_nodes": 1,
+}
+
+
+class ConfigCLI(LightningCLI):
+    """LightningCLI for any module and data module, whose parsing errors are one message and no page of usage.
+
+    Args:
+        args: the command-line arguments.
+        **kwargs: see ``lightning.pytorch.cli.LightningCLI``.
+    """
+
+    def __init__(self, args: Sequence[str], **kwargs: Any) -> None:
+        require("jsonargparse", "docstring_parser")
+        plain: dict[str, Any] = {"exit_on_error": False}
+        for_commands = {command: dict(plain) for command in self.subcommands()} if kwargs.get("run", True) else {}
+        # Without a class for model and data any subclass goes, and a module that brings its own loaders needs no data.
+        super().__init__(args=list(args), parser_kwargs={"prog": "bpfree", **plain, **for_commands}, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``report`` to what a configuration file may hold."""
+        parser.add_argument(
+            "--report",
+            type=bool,
+            default=False,
+            help="After fit: test, print a table of the rule's result and cost, write metrics.csv and training.png.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse ``args``, and turn a mistake in them into CommandError."""
+        try:
+            self.config = parser.parse_args(args)
+        except argparse.ArgumentError as error:
+            raise CommandError(str(error)) from error
+
+    def instantiate_classes(self) -> None:
+        """Make everything, and turn the refusal of an argument by this package or Lightning into CommandError.
+
+        Errors that begin elsewhere, such as in a module of the user's, keep their traceback.
+        """
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            first = _first(error)
+            if not isinstance(first, ValueError | ImportError | OSError) or not _is_refusal(first):
+                raise
+            raise CommandError(str(first)) from error
+
+
+def _first(error: BaseException) -> BaseException:
+    """Return what the error began with: the parser wraps what a constructor raises, once for every level."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Return whether it was raised by this package or by Lightning, which say what to change."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    where = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    return where.split(".")[0] in ("lightning_bpfree", "lightning")
+
+
+class Built(NamedTuple):
+    """A module, its data and a Trainer, made from one configuration.
+
+    Args:
+        module: the module.
+        data: the data module; None if the module brings its own loaders.
+        trainer: the Trainer.
+        rules: the training rules that the configuration names, whether or not they are in the Trainer.
+    """
+
+    module: pl.LightningModule
+    data: pl.LightningDataModule | None
+    trainer: pl.Trainer
+    rules: list[TrainingRule]
+
+
+class Blueprint(ConfigCLI):
+    """A configuration that is built afresh for every run, silently, on one device and without writing files.
+
+    Args:
+        args: command-line arguments of ``fit``, such as ``["-c", "mine.yaml"]``.
+
+    Raises:
+        CommandError: the configuration cannot be parsed.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        with silence():
+            super().__init__(args, run=False, save_config_callback=None, load_from_checkpoint_support=False)
+
+    def instantiate_classes(self) -> None:
+        """Do nothing yet: see :meth:`build`."""
+
+    def build(
+        self,
+        rules: RulesChoice = lambda configured: configured,
+        *,
+        seed: int | None = None,
+        callbacks: Sequence[Callback] = (),
+        dropped: tuple[type[Callback], ...] = (),
+        **trainer_settings: Any,
+    ) -> Built:
+        """Return a new module, data module and Trainer.
+
+        Args:
+            rules: the rules to put into the Trainer, given those of the configuration.
+            seed: for ``seed_everything``; None takes the configuration's.
+            callbacks: further callbacks, behind all others.
+            dropped: kinds of callbacks to leave out of the configuration's.
+            **trainer_settings: arguments of the Trainer in place of the configuration's.
+        """
+        seed_everything(self.config.seed_everything if seed is None else seed, workers=True, verbose=False)
+        original = self.config
+        self.config = original.clone()
+        # False keeps loggers and profilers from being made at all, which for some needs a package or a network.
+        self.config.trainer.logger, self.config.trainer.profiler = False, None
+        self._settings = {**SILENT, "devices": _one_device(original.trainer.devices), **trainer_settings}
+        configured: list[TrainingRule] = []
+
+        def chosen(found: list[Callback]) -> list[Callback]:
+            configured.extend(cb for cb in found if isinstance(cb, TrainingRule))
+            unwanted: tuple[type, ...] = (TrainingRule, *SHOWING, *dropped)
+            return [*rules(configured), *(cb for cb in found if not isinstance(cb, unwanted)), *callbacks]
+
+        self._chosen = chosen
+        try:
+            super().instantiate_classes()
+        finally:
+            self.config = original
+        return Built(self.model, self.datamodule, self.trainer, configured)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Return a Trainer that shows and writes nothing."""
+        callbacks = self._chosen(_listed(self._get(self.config_init, "trainer").get("callbacks")))
+        # Unlike False, the logger that logs nowhere satisfies callbacks that ask for one.
+        return super().instantiate_trainer(logger=DummyLogger(), callbacks=callbacks, **self._settings, **kwargs)
+
+    @property
+    def callbacks(self) -> list[Any]:
+        """The callbacks of the configuration, parsed but not made."""
+        return _listed(self.config.trainer.callbacks)
+
+    def dump(self) -> str:
+        """Return the whole configuration as YAML, which reads back as the same."""
+        option = "skip_unset" if RequirementCache("jsonargparse>=4.49") else "skip_none"  # the new name and the old
+        text: str = self.parser.dump(self.config, **{option: False})
+        return text
+
+
+def _listed(callbacks: Any) -> list[Any]:
+    """Return the Trainer's argument ``callbacks``, which may be None or one callback, as a list."""
+    if callbacks is None:
+        return []
+    return callbacks if isinstance(callbacks, list) else [callbacks]
+
+
+def _one_device(devices: Any) -> Any:
+    return devices[:1] if isinstance(devices, list) else 1
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Keep Lightning's advice on training away where nothing is trained."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,129 @@
+"""The shipped YAML files: where they are, and ``bpfree recipes list|show|copy``."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from lightning_bpfree.cli.common.preconditions import CommandError, nearest, require_writable
+
+SUFFIXES = (".yaml", ".yml")
+
+
+def folder() -> Path:
+    """Return the folder of the recipes: inside the installed package, or beside it in a source checkout."""
+    package = Path(str(resources.files("lightning_bpfree")))
+    for place in (package / "recipes", package.parent / "recipes"):
+        if (place / "quickstart.yaml").is_file():
+            return place
+    raise CommandError(f"the recipes are not in {package}: install the package again.")
+
+
+def names() -> list[str]:
+    """Return the names of all recipes, such as ``rules/forward_gradient``."""
+    root = folder()
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+
+
+def find(name: str) -> Path:
+    """Return the file of a recipe.
+
+    Args:
+        name: such as ``quickstart``, ``rules/forward_gradient.yaml`` or ``recipes/quickstart.yaml``.
+
+    Raises:
+        CommandError: there is no such recipe; the message names those most like it.
+    """
+    plain = name.removeprefix("./").removeprefix("recipes/")
+    for suffix in SUFFIXES:
+        plain = plain.removesuffix(suffix)
+    known = names()
+    if plain in known:
+        return folder() / f"{plain}.yaml"
+    raise CommandError(f"no recipe of this name{nearest(plain, known)} 'bpfree recipes list' shows all.")
+
+
+def resolve(name: str) -> str:
+    """Return the path of a configuration file, which may be given by the name of a recipe.
+
+    Raises:
+        CommandError: neither a file nor a recipe.
+    """
+    if any(mark in name for mark in "{:\n") or Path(name).exists():  # YAML itself or an address, which Lightning takes
+        return name
+    try:
+        return str(find(name))
+    except CommandError as error:
+        raise CommandError(f"there is no file {name}, and {error}") from error
+
+
+def with_paths(arguments: Sequence[str]) -> list[str]:
+    """Return command-line arguments in which every ``-c NAME`` of a recipe is the path of its file.
+
+    Examples:
+        >>> with_paths(["-c", "quickstart", "--trainer.max_epochs=1"])[2]
+        '--trainer.max_epochs=1'
+    """
+    resolved: list[str] = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if resolved and resolved[-1] in ("-c", "--config"):
+            resolved.append(resolve(argument))
+        elif equals and option in ("-c", "--config"):
+            resolved.append(f"{option}={resolve(value)}")
+        else:
+            resolved.append(argument)
+    return resolved
+
+
+def config_arguments(files: Sequence[str]) -> list[str]:
+    """Return the command-line arguments that read configuration files, or recipes, one over the other."""
+    return [argument for file in files for argument in ("-c", resolve(file))]
+
+
+def title(path: Path) -> str:
+    """Return what a recipe says of itself in its first line."""
+    with path.open(encoding="utf-8") as file:
+        return file.readline().lstrip("# ").strip()
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run ``bpfree recipes``."""
+    options = _parser().parse_args(arguments)
+    if options.action == "show":
+        sys.stdout.write(find(options.name).read_text(encoding="utf-8"))
+    elif options.action == "copy":
+        sys.stdout.write(f"{copy(options.name, options.dir, options.force)}\n")
+    else:
+        width = max(len(name) for name in names())
+        for name in names():
+            sys.stdout.write(f"{name:<{width}}  {title(find(name))}\n")
+    return 0
+
+
+def copy(name: str, target: Path, force: bool = False) -> Path:
+    """Copy a recipe to the folder ``target`` and return the new file; overwrites only with ``force``."""
+    source = find(name)
+    copied = target / source.name
+    if copied.exists() and not force:
+        raise CommandError(f"{copied} exists: pass --force to overwrite it, or give another DIR.")
+    require_writable(target, "another DIR")
+    shutil.copyfile(source, copied)
+    return copied
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("bpfree recipes", description="The YAML files that come with the package.")
+    actions = parser.add_subparsers(dest="action", metavar="list|show|copy")
+    actions.add_parser("list", help="names and what they are (the default)")
+    show = actions.add_parser("show", help="print a recipe")
+    show.add_argument("name", metavar="NAME", help="such as quickstart or rules/forward_gradient")
+    copying = actions.add_parser("copy", help="copy a recipe to a folder, to change it there")
+    copying.add_argument("name", metavar="NAME")
+    copying.add_argument("dir", metavar="DIR", type=Path, help="made where it does not exist")
+    copying.add_argument("--force", action="store_true", help="overwrite")
+    return parser

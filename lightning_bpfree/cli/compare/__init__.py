@@ -1,0 +1,1 @@
+"""``bpfree compare``: the same module under several rules and seeds."""

@@ -1,0 +1,248 @@
+"""``bpfree compare``: the same module under several rules and backprop, by equal epochs and by equal forward passes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lightning_bpfree.cli.common.preconditions import CommandError, require, require_writable
+from lightning_bpfree.cli.common.tables import console
+from lightning_bpfree.cli.compare import (
+    conditions as compare_conditions,
+)
+from lightning_bpfree.cli.compare import (
+    curves as compare_curves,
+)
+from lightning_bpfree.cli.compare import (
+    results as compare_results,
+)
+from lightning_bpfree.cli.compare.options import parser
+from lightning_bpfree.cli.compare.plan import Contender, contenders, curve, settings, tuning, variation
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+Event = dict[str, Any]
+
+
+class Part(NamedTuple):
+    """A comparison of all rules: the whole of it, or under one value of a key that is varied.
+
+    Args:
+        plan: settings for the processes of the rules.
+        results: where ``rules`` go.
+        folder: for the configurations and logs of the rules.
+        name: the value; empty if nothing is varied.
+    """
+
+    plan: dict[str, Any]
+    results: dict[str, Any]
+    folder: Path
+    name: str
+
+    def runs(self, label: str) -> int:
+        """Return how many trainings a rule has."""
+        trials: int = self.plan["trials"].get(label, 0)
+        return trials + len(self.plan["seeds"]) * len(self.plan["budgets"])
+
+
+def compare(plan: dict[str, Any], rules: Sequence[Contender], out: Path, jobs: int = 1) -> dict[str, Any]:
+    """Train every rule in a process of its own, write what is known after each, and return everything.
+
+    Args:
+        plan: settings of the comparison.
+        rules: the rules, backprop first.
+        out: folder of the results.
+        jobs: how many rules train at once.
+    """
+    comparison: dict[str, Any] = {**plan, "conditions": []} if "vary" in plan else {**plan, "rules": []}
+    parts, files = _parts(plan, comparison, out / "rules"), _files(plan)
+    files.write(comparison, out)
+    with _progress() as progress:
+        task = progress.add_task("compare", total=sum(part.runs(rule.label) for part in parts for rule in rules))
+        writing, order = threading.Lock(), [contender.label for contender in rules]
+
+        def train(part: Part, contender: Contender, stop: threading.Event) -> None:
+            left = part.runs(contender.label)
+            for event in _rule_in(part, contender, parts[0]):
+                if stop.is_set():
+                    return  # leaving the generator ends its process
+                if event["kind"] == "begin":
+                    what = ", ".join(filter(None, (part.name, event["what"])))
+                    progress.update(task, description=f"{contender.label}: {what}")
+                elif event["kind"] in ("run", "trial"):
+                    left -= 1
+                    progress.advance(task)
+            progress.advance(task, left)  # of a rule that was refused
+            with writing:
+                part.results["rules"].sort(key=lambda rule: order.index(rule["label"]))
+                files.write(comparison, out)
+
+        for part in parts:
+            if part.results is not comparison:
+                comparison["conditions"].append(part.results)
+            # Backprop sets the budget of forward passes, so that it goes first.
+            _side_by_side(rules[:1], 1, partial(train, part))
+            _side_by_side(rules[1:], jobs, partial(train, part))
+    return comparison
+
+
+def _side_by_side(rules: Sequence[Contender], jobs: int, train: Callable[[Contender, threading.Event], None]) -> None:
+    """Train rules, ``jobs`` at a time; the first error stops all."""
+    stop = threading.Event()
+    if jobs == 1:
+        for contender in rules:
+            train(contender, stop)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for done in as_completed([pool.submit(train, contender, stop) for contender in rules]):
+                done.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _of(results: dict[str, Any], label: str) -> dict[str, Any]:
+    """Return what is known of a rule."""
+    return next(rule for rule in results["rules"] if rule["label"] == label)
+
+
+def _files(plan: dict[str, Any]) -> ModuleType:
+    """Return what writes and shows a comparison."""
+    if "vary" in plan:
+        return compare_conditions
+    return compare_curves if "curve" in plan else compare_results
+
+
+def _progress() -> Progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    texts = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("runs"),
+        TimeElapsedColumn(),
+    )
+    return Progress(*texts, console=console())
+
+
+def _parts(plan: dict[str, Any], comparison: dict[str, Any], folder: Path) -> list[Part]:
+    """Return the comparison itself, or one for each value of the varied key, of which the first alone is tuned."""
+    if "vary" not in plan:
+        return [Part(plan, comparison, folder, "")]
+    parts = []
+    for place, value in enumerate(plan["vary"]["values"]):
+        own = {**plan, "values": {plan["vary"]["key"]: value}}
+        if place:
+            own |= {"grids": {}, "trials": {}}
+        name = f"{place + 1}-" + re.sub(r"[^\w.+-]+", "_", value)
+        parts.append(Part(own, {"value": value, "rules": []}, folder / name, value))
+    return parts
+
+
+def _rule_in(part: Part, contender: Contender, first: Part) -> Iterator[Event]:
+    """Train a rule with what it was tuned to in the first part, put what it reports into ``part``, and yield it."""
+    result: dict[str, Any] = {"label": contender.label, "trials": [], "runs": [], "error": None}
+    part.results["rules"].append(result)
+    budgets, plan = _forward_budgets(part.results), {**part.plan, "grid": part.plan["grids"].get(contender.label, {})}
+    if part is not first and first.plan["grids"][contender.label]:
+        tuned = _of(first.results, contender.label)
+        if "chosen" not in tuned:
+            result["error"] = f"not tuned: {tuned['error']}"
+            return
+        result["chosen"] = tuned["chosen"]
+        plan = {**plan, "values": {**plan["values"], **tuned["chosen"]}}
+    for event in rule_events(plan, contender, budgets, part.folder):
+        _take(result, event)
+        yield event
+
+
+def _forward_budgets(results: dict[str, Any]) -> dict[str, float]:
+    """Return how many forward passes backprop has used, by seed; empty before it has been trained."""
+    return {
+        str(run["seed"]): run["forward_evals"]
+        for rule in results["rules"]
+        if rule.get("rule") == "Backprop"
+        for run in rule["runs"]
+        if run["error"] is None
+    }
+
+
+def _take(result: dict[str, Any], event: Event) -> None:
+    """Add what a rule's process has reported to the rule's results."""
+    kind, fields = event["kind"], {key: value for key, value in event.items() if key != "kind"}
+    if kind == "profile":
+        result.update(fields)
+    elif kind == "chosen":
+        result["chosen"] = fields["values"]
+    elif kind in ("trial", "run"):
+        result[f"{kind}s"].append(fields)
+    elif kind == "refused":
+        result["error"] = fields["message"]
+    elif kind == "fatal":
+        raise CommandError(fields["message"])
+
+
+def rule_events(plan: dict[str, Any], contender: Contender, budgets: dict[str, float], folder: Path) -> Iterator[Event]:
+    """Run one rule's process, and yield what it reports; a crash is reported too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config, log = folder / f"{contender.label}.yaml", folder / f"{contender.label}.log"
+    config.write_text(contender.config, encoding="utf-8")
+    spec = {**plan, "config": str(config), "forward_budgets": budgets}
+    with tempfile.TemporaryDirectory() as temporary, log.open("w", encoding="utf-8") as errors:
+        file = Path(temporary) / "spec.json"
+        file.write_text(json.dumps(spec), encoding="utf-8")
+        command = [sys.executable, "-m", "lightning_bpfree.cli.compare.worker", str(file)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8")
+        assert process.stdout is not None
+        reported: Event = {"kind": "begin"}
+        try:
+            for line in process.stdout:
+                reported = json.loads(line)
+                yield reported
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            process.stdout.close()
+            code = process.wait()
+    if reported["kind"] not in ("end", "refused", "fatal"):
+        why = "was killed, most likely for want of memory" if code == -9 else f"ended with code {code}"
+        yield {"kind": "refused", "message": f"its process {why}: see {log}"}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run ``bpfree compare``; the code is 1 if no rule has given a result."""
+    options, overrides = parser().parse_known_args(arguments)
+    require("rich", "matplotlib")
+    if options.epochs is not None:
+        overrides.append(f"--trainer.max_epochs={options.epochs}")
+    noted, rules = curve(options), contenders(options, overrides)
+    tuned, vary = tuning(options, rules), variation(options, rules[0].config)
+    require_writable(options.out, "--out DIR")
+    if options.jobs < 1:
+        raise CommandError(f"--jobs {options.jobs}: give at least 1.")
+    plan = {**settings(options, tuned, arguments), **noted}
+    comparison = compare(plan if vary is None else {**plan, "vary": vary}, rules, options.out, options.jobs)
+    files = _files(comparison)
+    files.plot(comparison, options.out / "comparison.png")
+    files.show(comparison)
+    curves = ["comparison_curves.png"] if noted else []
+    for name in ("comparison.json", "comparison.csv", "comparison.png", *curves):
+        console().print(str(options.out / name), soft_wrap=True, highlight=False, markup=False)
+    parts = comparison["conditions"] if vary else [comparison]
+    succeeded = any(run["error"] is None for part in parts for rule in part["rules"] for run in rule["runs"])
+    return 0 if succeeded else 1

@@ -1,0 +1,176 @@
+"""What a comparison has found under every value of a key that is varied: its table, its files and its figure."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_bpfree.cli.common.records import write_csv, write_json
+from lightning_bpfree.cli.common.tables import console
+from lightning_bpfree.cli.compare import results as compare_results
+from lightning_bpfree.cli.compare.results import TITLES, confidence, csv_fields, run_lines
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Cell = dict[str, Any]  # one rule under one condition: a row of compare_results with what it loses to the first
+
+
+def cells(comparison: dict[str, Any], budget: str) -> list[Cell]:
+    """Return one for each condition and rule, in the order in which they were trained.
+
+    Its ``drop`` says how much worse the metric is than under the first condition, as the mean over the seeds that have
+    given a result under both; ``drop_ci95`` is the half width of its 95 % confidence interval, from the same pairs.
+    """
+    metric, sign = comparison["metric"], 1 if comparison["larger_is_better"] else -1
+    found: list[Cell] = []
+    for condition in comparison["conditions"]:
+        part = {**comparison, "rules": condition["rules"]}
+        rows = compare_results.rows(part, budget)
+        firsts = comparison["conditions"][0]["rules"]
+        for row, rule, first in zip(rows, condition["rules"], firsts, strict=False):
+            here, there = _by_seed(rule, budget, metric), _by_seed(first, budget, metric)
+            drops = [sign * (there[seed] - here[seed]) for seed in there if seed in here]
+            mean = math.fsum(drops) / len(drops) if drops else None
+            drop = {"drop": mean, "drop_ci95": confidence(drops)}
+            found.append({"condition": condition["value"], **row._asdict(), **drop})
+    return found
+
+
+def _by_seed(rule: dict[str, Any], budget: str, metric: str) -> dict[int, float]:
+    good = [run for run in rule["runs"] if run["budget"] == budget and run["error"] is None]
+    return {run["seed"]: run["metrics"][metric] for run in good}
+
+
+def _with_summary(comparison: dict[str, Any]) -> dict[str, Any]:
+    return {**comparison, "summary": {budget: cells(comparison, budget) for budget in comparison["budgets"]}}
+
+
+def write(comparison: dict[str, Any], folder: Path) -> None:
+    """Write comparison.json, with a summary, and comparison.csv, with a line per run; each whole or not at all."""
+    write_json(_with_summary(comparison), folder / "comparison.json")
+    lines = (
+        {**line, "condition": condition["value"]}
+        for condition in comparison["conditions"]
+        for line in run_lines(condition["rules"])
+    )
+    write_csv(["condition", *csv_fields(comparison["metric"])], lines, folder / "comparison.csv")
+
+
+def by_rule(found: Sequence[Cell]) -> dict[str, dict[str, Cell]]:
+    """Return the cells of a budget by rule and condition.
+
+    Examples:
+        >>> by_rule([{"label": "backprop", "condition": "none", "mean": 0.9}])["backprop"]["none"]["mean"]
+        0.9
+    """
+    table: dict[str, dict[str, Cell]] = {}
+    for cell in found:
+        table.setdefault(cell["label"], {})[cell["condition"]] = cell
+    return table
+
+
+def show(comparison: dict[str, Any]) -> None:
+    """Print a table for each budget, a rule a row and a condition a column, and the errors below."""
+    from rich.table import Table
+
+    screen, metric = console(), comparison["metric"]
+    key, values = comparison["vary"]["key"], comparison["vary"]["values"]
+    sign = " ± " if len(values) <= 5 else "±"  # more columns break
+    for budget in comparison["budgets"]:
+        found = cells(comparison, budget)
+        caption = (
+            f"{metric}, mean ± 95 % confidence interval over {len(comparison['seeds'])} seed(s); below it how much "
+        )
+        caption += f"worse than at {values[0]}, paired by seed"
+        table = Table(title=f"bpfree compare by {key}: {TITLES[budget]}", caption=caption)
+        table.add_column("rule")
+        for value in values:
+            table.add_column(value, justify="right")
+        for label, row in by_rule(found).items():
+            texts = [_text(row.get(value), value != values[0], sign) for value in values]
+            table.add_row(label, *texts)
+        screen.print(table)
+        for cell in (cell for cell in found if cell["error"] is not None):
+            text = f"{cell['label']}, {cell['condition']}: {cell['error'].splitlines()[0]}"
+            screen.print(text, style="red", markup=False, highlight=False)
+
+
+def _text(cell: Cell | None, with_drop: bool, sign: str) -> str:
+    if cell is None or cell["mean"] is None:
+        return "-" if cell is None else "failed"
+    text = f"{cell['mean']:.4f}" + ("" if cell["ci95"] is None else f"{sign}{cell['ci95']:.4f}")
+    if with_drop and cell["drop"] is not None:
+        text += f"\n{cell['drop']:+.4f}" + ("" if cell["drop_ci95"] is None else f"{sign}{cell['drop_ci95']:.4f}")
+    return text
+
+
+def plot(comparison: dict[str, Any], path: Path) -> None:
+    """Draw :func:`figure`."""
+    figure(_with_summary(comparison)).savefig(path)
+
+
+def figure(found: dict[str, Any]) -> Figure:
+    """Return a panel for each budget, with a line for each rule over the conditions.
+
+    Args:
+        found: what comparison.json holds.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import ScaledTranslation
+
+    values, budgets = found["vary"]["values"], found["budgets"]
+    places = _numbers(values)
+    drawing = Figure(figsize=(9, 0.8 + 3.4 * len(budgets)), layout="constrained", dpi=120)
+    panels: Any = drawing.subplots(len(budgets), 1, squeeze=False, sharex=True)[:, 0]
+    for axes, budget in zip(panels, budgets, strict=True):
+        rules = by_rule(found["summary"][budget])
+        for index, (label, row) in enumerate(rules.items()):
+            # Side by side, lest error bars hide one another; less so where the place on the axis is a number.
+            points = (index - (len(rules) - 1) / 2) * (min(5, 40 / len(rules)) if places is None else 2)
+            aside = axes.transData + ScaledTranslation(points / 72, 0, drawing.dpi_scale_trans)
+            _line(axes, index, label, [(x, row.get(value)) for x, value in _ordered(places, values)], aside)
+        axes.margins(x=0.07)
+        axes.set_ylabel(found["metric"])
+        axes.set_title(TITLES.get(budget, budget), fontsize=10)
+        axes.grid(axis="y", color="0.9")
+    if places is None:
+        panels[-1].set_xticks(range(len(values)), values)
+        if len(values) * max(map(len, values)) > 70:
+            panels[-1].tick_params(axis="x", rotation=20)
+    elif min(places) > 0 and max(places) / min(places) > 30:
+        panels[-1].set_xscale("log")
+    interval = f"mean and 95 % confidence interval over {len(found['seeds'])} seed(s)"
+    panels[-1].set_xlabel(f"{found['vary']['key']}\n{interval}")
+    drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    return drawing
+
+
+def _line(axes: Axes, index: int, label: str, points: Sequence[tuple[float, Cell | None]], place: Any) -> None:
+    """Draw one rule; a condition without a result is a gap in its line."""
+    means = [math.nan if cell is None or cell["mean"] is None else cell["mean"] for _, cell in points]
+    spreads = [math.nan if cell is None or cell["ci95"] is None else cell["ci95"] for _, cell in points]
+    if all(map(math.isnan, means)):
+        label += " (failed)"
+    xs, color = [x for x, _ in points], f"C{(index - 1) % 10}" if index else "0.25"  # backprop, the first, in gray
+    drawn = axes.errorbar(xs, means, yerr=spreads, label=label, color=color, capsize=3, markersize=5)
+    drawn.lines[0].set(marker="osD^vP*X<>"[index % 10], linestyle="-" if 0 < index <= 10 else "--")
+    for artist in drawn.get_children():
+        artist.set_transform(place)  # now that the limits of the axes are known
+
+
+def _numbers(values: Sequence[str]) -> list[float] | None:
+    """Return the values as numbers, or None if one of them is none."""
+    with contextlib.suppress(ValueError):
+        numbers = [float(value) for value in values]
+        return numbers if all(map(math.isfinite, numbers)) else None
+    return None
+
+
+def _ordered(places: list[float] | None, values: Sequence[str]) -> list[tuple[float, str]]:
+    """Return where each value stands on the axis, from left to right."""
+    return sorted(zip(places or map(float, range(len(values))), values, strict=True))

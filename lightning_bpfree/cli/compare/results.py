@@ -1,0 +1,187 @@
+"""What a comparison has found: statistics over seeds, and its table and files."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_bpfree.cli.common.records import write_csv, write_json
+from lightning_bpfree.cli.common.tables import console, number
+
+TITLES = {
+    "epochs": "the same epochs for every rule",
+    "forwards": "the same forward passes for every rule, as many as backprop used",
+}
+# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+class Row(NamedTuple):
+    """One rule under one budget.
+
+    Args:
+        label: name of the rule's overlay.
+        mean: of the metric over seeds; None if no run gave one.
+        ci95: half width of the 95 % confidence interval of the mean; None for fewer than two seeds.
+        gap: the mean minus backprop's.
+        forward_evals: mean over seeds of the forward passes used.
+        seconds: mean over seeds of the time of training.
+        peak_memory_mib: of a few training steps.
+        mean_cosine: mean over seeds of the cosine to backprop's gradient.
+        error: what went wrong, if anything did.
+    """
+
+    label: str
+    mean: float | None
+    ci95: float | None
+    gap: float | None
+    forward_evals: float | None
+    seconds: float | None
+    peak_memory_mib: float | None
+    mean_cosine: float | None
+    error: str | None
+
+
+def t95(degrees: int) -> float:
+    """Return the 97.5 % quantile of Student's t distribution.
+
+    Examples:
+        >>> t95(2), round(t95(40), 3)
+        (4.303, 2.021)
+    """
+    if degrees <= len(_T95):
+        return _T95[degrees - 1]
+    z = 1.959964  # of the normal distribution, corrected by Fisher's expansion in 1 / degrees
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return z + first / degrees + second / degrees**2
+
+
+def confidence(values: Sequence[float]) -> float | None:
+    """Return the half width of the 95 % confidence interval of the mean; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    return t95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def rows(comparison: dict[str, Any], budget: str) -> list[Row]:
+    """Return a row per rule, in the order of the comparison."""
+    found = [_row(rule, budget, comparison["metric"]) for rule in comparison["rules"]]
+    is_backprop = [rule.get("rule") == "Backprop" for rule in comparison["rules"]]
+    base = next((row.mean for row, backprop in zip(found, is_backprop, strict=True) if backprop), None)
+    if base is None:
+        return found
+    return [row if row.mean is None else row._replace(gap=row.mean - base) for row in found]
+
+
+def _row(rule: dict[str, Any], budget: str, metric: str) -> Row:
+    runs = [run for run in rule["runs"] if run["budget"] == budget]
+    good = [run for run in runs if run["error"] is None]
+    values = [run["metrics"][metric] for run in good]
+    errors = [f"seed {run['seed']}: {run['error']}" for run in runs if run["error"] is not None]
+
+    def mean(key: str) -> float | None:
+        known = [run[key] for run in good if run[key] is not None]
+        return statistics.fmean(known) if known else None
+
+    return Row(
+        label=rule["label"],
+        mean=statistics.fmean(values) if values else None,
+        ci95=confidence(values),
+        gap=None,
+        forward_evals=mean("forward_evals"),
+        seconds=mean("seconds"),
+        peak_memory_mib=rule.get("peak_memory_mib"),
+        mean_cosine=mean("mean_cosine"),
+        error=rule["error"] or (errors[0] if errors else None),
+    )
+
+
+def show(comparison: dict[str, Any]) -> None:
+    """Print a table for each budget, and the errors below."""
+    from rich.table import Table
+
+    screen = console()
+    for budget in comparison["budgets"]:
+        found = rows(comparison, budget)
+        caption = f"mean ± 95 % confidence interval over {len(comparison['seeds'])} seed(s). Peak MiB: of a few steps, "
+        caption += "above the level before; on a CPU, differences below 30 say nothing."
+        if any(row.mean_cosine is not None for row in found):
+            caption += " Seconds include GradientAlignment's measurements."
+        table = Table(title=f"bpfree compare: {TITLES[budget]}", caption=caption)
+        table.add_column("rule")
+        for name in (comparison["metric"], "gap to backprop", "forwards", "seconds", "peak MiB", "cosine"):
+            table.add_column(name, justify="right")
+        for row in found:
+            table.add_row(*_cells(row))
+        screen.print(table)
+
+
+def _cells(row: Row) -> list[str]:
+    from rich.markup import escape
+
+    result = "failed" if row.mean is None else f"{row.mean:.4f}" + ("" if row.ci95 is None else f" ± {row.ci95:.4f}")
+    if row.error is not None:
+        result += f"\n[red]{escape(row.error.splitlines()[0])}[/red]"
+    return [
+        row.label,
+        result,
+        "-" if row.gap is None else f"{row.gap:+.4f}",
+        number(row.forward_evals),
+        number(row.seconds),
+        number(row.peak_memory_mib),
+        number(row.mean_cosine),
+    ]
+
+
+def summary(comparison: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of each budget, as comparison.json has them."""
+    return {budget: [row._asdict() for row in rows(comparison, budget)] for budget in comparison["budgets"]}
+
+
+def write(comparison: dict[str, Any], folder: Path) -> None:
+    """Write comparison.json, with a summary, and comparison.csv, with a line per run; each whole or not at all."""
+    write_json({**comparison, "summary": summary(comparison)}, folder / "comparison.json")
+    write_csv(csv_fields(comparison["metric"]), run_lines(comparison["rules"]), folder / "comparison.csv")
+
+
+def run_lines(rules: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a line of comparison.csv for each run."""
+    for rule in rules:
+        for run in rule["runs"]:
+            own = {"rule": rule["label"], "peak_memory_mib": rule.get("peak_memory_mib")}
+            yield {**run.get("metrics", {}), **run, **own}
+
+
+def csv_fields(metric: str) -> list[str]:
+    """Return the columns of comparison.csv."""
+    fields = ["budget", "rule", "seed", metric, "steps", "forward_evals", "seconds", "peak_memory_mib"]
+    return [*fields, "mean_cosine", "reused", "error"]
+
+
+def plot(comparison: dict[str, Any], path: Path) -> None:
+    """Draw a bar per rule with its confidence interval, one panel per budget."""
+    from matplotlib.figure import Figure
+
+    budgets = comparison["budgets"]
+    height = 1.6 + 0.45 * len(comparison["rules"])
+    figure = Figure(figsize=(8, height * len(budgets)), layout="constrained", dpi=120)
+    for axes, budget in zip(figure.subplots(len(budgets), 1, squeeze=False, sharex=True)[:, 0], budgets, strict=True):
+        found = rows(comparison, budget)
+        for place, row in enumerate(found):
+            value, spread = row.mean or 0.0, row.ci95 or 0.0
+            axes.barh(place, value, xerr=spread or None, capsize=4, color="tab:blue" if place else "tab:gray")
+            text = "failed" if row.mean is None else f"{row.mean:.3f}"
+            axes.annotate(
+                text, (value + spread, place), xytext=(6, 0), textcoords="offset points", verticalalignment="center"
+            )
+        axes.set_yticks(range(len(found)), [row.label for row in found])
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        if all((row.mean or 0.0) >= 0 for row in found):
+            axes.set_xlim(left=0)
+        axes.set_title(TITLES[budget], fontsize=10)
+        axes.set_xlabel(f"{comparison['metric']} (mean, 95 % confidence interval)")
+    figure.savefig(path)

@@ -1,0 +1,1 @@
+"""``bpfree tickets``: studies of lottery tickets."""

@@ -1,0 +1,21 @@
+"""Walking through autograd's graph."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def reached(tensor: Tensor) -> list[Tensor]:
+    """Return the leaves that the graph of ``tensor`` reaches."""
+    if tensor.grad_fn is None:
+        return [tensor]
+    found, seen, waiting = [], set(), [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # where gradients of a leaf are accumulated
+            found.append(node.variable)
+        waiting += [following for following, _ in node.next_functions if following is not None]
+    return found

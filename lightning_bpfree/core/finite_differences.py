@@ -1,0 +1,55 @@
+"""Finite differences of a loss along directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_bpfree.core.combination import Combination
+from lightning_bpfree.core.directions import Directions
+from lightning_bpfree.core.params import Params, widen
+
+LossFunction = Callable[[Params], Tensor]
+
+
+def difference_quotients(
+    loss_fn: LossFunction,
+    params: Mapping[str, Tensor],
+    directions: Directions,
+    sigma: float,
+    *,
+    base_loss: Tensor | None = None,
+    ks: Sequence[int] | None = None,
+    combination: Combination | None = None,
+) -> Tensor:
+    """Return finite differences of the loss along directions, shape ``(len(ks),)``.
+
+    Args:
+        loss_fn: the loss as a function of named parameters; it need not be differentiable.
+        params: where; detached tensors, which stay untouched.
+        directions: along what.
+        sigma: length of the step in units of one standard deviation of the directions, > 0.
+        base_loss: the loss at ``params``: takes the forward scheme ``(L(p + sigma v) - L(p)) / sigma``, one evaluation
+            a direction. None takes the central scheme ``(L(p + sigma v) - L(p - sigma v)) / (2 sigma)``, two.
+        ks: indices of the directions; None for all.
+        combination: takes up every direction with its slope, if it can.
+    """
+    slopes = []
+    with torch.no_grad():
+        for k in range(len(directions)) if ks is None else ks:
+            moved, side = directions.moved(k, params, sigma), sigma
+            ahead = loss_fn(moved)
+            if base_loss is None:
+                for name, param in params.items():  # p - sigma v = 2 p - (p + sigma v), in the same memory
+                    moved[name].neg_().add_(param, alpha=2)
+                slope, side = (ahead - loss_fn(moved)) / (2 * sigma), -sigma
+            else:
+                slope = (ahead - base_loss) / sigma
+            slopes.append(slope)
+            if combination is not None and combination.at_once:
+                for name, param in params.items():
+                    moved[name].sub_(param)  # side * v, as rounding has left it
+                combination.add(slope / side, moved)
+    return widen(torch.stack(slopes)) if slopes else torch.zeros(0)

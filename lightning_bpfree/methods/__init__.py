@@ -1,0 +1,1 @@
+"""One folder for each method, named after its public class."""

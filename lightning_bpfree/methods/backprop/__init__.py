@@ -1,0 +1,1 @@
+"""Plain backprop through the callback of a training rule: the baseline."""

@@ -1,0 +1,1 @@
+"""Evolution strategies: the fitness of a population of perturbed parameters."""

@@ -1,0 +1,1 @@
+"""Populations of perturbed parameters, and how they are evaluated together."""

@@ -1,0 +1,245 @@
+"""The interface of search distributions: ask for a population, tell its fitness, step."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_bpfree.core.params import Params
+from lightning_bpfree.methods.evolution_strategy.population.low_rank_population import LowRankPopulation
+from lightning_bpfree.methods.evolution_strategy.population.noise import NoiseKind
+from lightning_bpfree.methods.evolution_strategy.population.population import FullRankPopulation, Population
+
+LARGEST_STD = 1e6  # a coordinate without effect on the fitness may let its deviation grow: not until it overflows
+
+
+class Weights(NamedTuple):
+    """What a member's fitness is worth: weights of the noise, and of its squares.
+
+    Args:
+        first: shape ``(N,)``.
+        second: shape ``(N,)``; None if the algorithm adapts no standard deviation.
+    """
+
+    first: Tensor
+    second: Tensor | None = None
+
+
+class SearchAlgorithm(ABC):
+    """A normal distribution around the parameters that learns from the fitness of samples; everything minimises.
+
+    :meth:`ask` samples a population, :meth:`tell` turns its fitness into a search gradient for the mean and takes note
+    of what it says of the standard deviation, :meth:`step` moves the standard deviation. The mean is the caller's: an
+    optimizer moves it along the search gradient, and plain gradient descent with the learning rate 1 does what the
+    literature writes as the update of the mean, unless a docstring says otherwise.
+
+    Subclasses say how fitness becomes weights, how the weighted sum of noise becomes a gradient, and how the deviation
+    adapts. Sums of noise are all that they see, so that noise need not be stored.
+
+    Args:
+        sigma: standard deviation at the start, > 0, in units of the parameters.
+        sigma_decay: factor on the standard deviation after each step, in (0, 1].
+        sigma_min: what the standard deviation does not fall below, >= 0.
+
+    Raises:
+        ValueError: for arguments out of range.
+    """
+
+    per_coordinate: ClassVar[bool] = True
+    """Whether every coordinate has a standard deviation of its own."""
+    mirrored: ClassVar[bool] = False
+    """Whether populations are mirrored unless asked otherwise."""
+    vectors: ClassVar[tuple[str, ...]] = ("_std",)
+    """Attributes that hold a number for each coordinate, or None."""
+    ranks_fitness: bool = True
+    """Whether only the order of the fitness counts, so that an infinite one is just the worst."""
+
+    def __init__(self, sigma: float, sigma_decay: float = 1.0, sigma_min: float = 0.0) -> None:
+        check_positive("sigma", sigma)
+        if not 0 < sigma_decay <= 1:
+            raise ValueError(f"sigma_decay={sigma_decay!r}: give a factor above 0, up to 1 (no decay).")
+        if not 0 <= sigma_min <= sigma:
+            raise ValueError(f"sigma_min={sigma_min!r}: give a floor from 0 to sigma={sigma!r}.")
+        self.sigma, self.sigma_decay, self.sigma_min = sigma, sigma_decay, sigma_min
+        self.restart()
+
+    def __repr__(self) -> str:
+        names = inspect.signature(type(self)).parameters
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+    def restart(self) -> None:
+        """Forget everything that was learned: the standard deviation is ``sigma`` again."""
+        self._std: Tensor | None = None
+        self._steps = 0
+        self.layout: dict[str, int] | None = None  # coordinates of each parameter, in the order of the vectors
+        self._size = 2  # of the last population
+        self._moments: list[Tensor] | None = None
+        self._told = 0
+
+    # --- what an algorithm is ---
+
+    @abstractmethod
+    def weights(self, fitness: Tensor) -> Weights:
+        """Return the weights of the members, for fitness of shape ``(N,)``, small being good."""
+
+    @abstractmethod
+    def gradient(self, first: Tensor) -> Tensor:
+        """Return the search gradient of the mean, to be descended.
+
+        Args:
+            first: the sum of noise under the first weights, shape ``(dim,)``.
+        """
+
+    def adapt(self, std: Tensor, first: Tensor, second: Tensor, told: float) -> Tensor:
+        """Return the new standard deviation, of an algorithm whose weights have a second part.
+
+        Args:
+            std: the old one, shape ``(dim,)``.
+            first: the sum of noise under the first weights, shape ``(dim,)``.
+            second: the sum of squared noise under the second weights, shape ``(dim,)``.
+            told: how many populations the two are means of.
+        """
+        return std
+
+    # --- the cycle ---
+
+    @property
+    def steps(self) -> int:
+        """How often the standard deviation has adapted."""
+        return self._steps
+
+    @property
+    def std(self) -> Tensor:
+        """The standard deviation: shape ``(dim,)``, or ``()`` where one number serves all coordinates."""
+        return torch.tensor(self.sigma, dtype=torch.float64) if self._std is None else self._std
+
+    def ask(
+        self,
+        params: Mapping[str, Tensor],
+        size: int,
+        seed: int,
+        *,
+        mirrored: bool | None = None,
+        rank: int | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+        noise: NoiseKind = "table",
+    ) -> Population:
+        """Return a population around ``params``; its members are iterated as named tensors.
+
+        Args:
+            params: the mean, named tensors.
+            size: number of members.
+            seed: of the noise; another one for each generation.
+            mirrored: whether members come in pairs of opposite noise; None for the algorithm's habit.
+            rank: of the noise of weights; None for full rank. Needs an algorithm with one standard deviation.
+            masks: name -> boolean tensor, False where a coordinate is pruned: zero, and not searched.
+            noise: ``"table"`` or ``"independent"``, see :class:`Noise`.
+
+        Raises:
+            ValueError: if the arguments do not go together.
+        """
+        mirrored = self.mirrored if mirrored is None else mirrored
+        self._size = size
+        if rank is not None:
+            self.check_low_rank(masks)
+            return LowRankPopulation(params, size, seed, float(self.std), rank=rank, mirrored=mirrored, noise=noise)
+        population = FullRankPopulation(params, size, seed, 0.0, mirrored=mirrored, masks=masks, noise=noise)
+        self._rearrange(population.coordinates.layout)
+        population.std = self._std_of(population)
+        return population
+
+    def check_low_rank(self, masks: Mapping[str, Tensor] | None = None) -> None:
+        """Raise ValueError if noise of low rank does not go with the algorithm or with masks."""
+        if self.per_coordinate:
+            raise ValueError(
+                f"rank with {type(self).__name__}: a standard deviation of each weight's own makes noise of full rank. "
+                "Use OpenAIES, or rank=None."
+            )
+        if masks is not None:
+            raise ValueError("rank with masks: masked noise is not of low rank. Use rank=None.")
+
+    def _std_of(self, population: FullRankPopulation) -> Tensor | float:
+        if not self.per_coordinate:
+            return float(self.std)
+        mean = population.mean
+        if self._std is None:
+            self._std = torch.full_like(mean, self.sigma)
+        self._std = self._std.to(mean.device, mean.dtype)
+        return self._std
+
+    def _rearrange(self, layout: dict[str, int]) -> None:
+        """Keep what was learned of parameters that are still searched; others begin anew."""
+        before, self.layout = self.layout, layout
+        if before is None or before == layout:
+            return
+        for name in self.vectors:
+            vector, fresh = getattr(self, name), self.sigma if name == "_std" else 0.0
+            if vector is None or not vector.dim():
+                continue
+            parts = dict(zip(before, vector.split(list(before.values())), strict=True))
+            kept = [
+                parts[key] if before.get(key) == size else vector.new_full((size,), fresh)
+                for key, size in layout.items()
+            ]
+            setattr(self, name, torch.cat(kept))
+
+    def tell(self, population: Population, fitness: Tensor) -> Params:
+        """Return the search gradient of the mean as named tensors; pruned coordinates have none.
+
+        Told of several populations before the next :meth:`step`, the algorithm learns from the mean of what they say.
+
+        Args:
+            population: from :meth:`ask`, with no :meth:`step` in between.
+            fitness: one number a member, shape ``(N,)``; small is good.
+        """
+        weights = self.weights(fitness)
+        moments = population.moments(weights.first, weights.second)
+        if weights.second is not None:
+            before = [torch.zeros_like(moment) for moment in moments] if self._moments is None else self._moments
+            self._moments = [a + b for a, b in zip(before, moments, strict=True)]
+        self._told += 1
+        return population.unflatten(self.gradient(moments[0]))
+
+    def step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Adapt the standard deviation to what was told since the last step; nothing happens if nothing was.
+
+        Args:
+            reduce: takes the mean of a tensor over ranks whose populations were measured on different data.
+        """
+        std, told, moments = self.std, torch.tensor(float(self._told)), self._moments
+        if reduce is not None:  # a rank that was told nothing takes part all the same
+            told = reduce(told)
+            if self.per_coordinate:
+                moments = [torch.zeros_like(std), torch.zeros_like(std)] if moments is None else moments
+                moments = [reduce(moment) for moment in moments]
+        if told == 0:
+            return
+        if moments is not None:
+            first, second = (moment / told for moment in moments)
+            std = self.adapt(std, first, second, float(told))
+        self._std = (std * self.sigma_decay).clamp(self.sigma_min, LARGEST_STD)
+        self._steps += 1
+        self._moments, self._told = None, 0
+
+    # --- checkpoints ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was learned, in tensors and numbers; what is told after it does not change it."""
+        return {"std": None if self._std is None else self._std.clone(), "steps": self._steps, "layout": self.layout}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self.restart()
+        self._std, self._steps, self.layout = state["std"], state["steps"], state["layout"]
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ValueError if a number is not positive and finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r}: give a positive number.")

@@ -1,0 +1,62 @@
+"""OpenAI-ES: the gradient of the smoothed fitness, with one standard deviation for all weights."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from lightning_bpfree.methods.evolution_strategy.search.algorithm import SearchAlgorithm, Weights
+from lightning_bpfree.methods.evolution_strategy.search.fitness_shaping import Shaping, check_shaping, shaped
+
+
+class OpenAIES(SearchAlgorithm):
+    """Descends ``sum_i f_i z_i / (N sigma)``, an estimate of the gradient of ``E f(mean + sigma z)``.
+
+    With ``shaping="raw"`` and mirrored members the estimate is unbiased. Its usual optimizer is Adam with a learning
+    rate of about 0.01; ``SGD(lr=1)`` would take the bare step.
+
+    Args:
+        sigma: standard deviation of the noise, > 0.
+        shaping: ``"centered_rank"``, ``"z_score"`` or ``"raw"``, see :func:`shaped`.
+        sigma_decay: factor on sigma after each step of the optimizer, in (0, 1].
+        sigma_min: what sigma does not fall below, >= 0.
+
+    Raises:
+        ValueError: for arguments out of range.
+
+    Examples:
+        >>> import torch
+        >>> es, w = OpenAIES(sigma=0.1, shaping="raw"), torch.tensor([3.0, -1.0])
+        >>> population = es.ask({"w": w}, size=2000, seed=0)
+        >>> fitness = torch.stack([member["w"].square().sum() / 2 for member in population])
+        >>> bool((es.tell(population, fitness)["w"] - w).norm() < 0.3)  # the gradient of |w|^2 / 2 is w
+        True
+
+    References:
+        T. Salimans, J. Ho, X. Chen, S. Sidor and I. Sutskever, "Evolution Strategies as a Scalable Alternative to
+        Reinforcement Learning", 2017, arXiv 1703.03864.
+    """
+
+    per_coordinate: ClassVar[bool] = False
+    mirrored: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        sigma: float = 0.05,
+        shaping: Shaping = "centered_rank",
+        sigma_decay: float = 1.0,
+        sigma_min: float = 0.0,
+    ) -> None:
+        check_shaping(shaping)
+        self.shaping = shaping
+        super().__init__(sigma, sigma_decay, sigma_min)
+        self.ranks_fitness = shaping == "centered_rank"
+
+    def weights(self, fitness: Tensor) -> Weights:
+        """Return shaped fitness over N."""
+        return Weights(shaped(fitness, self.shaping) / len(fitness))
+
+    def gradient(self, first: Tensor) -> Tensor:
+        """Return the mean of shaped fitness times noise, over sigma."""
+        return first / float(self.std)

@@ -1,0 +1,73 @@
+"""PGPE: policy gradients with parameter-based exploration, a likelihood gradient of mean and deviation."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_bpfree.methods.evolution_strategy.search.algorithm import SearchAlgorithm, Weights, check_positive
+from lightning_bpfree.methods.evolution_strategy.search.fitness_shaping import Shaping, check_shaping, shaped
+
+
+class PGPE(SearchAlgorithm):
+    """Descends the likelihood gradients of mean and of standard deviation, each scaled by the variance.
+
+    With ``e = std z``, the gradient of the mean is the mean over members of ``f e``, that of the deviation the mean of
+    ``(f - mean f) (e^2 - std^2) / std``: deviations shrink where the fitness is curved. The optimizer is Adam in the
+    literature, with a learning rate of about 0.01.
+
+    Args:
+        sigma: standard deviation at the start, > 0.
+        shaping: ``"centered_rank"``, ``"z_score"`` or ``"raw"``, see :func:`shaped`.
+        sigma_lr: learning rate of the deviation, > 0.
+        max_change: largest relative change of a deviation in one step, in (0, 1).
+        sigma_decay: factor on the deviation after each step, in (0, 1].
+        sigma_min: what the deviation does not fall below, >= 0. Once all stand on this floor, nothing of the curvature
+            is left in them: mind that before you prune by signal-to-noise.
+
+    Raises:
+        ValueError: for arguments out of range.
+
+    Examples:
+        >>> PGPE(sigma=0.1)
+        PGPE(sigma=0.1, shaping='centered_rank', sigma_lr=0.1, max_change=0.2, sigma_decay=1.0, sigma_min=0.0)
+
+    References:
+        F. Sehnke et al., "Parameter-exploring Policy Gradients", 2010, Neural Networks 23(4).
+        R. T. Lange and H. Sprekeler, "Lottery Tickets in Evolutionary Optimization", 2023, arXiv 2306.00045.
+    """
+
+    mirrored: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        sigma: float = 0.05,
+        shaping: Shaping = "centered_rank",
+        sigma_lr: float = 0.1,
+        max_change: float = 0.2,
+        sigma_decay: float = 1.0,
+        sigma_min: float = 0.0,
+    ) -> None:
+        check_shaping(shaping)
+        check_positive("sigma_lr", sigma_lr)
+        if not 0 < max_change < 1:
+            raise ValueError(f"max_change={max_change!r}: give a share above 0 and below 1.")
+        self.shaping, self.sigma_lr, self.max_change = shaping, sigma_lr, max_change
+        super().__init__(sigma, sigma_decay, sigma_min)
+        self.ranks_fitness = shaping == "centered_rank"
+
+    def weights(self, fitness: Tensor) -> Weights:
+        """Return shaped fitness over N, and the same less its mean."""
+        scores = shaped(fitness, self.shaping) / len(fitness)
+        return Weights(scores, scores - scores.mean())
+
+    def gradient(self, first: Tensor) -> Tensor:
+        """Return the mean of ``f e``."""
+        return self.std * first
+
+    def adapt(self, std: Tensor, first: Tensor, second: Tensor, told: float) -> Tensor:
+        """Descend the gradient of the deviation; the second weights add up to zero, so the ``- std^2`` drops out."""
+        change = (self.sigma_lr * second).clamp(-self.max_change, self.max_change)
+        return torch.addcmul(std, std, change, value=-1)

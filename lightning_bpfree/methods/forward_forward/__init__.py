@@ -1,0 +1,1 @@
+"""Forward-Forward and Integrated Forward-Forward: a loss of goodness in every block."""

@@ -1,0 +1,236 @@
+"""The forward pass of a network that is trained by goodness: label in, score of every label out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bpfree.core.auxiliary_modules import OwnModules
+from lightning_bpfree.core.block_hooks import watched
+from lightning_bpfree.core.blocks import Cut
+from lightning_bpfree.core.forward_override import Call, StandIn
+from lightning_bpfree.methods.forward_forward.goodness import goodness, rescaled
+from lightning_bpfree.methods.forward_forward.label_embedding import LabelEmbedding
+from lightning_bpfree.methods.forward_forward.negatives import overlaid
+from lightning_bpfree.training.record import Record
+
+if TYPE_CHECKING:
+    from lightning_bpfree.methods.forward_forward.settings import GoodnessSettings
+
+LabelInput = Callable[[Tensor, Tensor | None], Tensor]
+Negatives = Callable[[Tensor, Tensor], Tensor]
+TrainingPass = Callable[["GoodnessNetwork", Tensor, "Call"], Tensor]
+
+EMBEDDING = "label_embedding"
+ROWS_AT_ONCE = 8192  # of the labels folded into the batch: enough to fill a device, little enough to fit
+
+
+class _LastBlockReached(Exception):  # noqa: N818  # no error: it leaves a forward pass whose rest is not needed
+    pass
+
+
+class _Embedding:
+    """Makes the label embedding when the shape of what enters the first block is known."""
+
+    def __init__(self, own: OwnModules, num_classes: int, record: Record | None) -> None:
+        self.own, self.num_classes, self.record = own, num_classes, record
+
+    def __call__(self, x: Tensor) -> LabelEmbedding:
+        if not x.is_floating_point():
+            raise ValueError(
+                f"label='embedding': the first block gets {x.dtype}, to which nothing can be added. Begin the first "
+                "block behind the token embedding, or pass a function (inputs, labels) -> inputs."
+            )
+        build = partial(LabelEmbedding, self.num_classes, x.shape[1:])
+        seed = 0 if self.record is None else self.record.seed or 0
+        module = self.own.get(EMBEDDING, build, seed, x.device)
+        assert isinstance(module, LabelEmbedding)
+        return module
+
+
+class GoodnessNetwork(StandIn):
+    """Stands in for ``network.forward``: returns scores of shape ``(B, num_classes)``.
+
+    Args:
+        network: the network.
+        parts: its blocks, and the readout.
+        settings: how it is read.
+        own: holds the label embedding, if there is one.
+        record: knows the seed of the embedding's start.
+    """
+
+    rule = "ForwardForward"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        parts: Cut,
+        settings: GoodnessSettings,
+        own: OwnModules | None = None,
+        record: Record | None = None,
+    ) -> None:
+        super().__init__(network)
+        self.network, self.parts, self.settings = network, parts, settings
+        self.num_classes = settings.num_classes or _last_width(network, parts)
+        self.label_embedding = None if own is None else _Embedding(own, self.num_classes, record)
+        self.training_pass: TrainingPass | None = None
+
+    def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the scores, as the network's callers see them."""
+        call = Call(args, kwargs)
+        if self.training_pass is not None:
+            return self.training_pass(self, inputs, call)
+        return self.scores(inputs, call)
+
+    def scores(self, inputs: Tensor, call: Call) -> Tensor:
+        """Return the scores of every label: by the readout, or the goodness of the input with that label."""
+        if self.settings.prediction == "readout":
+            return self.readout(inputs, call)
+        return self.goodness_of_labels(inputs, call)
+
+    def readout(self, inputs: Tensor, call: Call) -> Tensor:
+        """Return what the network's last layer makes of the last block's activities under the neutral label."""
+        last = len(self.parts.blocks) - 1
+
+        def leave(index: int, activity: Tensor) -> Tensor:
+            return rescaled(activity.detach(), self.settings.length) if index == last else activity.detach()
+
+        made: Tensor = self.run(self.labelled(inputs, None), None, call, leave)
+        return made
+
+    def goodness_of_labels(self, inputs: Tensor, call: Call) -> Tensor:
+        """Return the goodness, summed over blocks, of the inputs with each label; labels are folded into the batch."""
+        columns = []
+        for labels in _chunks(self.num_classes, max(1, ROWS_AT_ONCE // max(1, len(inputs)))):
+            rows = torch.arange(labels.start, labels.stop, device=inputs.device).repeat_interleave(len(inputs))
+            folded = self.labelled(inputs.repeat(len(labels), *[1] * (inputs.dim() - 1)), rows)
+            found = self.goodness_of_rows(folded, rows, call.times(len(inputs), len(labels)))
+            columns.append(self.total(found).view(len(labels), len(inputs)))
+        return torch.cat(columns).T
+
+    def goodness_of_rows(self, folded: Tensor, rows: Tensor, call: Call) -> list[Tensor]:
+        """Return the goodness in every block of inputs with their labels."""
+        found: list[Tensor] = []
+
+        def leave(index: int, activity: Tensor) -> Tensor:
+            self.check_rows(index, activity, len(folded))
+            found.append(goodness(activity, self.settings.goodness))
+            return activity
+
+        self.run(folded, rows, call, leave, stop_behind=len(self.parts.blocks) - 1)
+        return found
+
+    def check_rows(self, index: int, activity: Tensor, rows: int) -> None:
+        """Refuse activities whose first dimension does not count the samples."""
+        if len(activity) != rows:
+            raise ValueError(
+                f"ForwardForward: block {self.parts.blocks[index].name} gives {tuple(activity.shape)} for {rows} "
+                "samples; their number must come first (batch_first=True)."
+            )
+
+    def total(self, found: Sequence[Tensor]) -> Tensor:
+        """Return the sum over the blocks that count."""
+        return torch.stack(list(found[self.settings.first_block :])).sum(0)
+
+    def labelled(self, inputs: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the inputs with labels in them (None: the neutral one), where labels come in with the input."""
+        label = self.settings.label
+        if callable(label):
+            return label(inputs, labels)
+        return overlaid(inputs, labels, self.num_classes) if label == "overlay" else inputs
+
+    def run(
+        self,
+        inputs: Tensor,
+        labels: Tensor | None,
+        call: Call,
+        leave: Callable[[int, Tensor], Tensor],
+        *,
+        stop_behind: int | None = None,
+        entered: Callable[[int, Tensor], None] = lambda _index, _x: None,
+    ) -> Any:
+        """Run the network's own forward pass, with inputs of blocks cut off and rescaled.
+
+        Args:
+            inputs: with labels in them.
+            labels: of the rows, for an embedding; None for the neutral label.
+            call: further arguments of the network.
+            leave: what becomes of a block's output.
+            stop_behind: leave the pass behind this block, and return None.
+            entered: sees what enters a block before it is cut off.
+        """
+
+        def enter(index: int, x: Tensor) -> Tensor:
+            entered(index, x)
+            x = rescaled(x.detach(), self.settings.length)
+            return x if index or self.label_embedding is None else self.label_embedding(x)(x, labels)
+
+        def left(index: int, activity: Tensor) -> Tensor:
+            made = leave(index, activity)
+            if index == stop_behind:
+                raise _LastBlockReached
+            return made
+
+        with watched(self.parts.blocks, enter=enter, leave=left) as ran:
+            try:
+                output = self.original(inputs, *call.args, **call.kwargs)
+            except _LastBlockReached:
+                output = None
+        expected = list(range(len(self.parts.blocks) if stop_behind is None else stop_behind + 1))
+        if ran != expected:
+            order = ", ".join(self.parts.blocks[index].name for index in ran) or "none"
+            raise RuntimeError(
+                f"The forward pass of {type(self.network).__name__} runs its blocks in the order {order}, not as they "
+                f"were listed ({', '.join(block.name for block in self.parts.blocks)}). List them in the order in "
+                "which they run."
+            )
+        return output
+
+    def own_parameters(self) -> list[Tensor]:
+        """Return what the rule trains beside the network: the label embedding, once it has been made."""
+        if self.label_embedding is None or EMBEDDING not in self.label_embedding.own:
+            return []
+        return list(self.label_embedding.own[EMBEDDING].parameters())
+
+    def cost(self) -> float:
+        """Return what a training step costs in forward passes, by the sizes of the weights."""
+        sizes = [[part.weight.numel() for part in _weighted(block.modules)] for block in self.parts.blocks]
+        total = sum(map(sum, sizes)) or 1
+        # Two samples forward, and as much for gradients of weights; gradients of activities only within blocks.
+        passes = 4.0 + 2.0 * sum(sum(block[1:]) for block in sizes) / total
+        if self.settings.prediction == "readout":
+            return passes + 1.0
+        return passes + (self.num_classes if self.settings.negatives == "hard" else 0.0)
+
+
+def _weighted(modules: Sequence[nn.Module]) -> list[Any]:
+    parts = [part for module in modules for part in module.modules()]
+    return [part for part in parts if isinstance(getattr(part, "weight", None), Tensor) and part.weight.dim() > 1]  # type: ignore[operator]
+
+
+def _last_width(network: nn.Module, parts: Cut) -> int:
+    """Return the width of the layer that makes the scores: one registered behind the last block, or the last of all."""
+    parts_in_order = list(network.modules())
+    last = parts.blocks[-1].modules[-1]
+    linear = [part for part in parts_in_order if isinstance(getattr(part, "out_features", None), int)]
+    in_blocks = {id(part) for block in parts.blocks for top in block.modules for part in top.modules()}
+    after = {id(part) for part in parts_in_order[parts_in_order.index(last) + 1 :]} - in_blocks
+    behind = [part for part in linear if id(part) in after]
+    widths = {int(part.out_features) for part in behind or linear[-1:]}  # type: ignore[arg-type]
+    if len(widths) == 1:
+        return widths.pop()
+    raise ValueError(
+        f"num_classes: {type(network).__name__} has linear layers of widths {sorted(widths)} at its end; pass the "
+        "number of labels."
+        if widths
+        else f"num_classes: {type(network).__name__} has no linear layer at its end; pass the number of labels."
+    )
+
+
+def _chunks(num: int, size: int) -> Iterator[range]:
+    for start in range(0, num, size):
+        yield range(start, min(start + size, num))

@@ -1,0 +1,1 @@
+"""Forward gradients: directional derivatives along random directions or local guesses."""

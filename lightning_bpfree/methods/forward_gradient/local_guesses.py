@@ -1,0 +1,249 @@
+"""A forward gradient's arguments about blocks, guesses and targets: what they mean, and what stands in their way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_bpfree.core.blocks import Blocks, Cut, cut, find_network
+from lightning_bpfree.core.directions import Distribution
+from lightning_bpfree.core.labels import LabelsOf
+from lightning_bpfree.core.params import ParameterSlots
+from lightning_bpfree.core.step import Estimate, Step
+from lightning_bpfree.methods.forward_gradient.block_hooks import leaving
+from lightning_bpfree.methods.forward_gradient.block_passes import DUAL_COST, LOCAL_BACKWARD, Parts
+from lightning_bpfree.methods.forward_gradient.local_loss import Heads, LocalLoss
+from lightning_bpfree.methods.forward_gradient.projection import Batch, Choice, Role, Scope, Space
+
+
+class Guided:
+    """The estimates of a :class:`ForwardGradient` whose network is cut into blocks, and the heads that they need.
+
+    Args:
+        guess: what gives the directions; None draws them at random.
+        target: the losses that are followed; None for the user's.
+        blocks: see :func:`lightning_bpfree.core.blocks.cut`.
+        network: see :func:`lightning_bpfree.core.blocks.find_network`.
+        choice: what to estimate.
+    """
+
+    def __init__(
+        self, guess: LocalLoss | None, target: LocalLoss | None, blocks: Blocks, network: str | None, choice: Choice
+    ) -> None:
+        self.blocks, self.network, self.choice = blocks, network, choice
+        losses: dict[Role, LocalLoss | None] = {"guess": guess, "target": None if choice.same else target}
+        self.heads: dict[Role, Heads] = {role: Heads(loss) for role, loss in losses.items() if loss is not None}
+        self._num_classes = max((heads.loss.num_classes or 0 for heads in self.heads.values()), default=0)
+        self._cut: Cut | None = None
+        self._module: nn.Module | None = None
+        self._inspected: frozenset[str] | None = None
+
+    @property
+    def uses_tangents(self) -> bool:
+        """Whether estimates take forward-mode differentiation; local losses that guess themselves do not."""
+        return not self.choice.same
+
+    # --- before the first batch ---
+
+    def check(self, module: nn.Module, slots: ParameterSlots) -> None:
+        """Cut the network, and refuse what would give another estimate than it is said to give."""
+        _, self._module = find_network(module, self.network)
+        self._cut = cut(self._module, self.blocks)
+        for block in self._cut.blocks:
+            inside = {id(part) for top in block.modules for part in top.modules()}
+            mine = {id(parameter) for parameter in block.parameters}
+            for slot in slots:
+                places = [id(owner) in inside for owner, _ in slot.places]
+                if id(slot.parameter) in mine and len(places) > 1 and not all(places):
+                    raise MisconfigurationException(
+                        f"ForwardGradient: {slot.name} is tied, and block {block.name} has only one of its places. "
+                        "Put all of them into one block, or leave it out by params=...."
+                    )
+        if self.choice.space == "activations" and not self.choice.local:
+            self._check_coupling(self._module)
+
+    def _check_coupling(self, network: nn.Module) -> None:
+        assert self._cut is not None
+        first = {id(part) for block in self._cut.blocks[:1] for top in block.modules for part in top.modules()}
+        for name, part in network.named_modules():
+            norm = isinstance(part, nn.modules.batchnorm._BatchNorm)
+            if norm and id(part) not in first and (part.training or part.running_mean is None):
+                raise MisconfigurationException(
+                    f"ForwardGradient(space='activations') measures the slope of every sample by itself, and {name} "
+                    f"({type(part).__name__}) lets samples see each other. Use GroupNorm or LayerNorm, put it into "
+                    "eval mode before the fit, or use space='weights'."
+                )
+
+    def release(self) -> None:
+        """Let go of the user's module."""
+        self._cut = self._module = self._inspected = None
+
+    # --- one batch ---
+
+    def estimate(self, step: Step, seed: int) -> Estimate:
+        """Return the loss and the projected gradient; heads get theirs.
+
+        Args:
+            step: the step.
+            seed: the rule's own.
+        """
+        assert self._cut is not None, "estimate before check"
+        assert self._module is not None
+        trained = frozenset(slot.name for slot in step.trained)
+        parts = Parts.of(step, self._module, self._cut.blocks, inspect=trained != self._inspected)
+        if self.heads and parts.active and not self._num_classes:
+            self._num_classes = _width_of_output(parts)
+        rank = int(getattr(step.module, "global_rank", 0))
+        batch = Batch(self.choice, parts, self.heads, self._num_classes, seed, rank)
+        self.settle(False)  # of a batch that was left in the middle
+        gradients, measured = batch.gradients()
+        assert step.recorded_loss is not None
+        loss = step.recorded_loss = step.recorded_loss.detach()  # its graph has done its work
+        numbers = torch.cat([number.detach().flatten() for number in measured or [loss]])
+        step.measure(len(numbers), lambda _: numbers)  # raises for numbers that are not finite
+        self._inspected = trained
+        losses = {f"local_loss/{name}": value for name, value in batch.losses.items()}
+        return Estimate(loss, {slot.name: gradients[slot.name] for slot in step.trained}, losses)
+
+    def settle(self, succeeded: bool) -> None:
+        """Keep what the heads have learned from the batch, or drop it."""
+        for heads in self.heads.values():
+            heads.own.settle(succeeded)
+
+    def step_heads(self, reduce: Callable[[Tensor], Tensor] | None) -> None:
+        """Move the heads along the mean of their gradients since the last step."""
+        for heads in self.heads.values():
+            heads.own.step(reduce)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return heads, their optimizers' states, and the number of classes found at the first batch."""
+        return {"num_classes": self._num_classes, **{role: h.own.state_dict() for role, h in self.heads.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self._num_classes = state["num_classes"]
+        for role, heads in self.heads.items():
+            heads.own.load_state_dict(state.get(role, {}))
+
+    # --- what it says of itself ---
+
+    def describe(self) -> dict[str, str]:
+        """Return rows for the banner."""
+        guess, target = (self.heads.get(role) for role in ("guess", "target"))
+        along = "random directions" if guess is None else f"the guess of {guess.loss!r}"
+        of = "the same local losses" if self.choice.same else "the loss" if target is None else repr(target.loss)
+        names = None if self._cut is None else ", ".join(block.name for block in self._cut.blocks)
+        return {
+            "a step": self._cost(),
+            "route": f"along {along}, in the space of {self.choice.space}; target: {of}",
+            "blocks": f"{names or self.blocks}; what runs behind them gets its exact gradient",
+        }
+
+    def _cost(self) -> str:
+        """Return what a step costs; the heads, and the way back behind the blocks, are not counted."""
+        choice, once = self.choice, 1 + LOCAL_BACKWARD
+        if choice.same or (choice.local and choice.space == "activations"):
+            return f"1 forward, and a backward pass inside each block ({once:g} forwards)"
+        first = once if "guess" in self.heads else 1.0
+        first = 1 + once if choice.space == "activations" else first
+        passes, each = choice.num, ""
+        if choice.scope == "tensor":
+            each = " a parameter tensor"
+        elif choice.scope == "block" and not choice.local:
+            if self._cut is None:
+                each = " a block"
+            else:
+                passes *= len(self._cut.blocks)
+        total = "" if each else f" ({first + DUAL_COST * passes:g} forwards)"
+        return f"{passes} dual forward{'s' * (passes > 1)}{each} beside {first:g} plain{total}"
+
+
+def _width_of_output(parts: Parts) -> int:
+    found: list[Tensor] = []
+
+    def look(_: int, out: Tensor) -> Tensor:
+        found.append(out)
+        return out
+
+    with leaving({0: parts.network}, look), torch.no_grad():
+        parts.step.loss(recorded=False)
+    if len(found) != 1 or found[0].dim() != 2 or found[0].shape[1] < 2:
+        shapes = ", ".join(str(tuple(out.shape)) for out in found)
+        raise ValueError(
+            f"num_classes=None takes the width of the network's output, and found {shapes or 'none'}: pass "
+            "LocalLoss(num_classes=...)."
+        )
+    return found[0].shape[1]
+
+
+def guided(
+    guess: LocalLoss | None,
+    target: LocalLoss | str,
+    space: Space,
+    scope: Scope | None,
+    blocks: Blocks | None,
+    network: str | None,
+    labels: LabelsOf | None,
+    num: int,
+    distribution: Distribution,
+) -> Guided | None:
+    """Return what the arguments of a ForwardGradient ask for, or None if they leave the network in one piece.
+
+    Raises:
+        ValueError: for arguments that are unknown or contradict each other.
+    """
+    for name, value, choices in (("space", space, ("weights", "activations")), ("scope", scope, _SCOPES)):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}.")
+    if isinstance(target, str) and target not in ("global", "local"):
+        raise ValueError(f"target={target!r}: choose 'global', 'local', or give a LocalLoss.")
+    plain = (guess, target, space, blocks, network) == (None, "global", "weights", None, None)
+    if plain and scope in (None, "network"):
+        return None
+    local = target if isinstance(target, LocalLoss) else guess
+    if target == "local" and guess is None:
+        local = LocalLoss(blocks=1 if blocks is None else blocks, network=network, labels=labels)
+    if target == "global":
+        local = None
+    if guess is not None and (num != 1 or distribution != "gaussian"):
+        raise ValueError(
+            f"num_directions={num}, directions={distribution!r} beside guess={guess!r}: a guess is one direction a "
+            "batch. Leave them out, or use guess=None."
+        )
+    if space == "activations" and (scope == "tensor" or (scope == "network" and local is not None)):
+        raise ValueError(
+            f"scope={scope!r} with space='activations'{' and a local target' if local else ''}: nothing there lies in "
+            "such groups. Use scope='block'."
+        )
+    where = [loss for loss in (guess, local) if loss is not None]
+    cut_by, of = _one_cut(where, blocks, network)
+    choice = Choice(
+        space,
+        scope or "block",
+        local is not None,
+        local is not None and local is guess,
+        num,
+        distribution,
+        next((loss.labels for loss in where if loss.labels is not None), labels),
+    )
+    return Guided(guess, local, cut_by, of, choice)
+
+
+def _one_cut(where: list[LocalLoss], blocks: Blocks | None, network: str | None) -> tuple[Blocks, str | None]:
+    """Return blocks and network, on which the local losses and the rule itself must agree."""
+    cuts: list[tuple[Blocks | None, str | None]] = [(loss.blocks, loss.network) for loss in where]
+    cuts += [(blocks, network)] if blocks is not None or (network is not None and not cuts) else []
+    if any(one != cuts[0] for one in cuts):
+        raise ValueError(
+            f"blocks and network differ: {', '.join(map(repr, cuts))}. Guess and target must cut the network in the "
+            "same way; beside a LocalLoss, leave blocks and network of the rule out."
+        )
+    cut_by, of = cuts[0] if cuts else (None, None)
+    return 1 if cut_by is None else cut_by, of
+
+
+_SCOPES = (None, "network", "block", "tensor")

@@ -1,0 +1,281 @@
+"""Forward gradients: directional derivatives along random directions, by forward-mode automatic differentiation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_bpfree.core.blocks import Blocks
+from lightning_bpfree.core.combination import Combination
+from lightning_bpfree.core.directions import Directions, Distribution, check_directions
+from lightning_bpfree.core.forward_ad import (
+    LossFunction,
+    NoForwardDerivativeError,
+    compiled_parts,
+    directional_derivative,
+    directional_derivatives,
+    failing_layer,
+    supported_kernels,
+    unsupported_layers,
+)
+from lightning_bpfree.core.labels import LabelsOf
+from lightning_bpfree.core.params import ParameterSlots, Params, widen
+from lightning_bpfree.core.step import Estimate, Step
+from lightning_bpfree.core.vectorizing import check_chunk_size
+from lightning_bpfree.methods.forward_gradient.block_passes import DUAL_COST
+from lightning_bpfree.methods.forward_gradient.local_guesses import guided
+from lightning_bpfree.methods.forward_gradient.local_loss import LocalLoss
+from lightning_bpfree.methods.forward_gradient.projection import Scope, Space
+from lightning_bpfree.methods.forward_gradient.slopes import along_many, along_one, chosen_chunk
+from lightning_bpfree.training.training_rule import TrainingRule
+
+
+def forward_gradient(
+    loss_fn: LossFunction,
+    params: Mapping[str, Tensor],
+    *,
+    num_directions: int = 1,
+    directions: Distribution = "gaussian",
+    orthogonal: bool = False,
+    normalize: bool = False,
+    chunk_size: int = 1,
+    seed: int = 0,
+) -> tuple[Tensor, Params]:
+    """Return the loss and an unbiased estimate of its gradient, without a backward pass.
+
+    The pure form of :class:`ForwardGradient`, for plain loops and Fabric; the arguments are the same.
+
+    Examples:
+        >>> loss, grads = forward_gradient(
+        ...     lambda p: (p["w"] ** 2).sum(), {"w": torch.ones(2)}, num_directions=2, orthogonal=True
+        ... )
+        >>> [round(float(g), 4) for g in grads["w"]]
+        [2.0, 2.0]
+    """
+    drawn = Directions(params, num_directions, seed, directions)
+    combination, parts = Combination(drawn, orthogonal, normalize), []
+    for ks in _chunks(range(num_directions), chunk_size):
+        alone = chunk_size == 1
+        chunk = drawn[ks[0]] if alone else drawn.stack(ks)
+        loss, slopes = (directional_derivative if alone else directional_derivatives)(loss_fn, params, chunk)
+        parts.append(widen(slopes.reshape(-1)))
+        combination.add(slopes, chunk)
+    return loss, combination.gradients(torch.cat(parts))(None)
+
+
+def _chunks(ks: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [ks[start : start + size] for start in range(0, len(ks), size)]
+
+
+class ForwardGradient(TrainingRule):
+    """Trains by forward gradients: one forward pass of dual numbers per direction, no backward pass, no stored graph.
+
+    The estimate ``mean_k (g . v_k) v_k`` over random directions ``v_k`` is unbiased for the gradient ``g``. Its error
+    grows with the number of trained parameters ``d``: the cosine to the gradient is about ``sqrt(K / (K + d + 1))``.
+
+    Cost: about 3 forward passes a direction one by one (what a backprop step costs in all), or 2 a direction in a
+    vectorised chunk, which holds ``chunk_size`` copies of parameters and activations.
+
+    Attention falls back to its math kernel, and LSTMs on the CPU leave oneDNN, for the others have no forward
+    derivative. ``detach`` and ``no_grad`` inside the training step stop tangents as they stop gradients.
+
+    Args:
+        num_directions: ``K``, at least 1.
+        directions: ``"gaussian"`` or ``"rademacher"`` (random signs; variance d - 1 instead of d + 1).
+        orthogonal: orthonormalise the ``K`` directions; cosine ``sqrt(K / d)``, and exact for ``K = d``.
+        normalize: put the directions on the sphere of radius sqrt(d): variance d - 1.
+        chunk_size: directions per vectorised pass; 1 is a loop. ``"auto"`` takes up to 8, or the loop for modules with
+            convolutions or recurrent layers, where it is the faster one. ``"fastest"`` times both at the first batch
+            and keeps the faster one, also across a resume; two runs may then differ in rounding, so it counts as
+            ``"auto"`` under ``Trainer(deterministic=True)``.
+        guess: a :class:`LocalLoss` whose gradient is the direction, instead of random ones: the estimate is then the
+            projection ``(<g, q> / |q|^2) q`` of the target on the guess; zero for a guess of zero.
+        target: ``"global"``, the gradient of the user's loss; ``"local"``, that of the guess's own local losses (or of
+            linear heads, beside random directions); or that of other local losses, a :class:`LocalLoss`.
+        space: of guess and projection. ``"weights"``: the parameters of the blocks. ``"activations"``: what leaves the
+            blocks, sample by sample; backprop then carries the estimate to the parameters inside each block.
+        scope: what is projected together, by one dual pass: ``"network"``, a ``"block"`` or a ``"tensor"`` of
+            parameters. None: a block, or the whole network where it is not cut.
+        blocks: how the network is cut, see :func:`lightning_bpfree.core.blocks.cut`; leave it out beside a LocalLoss,
+            which has its own. What runs behind the last block gets its exact gradient.
+        network: the network in the module, see :class:`LocalLoss`.
+        labels: takes the labels out of a batch, see :class:`LocalLoss`.
+        params: shell-style patterns of the parameters to train; None for all.
+        **settings: see :class:`TrainingRule`.
+
+    Raises:
+        ValueError: for arguments out of range.
+
+    Examples:
+        >>> ForwardGradient(num_directions=4, chunk_size=1).describe()["a step"]
+        '4 dual forwards (12 forwards)'
+        >>> ForwardGradient(guess=LocalLoss("mlp"), scope="network").describe()["a step"]
+        '1 dual forward beside 3 plain (6 forwards)'
+
+    References:
+        A. G. Baydin, B. A. Pearlmutter, D. Syme, F. Wood, P. Torr, "Gradients without Backpropagation", 2022, arXiv
+        2202.08587. L. Fournier et al., "Can Forward Gradient Match Backpropagation?", 2023, arXiv 2306.06968.
+    """
+
+    citation: ClassVar[str] = (
+        "@article{baydin2022gradients, title={Gradients without Backpropagation}, author={Baydin, Atilim Gunes and "
+        "Pearlmutter, Barak A. and Syme, Don and Wood, Frank and Torr, Philip}, journal={arXiv preprint "
+        "arXiv:2202.08587}, year={2022}}"
+    )
+    exchanges_scalars: bool = True
+
+    def __init__(
+        self,
+        num_directions: int = 1,
+        directions: Distribution = "gaussian",
+        orthogonal: bool = False,
+        normalize: bool = False,
+        chunk_size: int | Literal["auto", "fastest"] = "auto",
+        guess: LocalLoss | None = None,
+        target: Literal["global", "local"] | LocalLoss = "global",
+        space: Space = "weights",
+        scope: Scope | None = None,
+        blocks: Blocks | None = None,
+        network: str | None = None,
+        labels: LabelsOf | None = None,
+        *,
+        params: str | Sequence[str] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(params=params, **settings)
+        check_directions(num_directions, directions)
+        check_chunk_size(chunk_size)
+        self.num_directions, self.directions = num_directions, directions
+        self.orthogonal, self.normalize, self.chunk_size = orthogonal, normalize, chunk_size
+        self.guess, self.target, self.space, self.scope = guess, target, space, scope
+        self.blocks, self.network, self.labels = blocks, network, labels
+        self._guided = guided(guess, target, space, scope, blocks, network, labels, num_directions, directions)
+        if self._guided is not None:
+            self.exchanges_scalars = False  # a guess, or a last part, differs from rank to rank
+            if orthogonal or normalize or chunk_size not in ("auto", 1):
+                raise ValueError(
+                    f"orthogonal={orthogonal}, normalize={normalize}, chunk_size={chunk_size!r} are for random "
+                    "directions of all weights in one piece: leave them out beside guess, target, space, scope, blocks."
+                )
+        self._chunk_used: int | None = None
+        if num_directions == 1:
+            self._chunk_used = 1
+        elif isinstance(chunk_size, int):
+            self._chunk_used = min(chunk_size, num_directions)
+
+    def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
+        """Refuse what would fail, or go wrong without a word, under forward-mode AD."""
+        compiled = compiled_parts(module)
+        if compiled or getattr(module, "_compiler_ctx", None) is not None:
+            raise MisconfigurationException(
+                f"ForwardGradient cannot go through torch.compile, which may drop tangents without a word: "
+                f"{', '.join(compiled) or type(module).__name__} is compiled. Train the module as it was before "
+                "torch.compile (module._orig_mod of a compiled part), or use ZerothOrder()."
+            )
+        if self._guided is not None:
+            self._guided.check(module, slots)
+            if not self._guided.uses_tangents:
+                return
+        for layer, cure in unsupported_layers(module, [slot.parameter for slot in slots.trainable()]):
+            raise MisconfigurationException(
+                f"ForwardGradient: {layer} has no forward-mode derivative in torch. Cure: {cure}, leave it out by "
+                "params=..., or use ZerothOrder()."
+            )
+
+    def estimate(self, step: Step) -> Estimate:
+        """Return the loss and the combination of directions by their slopes, or the projection on the guess."""
+        try:
+            with supported_kernels(step.module):
+                return (
+                    self._combined(step) if self._guided is None else self._guided.estimate(step, self.record.seed or 0)
+                )
+        except NoForwardDerivativeError as error:
+            raise MisconfigurationException(f"ForwardGradient: {error}") from error
+
+    def _combined(self, step: Step) -> Estimate:
+        params = step.params
+        directions = Directions(params, self.num_directions, step.seed, self.directions)
+        combination = Combination(directions, self.orthogonal, self.normalize, exchanged=step.exchange is not None)
+        with torch.set_grad_enabled(False):
+            if self._chunk_used is None:
+                self._chunk_used = chosen_chunk(step, params, directions, self.chunk_size == "fastest")
+            slopes = step.measure(self.num_directions, partial(self._slopes, step, params, combination))
+            if not step.recorded:  # vectorised passes record nothing, nor does a rank without a share
+                step.loss()
+        assert step.recorded_loss is not None
+        return Estimate(step.recorded_loss, combination.gradients(slopes))
+
+    def _slopes(self, step: Step, params: Params, combination: Combination, ks: Sequence[int]) -> Tensor:
+        directions, parts = combination.directions, []
+        for chunk in _chunks(ks, self._chunk_used or 1):
+            drawn = directions[chunk[0]] if self._chunk_used == 1 else directions.stack(chunk)
+            try:
+                slopes = along_one(step, params, drawn) if self._chunk_used == 1 else along_many(step, params, drawn)[1]
+            except (NotImplementedError, RuntimeError) as error:
+                raise self._explained(error, step, params, directions) from error
+            parts.append(widen(slopes.reshape(-1)))
+            combination.add(slopes, drawn)
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    def _explained(self, error: Exception, step: Step, params: Params, directions: Directions) -> Exception:
+        alone, layer = failing_layer(step.module, lambda: along_one(step, params, directions[0]))
+        if alone is None:  # one direction goes through
+            return MisconfigurationException(
+                f"ForwardGradient(chunk_size={self._chunk_used}): the training step cannot be vectorised ({error}). "
+                "Use chunk_size=1 or 'auto'."
+            )
+        if not isinstance(alone, NotImplementedError):
+            return alone  # the user's own error: not ours to rename
+        return MisconfigurationException(
+            f"ForwardGradient: {layer or 'the loss'} has no forward-mode derivative in torch ({alone}). Replace it, or "
+            "use ZerothOrder(), which needs none."
+        )
+
+    def settled(self, succeeded: bool) -> None:
+        """Keep what heads have learned from the batch, or drop it."""
+        if self._guided is not None:
+            self._guided.settle(succeeded)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Move the heads with the user's parameters."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self._guided is not None:
+            self._guided.step_heads(
+                partial(trainer.strategy.reduce, reduce_op="mean") if trainer.world_size > 1 else None
+            )
+
+    def _restore(self) -> None:
+        super()._restore()
+        if self._guided is not None:
+            self._guided.release()
+
+    def rule_state(self) -> dict[str, Any]:
+        """Return the chosen chunk, so that a resumed run rounds as the first one did, and the heads."""
+        heads = {} if self._guided is None else {"guided": self._guided.state_dict()}
+        return {"chunk_used": self._chunk_used, **heads}
+
+    def load_rule_state(self, state: dict[str, Any]) -> None:
+        """Take the heads back, and the chosen chunk unless the user has asked for another."""
+        if not isinstance(self.chunk_size, int) and state["chunk_used"] is not None:
+            self._chunk_used = min(int(state["chunk_used"]), self.num_directions)
+        if self._guided is not None and "guided" in state:
+            self._guided.load_state_dict(state["guided"])
+
+    def describe(self) -> dict[str, str]:
+        """Return rows for the banner."""
+        if self._guided is not None:
+            return self._guided.describe()
+        num, chunk = self.num_directions, self._chunk_used
+        if chunk is None:
+            cost = f"{num} directions ({2 + 2 * num} to {3 * num} forwards, as the first batch will show)"
+        elif chunk == 1:
+            cost = f"{num} dual forward{'s' * (num > 1)} ({DUAL_COST * num:g} forwards)"
+        else:
+            cost = f"{num} directions, {chunk} at a time ({1 + -(-num // chunk) + 2 * num} forwards)"
+        return {"a step": cost, "route": f"forward-mode automatic differentiation, {self.directions} directions"}

@@ -1,0 +1,1 @@
+"""Lottery tickets: prune, rewind and train again within one fit."""

@@ -1,0 +1,265 @@
+"""Iterative pruning with rewinding: the levels of a lottery ticket within one fit, under any training rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_bpfree.core.params import ParameterSlots, Slot
+from lightning_bpfree.methods.lottery_ticket.levels import Levels
+from lightning_bpfree.methods.lottery_ticket.masks import Masks
+from lightning_bpfree.methods.lottery_ticket.plan import Plan, Score, Weights, check_choices, early_snr
+from lightning_bpfree.methods.lottery_ticket.pruning import Scope
+from lightning_bpfree.methods.lottery_ticket.rewinding import check_redrawable
+from lightning_bpfree.methods.lottery_ticket.scores import check_has_deviations, deviations
+from lightning_bpfree.methods.lottery_ticket.ticket import Ticket
+from lightning_bpfree.training.checks import TESTED_STRATEGIES
+from lightning_bpfree.training.trainer_attributes import callbacks_of
+from lightning_bpfree.training.training_rule import TrainingRule
+
+
+class LotteryTicket(Callback):
+    """Finds sparse trainable initialisations: trains, prunes the weights of the lowest score, rewinds, trains again.
+
+    One fit holds all levels. Level ``i``, from 0, trains epochs ``i * epochs_per_level`` and following. Before the next
+    level, the trained weights are scored, all but the best are pruned, and the rest goes back to the first
+    initialisation bit for bit, buffers included; ``configure_optimizers`` makes optimizers and schedulers anew, and the
+    training rule begins its search again. Pruned weights are exactly zero in every batch and checkpoint, and biases
+    (all parameters of fewer than two dimensions) are never pruned. Works with every rule of this package, and without.
+
+    Every finished level leaves a :class:`Ticket` in ``dirpath``: ``level_00.pt``, ``level_01.pt`` and so on.
+    Checkpoints hold the first initialisation, and resume exactly, also between two levels.
+
+    The methods of Lange & Sprekeler (2023) by arguments: SNR tickets ``score="snr"``; magnitude tickets
+    ``score="magnitude"``; ``random-reinit`` ``score="random", weights="fresh"`` (its masks are drawn anew at every
+    level); ``mask-reinit`` ``score="magnitude", weights="fresh"``; ``final-ticket_permute`` ``weights="permuted"``;
+    ``final_permute-ticket_permute`` the same with ``permute_masks=True``; SNIP ``score="snip"``.
+
+    A schedule in ``configure_optimizers`` should span one level, and ``trainer.estimated_stepping_batches`` counts all.
+    ``EarlyStopping`` ends the whole fit, not a level.
+
+    Args:
+        score: ``"snr"``: weight over its deviation in the rule's search, which must keep one for every weight;
+            ``"magnitude"``; ``"random"``; ``"snip"``: |w dL/dw| of the first initialisation over the training set, one
+            pass by backprop at the start of the fit.
+        levels: how many, >= 1, the dense one included.
+        keep: the share of weights that a level keeps of those before it, in (0, 1).
+        sparsities: the share of pruned weights of every level, in [0, 1) and never falling; replaces levels and keep.
+        epochs_per_level: >= 1. The Trainer's ``max_epochs`` must cover all levels; the last one trains on.
+        scope: ``"global"``: the lowest scores over all layers together; ``"layer"``: the same share of every layer.
+        weights: ``"init"``: rewind; ``"fresh"``: initialise anew at every level, by ``reset_parameters()`` of the
+            module if it has that method, or of its parts; ``"permuted"``: the surviving weights of the first
+            initialisation in random order within each tensor.
+        permute_masks: put every mask in random order within its tensor.
+        params: shell-style patterns of the parameters that may be pruned; None for all that the rule trains.
+        exclude: patterns of parameters that stay dense; None for none.
+        init_from: a ticket, or its file: the first level trains it, and further ones prune on. Sparsities count from
+            dense, and by default go on from the ticket's.
+        dirpath: where tickets go; None takes ``tickets`` in the Trainer's ``default_root_dir``.
+        seed: of random masks, fresh weights and permutations; None takes torch's initial seed of rank 0.
+
+    Raises:
+        ValueError: for arguments out of range.
+
+    Examples:
+        >>> tickets = LotteryTicket(score="magnitude", levels=3, keep=0.5, epochs_per_level=2)
+        >>> tickets.plan.sparsities
+        [0.0, 0.5, 0.75]
+
+    References:
+        R. T. Lange, H. Sprekeler, "Lottery Tickets in Evolutionary Optimization", 2023, arXiv 2306.00045.
+        J. Frankle, M. Carbin, "The Lottery Ticket Hypothesis", 2019, arXiv 1803.03635.
+        N. Lee, T. Ajanthan, P. H. S. Torr, "SNIP", 2019, arXiv 1810.02340.
+    """
+
+    def __init__(
+        self,
+        score: Score = "snr",
+        levels: int = 8,
+        keep: float = 0.8,
+        sparsities: Sequence[float] | None = None,
+        epochs_per_level: int = 1,
+        *,
+        scope: Scope = "global",
+        weights: Weights = "init",
+        permute_masks: bool = False,
+        params: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        init_from: str | Path | Ticket | None = None,
+        dirpath: str | Path | None = None,
+        seed: int | None = None,
+    ) -> None:
+        check_choices(
+            score=(score, ("snr", "magnitude", "random", "snip")),
+            scope=(scope, ("global", "layer")),
+            weights=(weights, ("init", "fresh", "permuted")),
+        )
+        self.plan = Plan.of(levels, keep, sparsities, epochs_per_level)
+        if score == "snr" and self.plan.sparsities[0] > 0 and init_from is None:
+            raise ValueError(early_snr(self.plan.sparsities))
+        self.score, self.keep, self.sparsities, self.scope, self.weights = score, keep, sparsities, scope, weights
+        self.permute_masks, self.params, self.exclude, self.seed = permute_masks, params, exclude, seed
+        self.init_from, self.dirpath = init_from, dirpath
+        self._levels = Levels(self)
+        self._slots: dict[str, Slot] = {}
+        self._deviations_seen = False
+
+    # --- what a run has found ---
+
+    @property
+    def level(self) -> int:
+        """The level in training, or the last one that was."""
+        return self._levels.level
+
+    @property
+    def masks(self) -> Masks | None:
+        """The masks of the level in training; None while it is dense."""
+        return self._levels.masks
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """One dict a finished level: ``level``, ``kept``, ``total``, ``weights_left``, ``sparsity``, ``metrics``."""
+        return self._levels.results
+
+    @property
+    def tickets(self) -> list[Ticket]:
+        """The tickets of finished levels, read from their files."""
+        return [Ticket.load(self._levels.path(result["level"])) for result in self.results]
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments, as plain values that loggers take."""
+        names = ("score", "keep", "scope", "weights", "permute_masks", "params", "exclude", "init_from", "seed")
+        values = {name: getattr(self, name) for name in names}
+        plain = {name: v if isinstance(v, int | float | str | None) else _named(v) for name, v in values.items()}
+        plan = self._levels.plan
+        sparsities = str([round(sparsity, 6) for sparsity in plan.sparsities])
+        return {**plain, "sparsities": sparsities, "epochs_per_level": plan.epochs_per_level}
+
+    # --- one fit ---
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before anything is trained."""
+        if stage != "fit":
+            return
+        rules = callbacks_of(trainer, TrainingRule)
+        if not TESTED_STRATEGIES & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
+            raise MisconfigurationException(
+                f"LotteryTicket needs whole parameters on every rank, which {type(trainer.strategy).__name__} may not "
+                "have: use one device, strategy='ddp' or 'bpfree_scalar_sync'."
+            )
+        self.plan.check_epochs(trainer)
+        self._levels = Levels(self, rules[0] if rules else None)
+        self._levels.folder = Path(self.dirpath or Path(trainer.default_root_dir) / "tickets")
+        self._deviations_seen = self.score != "snr" or self.plan.levels == 1
+        if not self._deviations_seen:
+            check_has_deviations(self._levels.rule)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the first initialisation, or take that of a ticket; called before a sanity check of validation."""
+        self._levels.open(trainer, pl_module)
+        if self.weights == "fresh":
+            check_redrawable(pl_module, self._levels.trained(pl_module))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin with the first level, or go on with that of a checkpoint, once all callbacks have their state."""
+        self._levels.begin(trainer, pl_module)
+        self._collect(pl_module)
+        rule = self._levels.rule
+        entry = {} if rule is None else {"rule": type(rule).__name__, **rule.settings()}
+        for logger in trainer.loggers:
+            # The entry is written whole, for loggers replace what they have under the same name.
+            logger.log_hyperparams({"bpfree": {**entry, "ticket": self.settings()}})
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on to the next level where it is due; by now all saw the trained weights of the last one."""
+        self._levels.advance(trainer, pl_module)
+        self._collect(pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Go on to the next level after a resume behind the last batch of an epoch: Lightning starts no epoch then."""
+        if batch_idx == 0 and self._levels.advance(trainer, pl_module):
+            self._collect(pl_module)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Keep the gradients of pruned weights out of norms, clipping and moments."""
+        grads = {name: slot.parameter.grad for name, slot in self._slots.items()}
+        self._zero({name: grad for name, grad in grads.items() if grad is not None and not grad.is_sparse})
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Put exact zeros back, whatever the optimizer has made of them."""
+        self._zero({name: slot.parameter for name, slot in self._slots.items()})
+        rule = self._levels.rule
+        if not self._deviations_seen and isinstance(rule, TrainingRule) and rule.active(trainer.current_epoch):
+            # What is missing is said after one batch rather than after one level.
+            deviations(self._levels.std(), self._levels.names, rule)
+            self._deviations_seen = True
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log level and weights left."""
+        if trainer.barebones:
+            return
+        left = 1.0 if self.masks is None else self.masks.weights_left
+        values = {"bpfree/ticket/level": float(self.level), "bpfree/ticket/weights_left": left}
+        pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=trainer.world_size > 1)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finish the last level, whose weights stay as they are trained."""
+        if self.level < self._levels.plan.levels - 1:
+            rank_zero_warn(
+                f"LotteryTicket: the fit ends in level {self.level} of {self._levels.plan.levels}, counted from 0. For "
+                "the others, raise max_epochs, max_steps or what else has stopped it."
+            )
+        self._levels.finish(trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lift the rule's masks: its next fit may be of a dense module."""
+        if stage == "fit":
+            self._levels.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lift the rule's masks: Lightning calls no teardown hooks after an exception."""
+        self._levels.close()
+
+    def _collect(self, module: pl.LightningModule) -> None:
+        """Find the masked parameters: once an epoch, for walking a large module takes time."""
+        masks = self.masks
+        self._slots = (
+            {} if masks is None else {slot.name: slot for slot in ParameterSlots(module) if slot.name in masks}
+        )
+
+    def _zero(self, tensors: dict[str, Tensor]) -> None:
+        if self.masks is not None:
+            self.masks.apply_(tensors, missing_ok=True)
+
+    # --- checkpoints ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what an exact resume needs: level, masks, first initialisation, finished levels."""
+        return self._levels.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back the state of a checkpoint."""
+        self._levels.load_state_dict(state_dict)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the metrics so far, which Lightning does not bring back after a resume."""
+        own = checkpoint.get("callbacks", {}).get(self.state_key)
+        if own:
+            own["metrics"] = self._levels.metrics(trainer)
+
+
+def _named(value: Any) -> str:
+    return f"a ticket of level {value.level}" if isinstance(value, Ticket) else str(value)

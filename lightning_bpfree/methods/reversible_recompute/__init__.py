@@ -1,0 +1,1 @@
+"""Reversible recomputation: stacks of reversible blocks recompute their inputs from their outputs."""

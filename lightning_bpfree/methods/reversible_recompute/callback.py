@@ -1,0 +1,259 @@
+"""Training without stored activations: reversible stacks in any LightningModule."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_bpfree.core.peak_memory import peak_mib, reset_peak
+from lightning_bpfree.methods.reversible_recompute.conversion import (
+    check_choices,
+    convert_to_reversible,
+    convertible,
+)
+from lightning_bpfree.methods.reversible_recompute.conversion_report import Conversion
+from lightning_bpfree.methods.reversible_recompute.families.base import Rewire
+from lightning_bpfree.methods.reversible_recompute.layer_stack import ReversibleLayers
+from lightning_bpfree.methods.reversible_recompute.recomputation import Recomputation, Schedule
+from lightning_bpfree.methods.reversible_recompute.sequential import ReversibleSequential
+from lightning_bpfree.methods.reversible_recompute.stream_fusion import Fusion
+from lightning_bpfree.training.checks import TESTED_STRATEGIES
+from lightning_bpfree.training.trainer_attributes import log_every_n_steps
+
+Stack = ReversibleSequential | ReversibleLayers
+
+
+class ReversibleRecompute(Callback):
+    """Makes stacks of layers reversible, and recomputes their activations in the backward pass instead of storing them.
+
+    Gradients are those of plain autograd up to rounding: the rule of training does not change, only how activations
+    come back. With ``stacks`` given, layers of known transformers are converted in ``setup``, which **changes the
+    function of the model** and warns of it; :func:`~lightning_bpfree.convert_to_reversible` says how.
+    Without, stacks that are reversible already are found and get the schedule. Names of parameters stay, so checkpoints
+    load with and without; but a model that was trained reversibly computes what it has learned only while it is
+    reversible, so the conversion stays after the fit, until :meth:`undo`.
+
+    Logs, every ``log_every_n_steps`` optimizer steps, ``bpfree/samples_per_second`` (over all ranks, data loading
+    included), ``bpfree/peak_memory`` in MiB (allocated on a CUDA device; of the process on the CPU) and, where it was
+    measured, ``bpfree/reconstruction_error``. On devices without CUDA, ``"parallel"`` computes the same bits on one
+    stream.
+
+    Args:
+        stacks: names of lists of layers, such as ``"model.encoder.layers"``; ``"all"`` for every list of known layers;
+            None to convert nothing, and to use what is reversible already.
+        schedule: ``"autograd"``, ``"checkpoint"``, ``"sequential"`` or ``"parallel"`` (PaReprop).
+        rewire: for post-norm layers, ``"pre_norm"`` or ``"scaled"``.
+        scale: factors of the skips, above 0; None for the default of ``rewire``.
+        fusion: how two streams become one; None for the default of ``rewire``.
+        buffer_every: keep the inputs of every so many blocks, at least 1; ``"auto"``: what the scales call for; None.
+        max_error: largest relative error of recovered inputs, above 0, beyond which training stops with an error.
+        check_every: measure that error in one of so many passes, at least 1.
+        store_last: so many blocks at the top of each stack keep their activations, at least 0: time for memory.
+
+    Raises:
+        ValueError: for arguments out of range.
+        MisconfigurationException: in ``setup``, under a strategy that shards parameters, and if nothing is reversible.
+
+    Examples:
+        >>> callback = ReversibleRecompute(["model.encoder.layers"], schedule="parallel")
+        >>> callback.schedule
+        'parallel'
+
+    References:
+        T. Zhu, K. Mangalam, "PaReprop: Fast Parallelized Reversible Backpropagation", 2023, arXiv 2306.09342.
+        K. Mangalam et al., "Reversible Vision Transformers", 2022, arXiv 2302.04869.
+    """
+
+    def __init__(
+        self,
+        stacks: str | Sequence[str] | None = None,
+        schedule: Schedule = "sequential",
+        *,
+        rewire: Rewire | None = None,
+        scale: float | tuple[float, float] | None = None,
+        fusion: Fusion | None = None,
+        buffer_every: int | Literal["auto"] | None = "auto",
+        max_error: float | None = None,
+        check_every: int = 1,
+        store_last: int = 0,
+    ) -> None:
+        # All arguments are looked at now rather than when a fit begins.
+        Recomputation(schedule, None if buffer_every == "auto" else buffer_every, max_error, check_every, store_last)
+        check_choices(rewire, scale, fusion)
+        self.stacks = stacks if stacks is None or stacks == "all" or not isinstance(stacks, str) else [stacks]
+        self.schedule: Schedule = schedule
+        self._options: dict[str, Any] = {
+            "rewire": rewire,
+            "scale": scale,
+            "fusion": fusion,
+            "buffer_every": buffer_every,
+            "max_error": max_error,
+            "check_every": check_every,
+            "store_last": store_last,
+        }
+        self.conversion: Conversion | None = None
+        self._module: pl.LightningModule | None = None
+        self._found: list[tuple[Stack, Schedule]] = []
+        self._window, self._logged_at = _Window(), 0
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments, as plain values that loggers take."""
+        stacks = self.stacks if isinstance(self.stacks, str | None) else ", ".join(self.stacks)
+        plain = {name: v if isinstance(v, int | float | str | None) else str(v) for name, v in self._options.items()}
+        return {"stacks": stacks, "schedule": self.schedule, **plain}
+
+    # --- conversion ---
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Convert, before optimizers are made and processes wrap the module; at every stage, for it is the model."""
+        if not TESTED_STRATEGIES & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
+            raise MisconfigurationException(
+                f"ReversibleRecompute needs whole parameters in the backward pass, which "
+                f"{type(trainer.strategy).__name__} may not have: use one device or strategy='ddp'."
+            )
+        if pl_module is not self._module:
+            self.conversion, self._found, self._module = None, [], pl_module
+        if self.conversion is None and not self._found:
+            self._open(pl_module, warn=trainer.is_global_zero)
+        for stack, _ in self._found:
+            stack.schedule = self.schedule
+        if self.schedule == "parallel" and trainer.strategy.root_device.type != "cuda":
+            rank_zero_info(
+                "ReversibleRecompute(schedule='parallel') on a device without CUDA: blocks are recovered and "
+                "differentiated in the same order on one stream, with the same bits and no gain in time."
+            )
+
+    def _open(self, module: pl.LightningModule, warn: bool) -> None:
+        there = reversible_stacks(module)
+        names = self.stacks
+        if names is not None:
+            asked = names if names == "all" else [name for name in names if name not in there]
+            if asked and not (asked == "all" and there):
+                self.conversion = convert_to_reversible(module, asked, self.schedule, warn=warn, **self._options)
+        elif not there:
+            lists = ", ".join(map(repr, convertible(module))) or "none of known layers"
+            raise MisconfigurationException(
+                f"ReversibleRecompute() finds no reversible stack in {type(module).__name__}. Give stacks=[...] to "
+                f"convert lists of layers (it has: {lists}), or build the module with ReversibleSequential. Layers "
+                "made in configure_model come too late for this callback: call convert_to_reversible there."
+            )
+        wanted = reversible_stacks(module)
+        if names is not None and names != "all":
+            wanted = {name: stack for name, stack in wanted.items() if name in names}
+        self._found = [(stack, stack.schedule) for stack in wanted.values()]
+        rank_zero_info(f"ReversibleRecompute: schedule={self.schedule!r} for {', '.join(wanted)}.")
+
+    def undo(self) -> None:
+        """Put the model back: the layers in their lists, with the weights of now, and the schedules that stacks had."""
+        for stack, schedule in self._found:
+            stack.schedule = schedule
+        if self.conversion is not None:
+            self.conversion.undo()
+        self.conversion, self._found, self._module = None, [], None
+
+    # --- what it costs ---
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the settings into the loggers."""
+        self._window, self._logged_at = _Window(), trainer.global_step
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"bpfree_recompute": self.settings()})
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to measure anew: validation is not training."""
+        self._window = _Window()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin to measure, if a measurement has ended."""
+        if self._window.started is None:
+            self._window.open(trainer.strategy.root_device)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the samples; log where the Trainer logs."""
+        self._window.samples += _size(batch)
+        every = log_every_n_steps(trainer)
+        # Optimizer steps rather than batches, as loggers count: what is logged at another step does not reach them.
+        if trainer.barebones or not every or trainer.global_step % every or trainer.global_step == self._logged_at:
+            return
+        self._logged_at = trainer.global_step
+        values = self._window.close(trainer.strategy.root_device, trainer.world_size)
+        errors = [stack.reconstruction_error for stack, _ in self._found]
+        measured = [error for error in errors if error is not None]
+        if measured:
+            values["bpfree/reconstruction_error"] = max(measured)
+        pl_module.log_dict(values, on_step=True, on_epoch=False)
+
+    # --- checkpoints ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the function of the model depends on."""
+        settings = self.settings()
+        return {name: settings[name] for name in ("stacks", "rewire", "scale", "fusion")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Warn if the weights of the checkpoint belong to another function."""
+        now = self.state_dict()
+        changed = [f"{name}={state_dict[name]!r} (now {now[name]!r})" for name in now if state_dict[name] != now[name]]
+        if changed:
+            rank_zero_warn(
+                f"The checkpoint was trained by ReversibleRecompute with {', '.join(changed)}: with other settings its "
+                "weights make another function."
+            )
+
+
+class _Window:
+    """Some training batches in a row, over which time and memory are measured."""
+
+    def __init__(self) -> None:
+        self.started: float | None = None
+        self.samples = 0
+
+    def open(self, device: torch.device) -> None:
+        """Begin now."""
+        _wait(device)
+        reset_peak(device)
+        self.started, self.samples = time.perf_counter(), 0
+
+    def close(self, device: torch.device, ranks: int) -> dict[str, float]:
+        """End now, and return what to log."""
+        _wait(device)
+        assert self.started is not None
+        values = {"bpfree/samples_per_second": ranks * self.samples / (time.perf_counter() - self.started)}
+        peak = peak_mib(device)
+        self.started = None
+        return values if peak is None else {**values, "bpfree/peak_memory": peak}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _size(batch: Any) -> int:
+    """Return the first dimension of the first tensor of a batch."""
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
+    return len(tensors[0]) if tensors else 0
+
+
+def reversible_stacks(module: nn.Module) -> dict[str, Stack]:
+    """Return the outermost reversible stacks of a module by name."""
+    found: dict[str, Stack] = {}
+    for name, part in module.named_modules():
+        if isinstance(part, ReversibleSequential | ReversibleLayers) and not any(
+            name.startswith(f"{outer}.") for outer in found
+        ):
+            found[name] = part
+    return found

@@ -1,0 +1,1 @@
+"""Layers of other libraries that convert to reversible blocks."""

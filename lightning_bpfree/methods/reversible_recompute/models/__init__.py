@@ -1,0 +1,1 @@
+"""Builders of reversible models, and a multiscale vision transformer."""

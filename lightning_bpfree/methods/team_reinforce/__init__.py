@@ -1,0 +1,1 @@
+"""Teams of REINFORCE agents: stochastic units that learn from one reward."""

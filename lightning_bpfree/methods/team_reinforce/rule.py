@@ -1,0 +1,346 @@
+"""Teams of REINFORCE agents: every unit of a network is an agent, and all are told one reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from lightning_bpfree.core.auxiliary_modules import OwnModules
+from lightning_bpfree.core.blocks import find_network
+from lightning_bpfree.core.forward_ad import compiled_parts
+from lightning_bpfree.core.forward_override import stand_in_of, taken_away
+from lightning_bpfree.core.labels import LabelsOf
+from lightning_bpfree.core.params import ParameterSlots
+from lightning_bpfree.core.seeds import mix
+from lightning_bpfree.core.step import Estimate, Step
+from lightning_bpfree.methods.team_reinforce.activations import Units, find_sites
+from lightning_bpfree.methods.team_reinforce.baselines import Baseline, Baselines
+from lightning_bpfree.methods.team_reinforce.credit import Credit, TopDown
+from lightning_bpfree.methods.team_reinforce.eligibility_traces import Traces
+from lightning_bpfree.methods.team_reinforce.evaluation_report import EvaluationReport
+from lightning_bpfree.methods.team_reinforce.layer_rates import LayerRates
+from lightning_bpfree.methods.team_reinforce.network import TeamNetwork
+from lightning_bpfree.methods.team_reinforce.rewards import Reward, Rewards, take_action
+from lightning_bpfree.methods.team_reinforce.settings import TeamSettings
+from lightning_bpfree.methods.team_reinforce.training_pass import TeamPass
+from lightning_bpfree.methods.team_reinforce.units.exploration import Exploration
+from lightning_bpfree.methods.team_reinforce.units.stochastic import StochasticUnit
+from lightning_bpfree.training.training_rule import TrainingRule
+
+
+class TeamReinforce(TrainingRule):
+    """Trains a network as a team of agents that act at random and learn from one reward for each sample.
+
+    Activations of an unmodified network become stochastic units, and an action is drawn from what the network returns.
+    A layer learns from its input, its draw, the mean of it, and the reward: no derivative passes from layer to layer
+    (but for ``credit="ste"`` and ``"pathwise"``, which are backprop and stand here to be compared with).
+
+    **The loss of the user's training step is no more than logged**: it is the reward that trains the network. It does
+    train parameters outside of the network, such as a critic's. While the rule is active, and after the fit, the
+    network computes with stochastic units; in evaluation it returns what ``evaluation`` says, ``(B, C)``.
+
+    What is biased, by design: ``credit="weight_max"`` (unless exact) and ``"ste"``; ``exploration="boltzmann"`` without
+    negative phase in layers above the first, unless the baseline is ``"per_layer"`` or the machine spans the whole
+    network; ``exploration="recurrent"`` without negative phase.
+
+    Args:
+        units: which activations: shell-style patterns of names (``"net.*.act"``), types (``nn.ReLU``) or their names;
+            None for the network's own stochastic units, or else all activations of a known type.
+        network: name of the submodule that maps inputs to scores; None for the only child with parameters, ``""`` for
+            the LightningModule itself.
+        unit: what they become: ``"bernoulli"`` (0 and 1), ``"sign"`` (-1 and 1), ``"gaussian"``, or a unit such as
+            ``Gaussian(variance=0.3)``; a list for one a layer.
+        output: what acts on the network's output: ``"softmax"`` (a class), a unit such as ``Gaussian(0.1, "linear")``,
+            or None: nothing is drawn, and the last layer learns by the derivative of the reward.
+        exploration: ``"independent"``; ``"boltzmann"`` (symmetric lateral weights, Gibbs sweeps) or ``"recurrent"``
+            (micro-steps), with lateral weights that belong to the rule; or ``Boltzmann(...)``, ``Recurrent(...)``.
+        credit: ``"reward"`` (REINFORCE), ``"weight_max"``, ``"map_propagation"`` (Gaussian units), ``"ste"`` (discrete
+            units) or ``"pathwise"`` (Gaussian units); or ``WeightMax(...)``, ``MapPropagation(...)``, ....
+        num_samples: draws of each input, ``M``; they are folded into the batch.
+        baseline: ``"leave_one_out"`` (the other draws of the input; ``num_samples >= 2``), ``"critic"`` (a small
+            network that reads the input), ``"per_layer"`` (one that reads each layer's input) or ``"none"``.
+        negative_phase: subtract the mean of what lateral weights learn, by a second draw.
+        reward: ``"class"``: 1 if the drawn class is the label, else -1. ``"loss"``: minus the cross-entropy of each
+            row, with ``output=None``. ``"module"``: the module's method ``reward(batch, action)``. ``"step"``: the
+            training step returns ``{"loss", "action", "reward"}`` (and ``"done"``) itself. Or a function ``(batch,
+            action)``. One number a row: row ``m * B + b`` of the action is draw ``m`` of sample ``b``.
+        trace_decay: keep eligibility traces, each row of the batch an environment that goes on, that decay by this a
+            step (gamma times lambda); None for none. With ``reward="step"``, rewards are temporal-difference errors.
+        lateral_lr: learning rate (Adam) of lateral weights; it matters, and is best below the network's.
+        critic_lr: learning rate (Adam) of critics.
+        learning_rates: factors on the optimizer's learning rate, one for each layer of units and the output's; or one
+            number, by which it falls from layer to layer (0.1: 1, 0.1, 0.01, ...).
+        evaluation: ``"mean"``: units give their means (mean field); ``"samples"``: the average over draws.
+        eval_samples: how many draws that averages.
+        labels: takes the labels out of a batch that is no pair (inputs, labels).
+        **settings: see :class:`TrainingRule`.
+
+    Raises:
+        ValueError: for arguments out of range, or that do not go together.
+
+    Examples:
+        >>> TeamReinforce(credit="weight_max", num_samples=8).describe()["units"]
+        'Bernoulli, independent, 8 draws'
+
+    References:
+        S. Chung, "Structural Credit Assignment with Coordinated Exploration", 2023, arXiv 2307.13256. R. J. Williams,
+        "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning", 1992.
+    """
+
+    citation: ClassVar[str] = (
+        "@article{chung2023structural, title={Structural Credit Assignment with Coordinated Exploration}, "
+        "author={Chung, Stephen}, journal={arXiv preprint arXiv:2307.13256}, year={2023}}"
+    )
+    estimates_user_loss: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        units: Units | None = None,
+        network: str | None = None,
+        *,
+        unit: str | StochasticUnit | Sequence[str | StochasticUnit] = "bernoulli",
+        output: str | StochasticUnit | None = "softmax",
+        exploration: Literal["independent", "boltzmann", "recurrent"] | Exploration = "independent",
+        credit: Literal["reward", "weight_max", "map_propagation", "ste", "pathwise"] | Credit = "reward",
+        num_samples: int = 4,
+        baseline: Baseline = "leave_one_out",
+        negative_phase: bool = False,
+        reward: Reward = "class",
+        trace_decay: float | None = None,
+        lateral_lr: float = 1e-3,
+        critic_lr: float = 1e-3,
+        learning_rates: Sequence[float] | float | None = None,
+        evaluation: Literal["mean", "samples"] = "mean",
+        eval_samples: int = 16,
+        labels: LabelsOf | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        self.units, self.network, self.unit, self.output = units, network, unit, output
+        self.exploration, self.credit, self.num_samples, self.baseline = exploration, credit, num_samples, baseline
+        self.negative_phase, self.reward, self.trace_decay = negative_phase, reward, trace_decay
+        self.lateral_lr, self.critic_lr, self.learning_rates = lateral_lr, critic_lr, learning_rates
+        self.evaluation, self.eval_samples, self.labels = evaluation, eval_samples, labels
+        self._team = TeamSettings.of(self)
+        self.reevaluates = self._team.runs_again
+        self._rewards, self._baselines = Rewards(reward, labels), Baselines(baseline, critic_lr)
+        self._lateral = OwnModules("adam", lateral_lr)
+        self._traces = None if trace_decay is None else Traces(trace_decay)
+        self._rates = None if learning_rates is None else LayerRates(learning_rates)
+        self._network: TeamNetwork | None = None
+        self._rank, self._loaded = 0, False
+        self._report = EvaluationReport(labels)
+
+    # --- the network's forward pass ---
+
+    def install(self, module: nn.Module) -> None:
+        """Let the network in ``module`` compute with stochastic units, as during the fit.
+
+        Needed for weights that this rule has trained and that are used without it: after loading a checkpoint, call
+        ``load_state_dict(checkpoint["callbacks"][rule.state_key])`` if there are lateral weights, and then this.
+
+        Args:
+            module: the LightningModule, or a module that holds the network under the same name.
+        """
+        name, network = find_network(module, self.network)
+        if self._network is None or self._network.network is not network:
+            self.uninstall(module)
+            sites = find_sites(network, name, self.units)
+            self._team.check_units([site for site in sites.values() if isinstance(site, StochasticUnit)])
+            if self._network is not None and not self._loaded:  # another network: it starts afresh
+                self._lateral = OwnModules("adam", self.lateral_lr)
+                self._baselines = Baselines(self.baseline, self.critic_lr)
+                self._traces = None if self.trace_decay is None else Traces(self.trace_decay)
+            self._network, self._loaded = TeamNetwork(network, sites, self._team, self._lateral, self._own_seed), False
+        self._network.install()
+
+    def _own_seed(self) -> int:
+        return (self.record.seed if self.seed is None else self.seed) or 0
+
+    def uninstall(self, module: nn.Module | None = None) -> None:
+        """Give the network's own forward pass, and its activations, back.
+
+        Args:
+            module: whose network, such as a copy of the one in training; None for the last one that was installed.
+        """
+        found = self._network if module is None else stand_in_of(find_network(module, self.network)[1])
+        if isinstance(found, TeamNetwork):
+            found.remove()
+
+    def without(self) -> AbstractContextManager[None]:
+        """Let the network be itself in this context."""
+        return taken_away(self._network)
+
+    # --- one fit ---
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Swap the training step."""
+        super().setup(trainer, pl_module, stage)
+        compiled = compiled_parts(pl_module) if stage == "fit" else []
+        if compiled:
+            raise MisconfigurationException(
+                f"TeamReinforce replaces activations while the network runs, which torch.compile does not allow: "
+                f"{', '.join(compiled)} is compiled. Train the module as it was before torch.compile."
+            )
+
+    def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
+        """Replace the activations."""
+        self.install(module)
+        self._rank = trainer.global_rank
+        if self._rates is not None:
+            self._rates.forget()
+        if not self.active(trainer.current_epoch):
+            self.uninstall()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take one's turn: a fit that is resumed inside an epoch begins none."""
+        self._take_turn(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note whose epoch this is."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._take_turn(trainer, pl_module)
+
+    def _take_turn(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        active = self.active(trainer.current_epoch)
+        self.install(pl_module) if active else self.uninstall(pl_module)
+        if self._rates is not None:
+            self._rates.attach(trainer.optimizers if active else [])
+
+    def estimate(self, step: Step) -> Estimate:
+        """Return the user's loss, and the gradient of the mean reward with its sign changed."""
+        assert self._network is not None
+        settings, network, credit = self._team, self._network, self._team.credit
+        generator = torch.Generator(step.module.device).manual_seed(mix(step.seed, self._rank))  # type: ignore[arg-type]
+        leaves = isinstance(credit, TopDown)
+        options = {"negative_phase": self.negative_phase, "leaves": leaves, "again": self.reevaluates}
+        work = TeamPass(step, self.num_samples, generator, **options)
+        network.training_pass = work
+        try:
+            loss = step.loss(cost=float(self.num_samples))
+        finally:
+            network.training_pass = None
+        self.settled(False)  # of a batch that was left in the middle
+        if not work.layers:
+            raise MisconfigurationException(
+                f"TeamReinforce: the training step never called {self.network or 'its network'}: name the submodule "
+                "that maps inputs to scores, network=...."
+            )
+        if self.reward == "step":
+            take_action(step, work)
+        rewards, by_output = self._rewards(step, work)
+        advantages = self._baselines.advantages(work, rewards, self.record.seed or 0)
+        self._learn_laterally(work, advantages)
+        parameters = [slot.parameter for slot in step.trained]
+        if self._rates is not None:
+            self._rates.find([layer.potential for layer in work.layers])
+        if self._traces is None:
+            found = credit.gradients(work, advantages, parameters, by_output)
+        else:
+            done = step.output.get("done") if isinstance(step.output, dict) else None
+            found = self._traces.gradients(work, advantages[-1], parameters, credit, done)
+        step.forward_evals += self.num_samples * settings.cost_behind(work.layers, network.num_weights)
+        metrics = {"reward": rewards.mean()}
+        return Estimate(loss.detach(), self._descending(step, loss, found), metrics)
+
+    def _learn_laterally(self, work: TeamPass, advantages: Sequence[Tensor]) -> None:
+        for layer, advantage in zip(work.layers[:-1], advantages, strict=False):
+            if layer.drawn is not None and layer.drawn.lateral is not None:
+                ascent = layer.drawn.lateral(advantage) / len(advantage)
+                self._lateral.propose(f"lateral/{layer.name}", [-ascent])
+
+    def _descending(self, step: Step, loss: Tensor, found: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """Return named gradients to descend by; what the team does not reach learns from the user's loss."""
+        if all(gradient is None for gradient in found):
+            raise MisconfigurationException(
+                f"TeamReinforce(params={self.params!r}): none of the trained parameters is in front of the units "
+                f"{', '.join(site.name for site in self._network.sites) if self._network else ''} or the output."
+            )
+        others = [slot for slot, gradient in zip(step.trained, found, strict=True) if gradient is None]
+        of_loss: list[Tensor | None] = [None] * len(others)
+        if others and loss.requires_grad:
+            own = [slot.parameter for slot in others]
+            of_loss = list(torch.autograd.grad(loss, own, allow_unused=True))
+        made = {
+            slot.name: gradient.detach().neg().to(slot.parameter.dtype)
+            for slot, gradient in zip(step.trained, found, strict=True)
+            if gradient is not None
+        }
+        for slot, gradient in zip(others, of_loss, strict=True):
+            made[slot.name] = torch.zeros_like(slot.parameter) if gradient is None else gradient
+        return made
+
+    def settled(self, succeeded: bool) -> None:
+        """Keep what lateral weights and critics have learned from the batch, or drop it."""
+        for own in (self._lateral, self._baselines.own):
+            own.settle(succeeded)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Let lateral weights and critics take their steps too."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        mean = partial(trainer.strategy.reduce, reduce_op="mean")
+        for own in (self._lateral, self._baselines.own):
+            own.step(mean if trainer.world_size > 1 else None)
+
+    # --- evaluation ---
+
+    def _predict_as_trained(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.install(pl_module) if self.record.trained_last(self.active(0)) else self.uninstall(pl_module)
+        if self._network is not None and self._network.installed:
+            self._network.generator = None  # every evaluation draws the same
+            self._report.begin(trainer, self._network, self.reward == "class")
+
+    on_validation_start = on_test_start = on_predict_start = _predict_as_trained
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
+    ) -> None:
+        """Log what means and draws are worth."""
+        self._report.log(trainer, pl_module, batch)
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
+    ) -> None:
+        """Log what means and draws are worth."""
+        self._report.log(trainer, pl_module, batch)
+
+    def _end_of_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._report.end()
+
+    on_validation_end = on_test_end = _end_of_evaluation
+
+    def describe(self) -> dict[str, str]:
+        """Return rows for the banner."""
+        rows = self._team.describe(self.num_samples)
+        if self._network is not None:
+            rows["in place of"] = ", ".join(site.name for site in self._network.sites)
+        return {**rows, "route": self._team.route}
+
+    def _restore(self) -> None:
+        super()._restore()
+        if self._rates is not None:
+            self._rates.detach()
+
+    # --- checkpoints ---
+
+    def rule_state(self) -> dict[str, Any]:
+        """Return lateral weights, critics and traces."""
+        traces = {} if self._traces is None else {key: total.clone() for key, total in self._traces.sums.items()}
+        return {"lateral": self._lateral.state_dict(), "critics": self._baselines.own.state_dict(), "traces": traces}
+
+    def load_rule_state(self, state: dict[str, Any]) -> None:
+        """Take lateral weights, critics and traces back."""
+        self._loaded = True
+        self._lateral.load_state_dict(state["lateral"])
+        self._baselines.own.load_state_dict(state["critics"])
+        if self._traces is not None:
+            self._traces.sums = dict(state["traces"])

@@ -1,0 +1,1 @@
+"""Stochastic units, and how the units of a layer explore together."""

@@ -1,0 +1,1 @@
+"""Zeroth order: finite differences of the loss along random directions."""

@@ -1,1 +1,0 @@
-"""Floor 2: training rules, one file each, over one base."""

@@ -1,0 +1,78 @@
+"""What stands in the way of a rule, said before the first batch and with the cure."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_bpfree.core.exchange import ScalarExchange
+from lightning_bpfree.core.forward_override import stand_in_of
+
+if TYPE_CHECKING:
+    from lightning_bpfree.training.training_rule import TrainingRule
+
+# By name, for a Trainer from `pytorch_lightning` brings its own classes of the same names.
+TESTED_STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy"}
+
+
+def check_fit(rule: TrainingRule, rules: list[str], trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Raise MisconfigurationException if ``rule`` cannot train ``module`` in this Trainer.
+
+    Args:
+        rule: the rule that is about to start.
+        rules: names of all rules among the Trainer's callbacks.
+        trainer: the Trainer.
+        module: the module in training.
+    """
+    name = type(rule).__name__
+    if len(rules) > 1:
+        raise MisconfigurationException(
+            f"Two training rules in one Trainer ({', '.join(rules)}): keep one. To change the rule during a fit, give "
+            "it start_epoch or stop_epoch; to change it between fits, resume from a checkpoint with another rule."
+        )
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{name} hands its estimate to Lightning's automatic optimization, but {type(module).__name__} sets "
+            "automatic_optimization=False. Return the loss from training_step and leave the optimizer to Lightning, or "
+            "call lightning_bpfree.functional inside the manual step."
+        )
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise MisconfigurationException(
+            f"{name} evaluates a batch several times, but {type(module).__name__}.training_step takes dataloader_iter "
+            "and would use up a new batch at each evaluation. Take (batch, batch_idx) instead."
+        )
+    for part in module.modules():
+        stand_in = stand_in_of(part)
+        other = name if stand_in is None else stand_in.rule
+        if other != name:
+            raise MisconfigurationException(
+                f"{name} would train through what {other} has put in the place of {type(part).__name__}'s forward "
+                f"pass, which still computes in its way. Call {other}(...).uninstall(module) first."
+            )
+    _check_strategy(rule, trainer)
+
+
+def _check_strategy(rule: TrainingRule, trainer: pl.Trainer) -> None:
+    name, strategy = type(rule).__name__, type(trainer.strategy).__name__
+    if isinstance(trainer.strategy, ScalarExchange):
+        if not rule.exchanges_scalars:
+            raise MisconfigurationException(
+                f"{name}'s gradient is not a function of a few numbers, and {strategy} sends nothing else between "
+                "ranks: use strategy='ddp'."
+            )
+        if rule.start_epoch > 0 or rule.stop_epoch is not None:
+            raise MisconfigurationException(
+                f"{name}(start_epoch={rule.start_epoch}, stop_epoch={rule.stop_epoch}) has epochs of plain backprop, "
+                f"and {strategy} sends no gradients between ranks: use strategy='ddp'."
+            )
+        return
+    if rule.allow_untested:
+        return
+    if not TESTED_STRATEGIES & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
+        raise MisconfigurationException(
+            f"{name} has not been tested under {strategy}. Use one device, strategy='ddp' or 'bpfree_scalar_sync', or "
+            "pass allow_untested=True and compare a few steps with one device."
+        )

@@ -1,0 +1,102 @@
+"""What a run can prove of its training rule: counters, history of epochs, banner."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_bpfree.core.params import ParameterSlots
+
+if TYPE_CHECKING:
+    from lightning_bpfree.training.training_rule import TrainingRule
+
+
+class Record:
+    """Counters and history of one rule, saved with the checkpoint.
+
+    Args:
+        rule: the rule's name.
+    """
+
+    def __init__(self, rule: str) -> None:
+        self.rule = rule
+        self.seed: int | None = None
+        self.batches = 0
+        self.forward_evals = 0.0
+        self.skipped = 0
+        self.history: list[dict[str, Any]] = []
+
+    def start_epoch(self, epoch: int, active: bool) -> None:
+        """Note whose epoch it is; neighbouring epochs of one rule share an entry."""
+        name = self.rule if active else "Backprop"
+        last = self.history[-1] if self.history else None
+        if last is not None and last["rule"] == name and last["last_epoch"] >= epoch - 1:
+            last["last_epoch"] = max(epoch, last["last_epoch"])
+        else:
+            self.history.append({"rule": name, "first_epoch": epoch, "last_epoch": epoch})
+
+    def trained_last(self, otherwise: bool) -> bool:
+        """Whether the last epoch was the rule's own; ``otherwise`` if there was none."""
+        return bool(self.history[-1]["rule"] == self.rule) if self.history else otherwise
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the record in plain values."""
+        return {
+            "seed": self.seed,
+            "batches": self.batches,
+            "forward_evals": self.forward_evals,
+            "skipped": self.skipped,
+            "history": [dict(entry) for entry in self.history],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back a record."""
+        self.seed, self.batches = state["seed"], state["batches"]
+        self.forward_evals, self.skipped = state["forward_evals"], state["skipped"]
+        self.history = [dict(entry) for entry in state["history"]]
+
+    def check_origin(self, origin: dict[str, Any] | None, strict: bool) -> None:
+        """Warn, or raise if ``strict``, if a checkpoint was trained by another rule; carry its history over."""
+        if origin is not None and origin["rule"] == self.rule:
+            return
+        before = "no training rule of this package" if origin is None else origin["rule"]
+        message = f"This checkpoint was trained by {before}; {self.rule} takes over from here."
+        if strict:
+            raise MisconfigurationException(f"{message} strict_rule=True forbids it: resume with {before}.")
+        if origin is not None:
+            self.history = [dict(entry) for entry in origin["history"]]
+        rank_zero_warn(message)
+
+
+def of_all_ranks(trainer: pl.Trainer, mine: list[Any]) -> list[Any]:
+    """Return the lists of all ranks, one after the other; of a run that was interrupted, this rank's alone."""
+    # After an exception on one rank, the others do not come here.
+    if trainer.world_size == 1 or trainer.interrupted or not torch.distributed.is_initialized():
+        return mine
+    gathered: list[list[Any]] = [[] for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(gathered, mine)
+    return [part for parts in gathered for part in parts]
+
+
+def banner(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer) -> str:
+    """Return the table that a run shows at its start: which rule, what it trains, what it costs."""
+    trained = sum(slot.parameter.numel() for slot in slots.trainable())
+    total = sum(slot.parameter.numel() for slot in [*slots, *slots.rest])
+    stop = "end" if rule.stop_epoch is None else str(rule.stop_epoch - 1)
+    always = rule.start_epoch == 0 and rule.stop_epoch is None
+    rows = {
+        "training rule": type(rule).__name__,
+        "parameters": f"{trained:,} of {total:,}" + (f" ({rule.params})" if rule.params else ""),
+        **rule.describe(),
+        "epochs": "all" if always else f"{rule.start_epoch} to {stop}; plain backprop in the others",
+        "ranks": f"{trainer.world_size} ({type(trainer.strategy).__name__})",
+        "seed": str(rule.record.seed),
+    }
+    width = max(len(key) for key in rows)
+    lines = [f" {key:<{width}} | {value}" for key, value in rows.items()]
+    rule_line = "-" * max(len(line) for line in lines)
+    return "\n".join(["", rule_line, *lines, rule_line])

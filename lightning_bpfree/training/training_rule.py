@@ -1,0 +1,350 @@
+"""The base of all training rules: swaps the training step, hands the estimate over, and undoes the swap."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, ClassVar, Literal, Protocol
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_bpfree.core.exchange import ScalarExchange
+from lightning_bpfree.core.injection import inject, zeros
+from lightning_bpfree.core.params import ParameterSlots, norm
+from lightning_bpfree.core.replay import RandomStreams, Replay
+from lightning_bpfree.core.seeds import mix
+from lightning_bpfree.core.step import Estimate, NonFiniteLossError, SkipBatchError, Step, loss_of
+from lightning_bpfree.training.checks import check_fit
+from lightning_bpfree.training.module_state import View
+from lightning_bpfree.training.record import Record, banner, of_all_ranks
+from lightning_bpfree.training.step_swap import Swap, handed_over
+from lightning_bpfree.training.trainer_attributes import callbacks_of, log_every_n_steps
+
+BACKPROP_COST = 3.0  # forward passes: one forward, and two matrix products per layer on the way back
+
+
+class Probe(Protocol):
+    """Looks at estimates while the step can still be evaluated, such as a comparison with the true gradient."""
+
+    def due(self, trainer: pl.Trainer) -> bool:
+        """Whether to look at the coming step."""
+
+    def observe(self, trainer: pl.Trainer, module: pl.LightningModule, step: Step, estimate: Estimate) -> None:
+        """Look at the step; further evaluations of it leave no trace."""
+
+
+class TrainingRule(Callback, ABC):
+    """Trains any LightningModule by another rule than backprop; subclasses implement :meth:`estimate`.
+
+    As a callback of the Trainer, a rule replaces ``module.training_step`` for the duration of ``fit``. Optimizer,
+    schedulers, clipping, accumulation, precision, DDP, loggers and checkpoints go on working, for the estimate reaches
+    them as an ordinary gradient.
+
+    Args:
+        params: shell-style patterns of the parameters to train (``"*.lora_*"``); None for all. The others stay
+            untouched while the rule is active.
+        start_epoch: first epoch of the rule, >= 0. Before it, the whole module trains by plain backprop.
+        stop_epoch: first epoch that is no longer the rule's, > ``start_epoch``; None for never.
+        seed: of the rule's own random directions; None takes torch's initial seed (``seed_everything``) of rank 0.
+        on_nonfinite: what to do if a number that the rule measures is NaN or infinite: ``"raise"`` stops the run before
+            any parameter moves, ``"skip"`` leaves out the batch. Rules that only differentiate measure none.
+        allow_untested: run under strategies for which nothing is known.
+        strict_rule: refuse, rather than warn, to resume from a checkpoint that another rule has made.
+
+    Raises:
+        ValueError: for arguments out of range.
+    """
+
+    citation: ClassVar[str] = ""
+    exchanges_scalars: bool = False
+    """Whether the estimate is a function of the numbers on which ranks agree by ``Step.measure``."""
+    reevaluates: bool = True
+    """Whether the rule evaluates the training step more than once a batch."""
+    estimates_user_loss: ClassVar[bool] = True
+    """Whether the estimate is one of the gradient of the user's loss; rules with losses of their own say False."""
+
+    def __init__(
+        self,
+        *,
+        params: str | Sequence[str] | None = None,
+        start_epoch: int = 0,
+        stop_epoch: int | None = None,
+        seed: int | None = None,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+        allow_untested: bool = False,
+        strict_rule: bool = False,
+    ) -> None:
+        if start_epoch < 0:
+            raise ValueError(f"start_epoch={start_epoch}: epochs count from 0.")
+        if stop_epoch is not None and stop_epoch <= start_epoch:
+            raise ValueError(f"stop_epoch={stop_epoch} must be above start_epoch={start_epoch}: the rule has no epoch.")
+        if on_nonfinite not in ("raise", "skip"):
+            raise ValueError(f"on_nonfinite={on_nonfinite!r}: choose 'raise' or 'skip'.")
+        self.params, self.start_epoch, self.stop_epoch, self.seed = params, start_epoch, stop_epoch, seed
+        self.on_nonfinite, self.allow_untested, self.strict_rule = on_nonfinite, allow_untested, strict_rule
+        self.probes: list[Probe] = []
+        self.record = Record(type(self).__name__)
+        self._estimates = 0  # since the last step of the optimizer
+        self._resumed: list[dict[str, Any]] = []  # random streams of a checkpoint, by rank
+        self._swap: Swap | None = None
+        self._view: View | None = None
+        self._streams = RandomStreams()
+
+    # --- what a rule says of itself ---
+
+    @abstractmethod
+    def estimate(self, step: Step) -> Estimate:
+        """Return loss and gradient of one mini-batch; called with gradients enabled."""
+
+    def settled(self, succeeded: bool) -> None:
+        """Keep what a rule has learned beside its estimate, or drop it: now all ranks know whether the batch counts."""
+
+    def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
+        """Raise MisconfigurationException if the rule cannot train these parameters; called before the first batch."""
+
+    def read(self, output: Any) -> Tensor:
+        """Return the scalar to minimise in what the training step returned."""
+        return loss_of(output)
+
+    def describe(self) -> dict[str, str]:
+        """Return rows for the banner: what the rule evaluates in a step, and by which route."""
+        return {}
+
+    def settings(self) -> dict[str, Any]:
+        """Return the rule's arguments, as plain values that loggers and checkpoints take."""
+        kinds = [kind for kind in type(self).__mro__ if issubclass(kind, TrainingRule)]
+        arguments = [p for kind in kinds for p in inspect.signature(kind.__init__).parameters.values()]
+        names = {p.name for p in arguments if p.kind is not p.VAR_KEYWORD and hasattr(self, p.name)}
+        values = {name: getattr(self, name) for name in sorted(names)}
+        return {name: v if isinstance(v, int | float | str | None) else str(v) for name, v in values.items()}
+
+    def active(self, epoch: int) -> bool:
+        """Whether the epoch (counted from 0) is the rule's; the others are plain backprop's."""
+        return epoch >= self.start_epoch and (self.stop_epoch is None or epoch < self.stop_epoch)
+
+    @property
+    def original_step(self) -> Callable[..., Any] | None:
+        """The module's own training step while it is swapped; None outside of fit."""
+        return None if self._swap is None else self._swap.original
+
+    def without(self) -> AbstractContextManager[None]:
+        """Return a context in which the module computes as it does without the rule."""
+        return nullcontext()
+
+    # --- swap and undo ---
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Replace the module's training step, once everything that could stand in the way has been checked."""
+        if stage != "fit":
+            return
+        rules = callbacks_of(trainer, TrainingRule)
+        check_fit(self, [type(rule).__name__ for rule in rules], trainer, pl_module)
+        self._swap = Swap(pl_module, partial(self._run, trainer, pl_module))
+
+    def _restore(self) -> None:
+        if self._swap is not None:
+            self._swap.undo()
+        self._swap, self._view, self.probes = None, None, []
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put the module's own training step back."""
+        if stage == "fit":
+            self._restore()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Put the module's own training step back: Lightning calls no teardown hooks after an exception."""
+        self._restore()
+
+    # --- one fit ---
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say which rule trains what; called before the data loaders draw their order."""
+        self._view = View(pl_module, self.params)
+        if self.record.seed is None:
+            seed = torch.initial_seed() if self.seed is None else self.seed
+            self.record.seed = int(trainer.strategy.broadcast(seed)) & ((1 << 63) - 1)
+        self.check(trainer, pl_module, self._view.slots)
+        self._streams = self._view.streams  # kept behind the fit, for checkpoints that are saved then
+        self._continue_streams(trainer)
+        rank_zero_info(banner(self, self._view.slots, trainer))
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"bpfree": {"rule": type(self).__name__, **self.settings()}})
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note whose epoch this is."""
+        self._view = View(pl_module, self.params)
+        self.record.start_epoch(trainer.current_epoch, self.active(trainer.current_epoch))
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Count batches: directions are new for every batch, not for every evaluation of one."""
+        self.record.batches += 1
+        if batch_idx > 0:  # resumed inside an epoch, behind the loader's draw
+            self._continue_streams(trainer)
+        self._resumed = []
+
+    def _continue_streams(self, trainer: pl.Trainer) -> None:
+        """After a resume, continue the random streams where the checkpoint left them: Lightning does not."""
+        if trainer.global_rank < len(self._resumed):
+            self._streams.from_plain(self._resumed[trainer.global_rank])
+
+    def _run(self, trainer: pl.Trainer, module: pl.LightningModule, original: Any, *args: Any, **kwargs: Any) -> Any:
+        evaluate = partial(original, *args, **kwargs)
+        if not self.active(trainer.current_epoch):
+            self.record.forward_evals += BACKPROP_COST
+            self._log(trainer, module, {"bpfree/active": 0.0})
+            return evaluate()
+        probes = [probe for probe in self.probes if probe.due(trainer)]
+        step = self._step(trainer, module, evaluate, args, replayable=self.reevaluates or bool(probes))
+        failure: NonFiniteLossError | None = None
+        try:
+            estimate = self.estimate(step)
+            for probe in probes:
+                probe.observe(trainer, module, step, estimate)
+        except SkipBatchError:
+            return None
+        except NonFiniteLossError as error:
+            failure = error
+        finally:
+            self.record.forward_evals += step.forward_evals
+            step.finish()
+        zeros_for = self._waited_for(trainer, step)
+        failed = self._failed(trainer, failure)
+        self.settled(not failed)
+        if failed:
+            zeros_for += [slot.parameter for slot in step.trained]
+            return inject(torch.full((), torch.nan, device=module.device), zeros_for, lambda _: map(zeros, zeros_for))
+        if not step.recorded:
+            raise RuntimeError(f"{type(self).__name__}.estimate made no recorded evaluation: call step.loss() once.")
+        own = {f"bpfree/{_snake(type(self).__name__)}/{k}": v for k, v in estimate.metrics.items()}
+        self._log(trainer, module, {"bpfree/loss": estimate.loss.detach(), **own})
+        # Where gradients cross ranks, another rank may have learned something, and all must step together.
+        self._estimates += estimate.informative or _gradients_cross_ranks(trainer)
+        return handed_over(step, estimate, zeros_for)
+
+    def _step(self, trainer: pl.Trainer, module: Any, evaluate: Callable[[], Any], args: Any, replayable: bool) -> Step:
+        assert self._view is not None, "the training step ran outside of fit"
+        view = self._view
+        return Step(
+            module,
+            evaluate,
+            view.slots,
+            mix(self.record.seed or 0, self.record.batches),
+            args=args,
+            replay=Replay([view.streams, view.attributes, view.metrics], view.buffers) if replayable else None,
+            quiet=view.quiet,
+            exchange=trainer.strategy if isinstance(trainer.strategy, ScalarExchange) else None,
+            read=self.read,
+        )
+
+    def _waited_for(self, trainer: pl.Trainer, step: Step) -> list[Tensor]:
+        """Return parameters for which DDP's reducer waits although the rule does not train them."""
+        if not _gradients_cross_ranks(trainer):
+            return []
+        return [slot.parameter for slot in step.slots.rest if slot.parameter.requires_grad]
+
+    def _failed(self, trainer: pl.Trainer, failure: NonFiniteLossError | None) -> bool:
+        batch = self.record.batches - 1
+        if self.on_nonfinite == "raise":
+            if failure is None:
+                return False
+            raise RuntimeError(
+                f"{type(self).__name__}: {failure} in batch {batch}. No parameter has moved. Lower the learning rate "
+                "or sigma, or leave out such batches with on_nonfinite='skip'."
+            ) from failure
+        failed = failure is not None
+        if _gradients_cross_ranks(trainer):
+            # Ranks must skip together, or the others wait in DDP's reducer for ever.
+            flag = torch.tensor(float(failed), device=trainer.strategy.root_device)
+            failed = bool(trainer.strategy.reduce(flag, reduce_op="sum"))
+        if failed:
+            self.record.skipped += 1
+            reason = failure or "another rank failed"
+            rank_zero_warn(f"{type(self).__name__}: {reason}; batch {batch} is skipped.")
+        return failed
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Keep parameters that the rule does not train untouched, and log the norm of the estimate."""
+        if not self.active(trainer.current_epoch) or self._view is None:
+            return
+        slots, skipped = self._view.slots, self._estimates == 0
+        self._estimates = 0
+        for slot in [*slots.rest, *(slots if skipped else [])]:
+            slot.parameter.grad = None  # a gradient of zero would still move it, by momentum or weight decay
+        if self._log_due(trainer):
+            grads = {slot.name: slot.parameter.grad for slot in slots if slot.parameter.grad is not None}
+            self._log(trainer, pl_module, {"bpfree/grad_norm": norm(grads)})
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the cost so far, and check that ranks agree where only scalars cross them."""
+        if not trainer.barebones:
+            evals, ranks = self.record.forward_evals, trainer.world_size
+            pl_module.log("bpfree/forward_evals", evals, on_step=False, on_epoch=True, sync_dist=ranks > 1)
+        if isinstance(trainer.strategy, ScalarExchange):
+            trainer.strategy.verify(pl_module)
+
+    def _log_due(self, trainer: pl.Trainer) -> bool:
+        every = log_every_n_steps(trainer)
+        return bool(every) and (trainer.global_step + 1) % every == 0 and not trainer.barebones
+
+    def _log(self, trainer: pl.Trainer, module: pl.LightningModule, values: dict[str, Any]) -> None:
+        if not self._log_due(trainer):
+            return
+        values = {"bpfree/forward_evals": self.record.forward_evals, "bpfree/active": 1.0, **values}
+        if isinstance(trainer.strategy, ScalarExchange):
+            values["bpfree/bytes_sent"] = float(trainer.strategy.bytes_sent)
+        module.log_dict(values, on_step=True, on_epoch=False)
+
+    # --- checkpoints ---
+
+    def rule_state(self) -> dict[str, Any]:
+        """Return state of the rule's own, in plain numbers, strings, lists, dicts and tensors."""
+        return {}
+
+    def load_rule_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`rule_state` returned."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what an exact resume needs: seed, counters, history, and the rule's own state."""
+        return {"record": self.record.state_dict(), "rule": self.rule_state(), "streams": [self._streams.to_plain()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back the state of a checkpoint."""
+        self.record.load_state_dict(state_dict["record"])
+        self.load_rule_state(state_dict["rule"])
+        self._resumed = state_dict["streams"]
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write down which rule trained the module, with which settings, in which epochs; and streams of all ranks."""
+        own = checkpoint["callbacks"][self.state_key]
+        own["streams"] = of_all_ranks(trainer, own["streams"])
+        checkpoint["bpfree"] = {
+            "rule": type(self).__name__,
+            "settings": self.settings(),
+            "history": self.record.state_dict()["history"],
+        }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say so if the checkpoint comes from another rule."""
+        self.record.check_origin(checkpoint.get("bpfree"), self.strict_rule)
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+def _gradients_cross_ranks(trainer: pl.Trainer) -> bool:
+    return trainer.world_size > 1 and not isinstance(trainer.strategy, ScalarExchange)
