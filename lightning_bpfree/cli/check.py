@@ -22,7 +22,7 @@ from lightning_bpfree.cli.common.preconditions import CommandError, require
 from lightning_bpfree.cli.common.tables import console, number
 from lightning_bpfree.core.step import loss_of
 from lightning_bpfree.training.gradient_alignment import GradientAlignment
-from lightning_bpfree.training.module_state import Quiet
+from lightning_bpfree.training.module_state import SilencedLogging
 from lightning_bpfree.training.trainer_attributes import callbacks_of
 from lightning_bpfree.training.training_rule import TrainingRule
 
@@ -47,7 +47,7 @@ class Verdict(NamedTuple):
     obstacle: str = ""
 
 
-class CostProbe(Callback):
+class CostMeter(Callback):
     """Measures a rule's step on the first batch, and ends the fit before that batch is trained on.
 
     Args:
@@ -68,7 +68,7 @@ class CostProbe(Callback):
         rule.start_epoch, rule.stop_epoch = 0, None  # the rule's own epochs may lie further on
         rule.on_train_epoch_start(trainer, pl_module)
         takes_index = "batch_idx" in inspect.signature(pl_module.training_step).parameters
-        with Quiet(pl_module)():
+        with SilencedLogging(pl_module)():
             self.cost = self._measured(trainer, rule, (batch, batch_idx) if takes_index else (batch,))
         pl_module.on_train_batch_start = lambda *_: -1  # type: ignore[method-assign]
 
@@ -149,15 +149,15 @@ def _picked(index: int, configured: list[TrainingRule]) -> list[TrainingRule]:
 
 
 def _verdict(blueprint: Blueprint, name: str, rules: RulesChoice, repeats: int) -> Verdict:
-    probe = CostProbe(repeats)
+    meter = CostMeter(repeats)
     # fast_dev_run: one batch; checkpoints, early stopping, tuners and loggers do nothing.
-    built = blueprint.build(rules, callbacks=[probe], dropped=(GradientAlignment,), fast_dev_run=True)
+    built = blueprint.build(rules, callbacks=[meter], dropped=(GradientAlignment,), fast_dev_run=True)
     try:
         built.trainer.fit(built.module, datamodule=built.data)
     except Exception as error:
-        if probe.cost is None:  # else the module's own hooks minded the empty epoch, which is no obstacle
+        if meter.cost is None:  # else the module's own hooks minded the empty epoch, which is no obstacle
             return Verdict(name, None, _said(error))
-    return Verdict(name, probe.cost, "" if probe.cost else "the data has no training batch")
+    return Verdict(name, meter.cost, "" if meter.cost else "the data has no training batch")
 
 
 def _said(error: Exception) -> str:

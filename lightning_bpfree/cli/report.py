@@ -1,4 +1,4 @@
-"""What ``bpfree fit --report true`` shows of a finished fit: a table, and a figure of the training."""
+"""The report of ``bpfree fit --report true``: a table, and a figure of the training."""
 
 from __future__ import annotations
 

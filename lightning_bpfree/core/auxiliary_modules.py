@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_bpfree.core.params import added
 
 Build = Callable[[], nn.Module]
-OwnOptimizer = Literal["adam", "sgd"]
+AuxiliaryOptimizer = Literal["adam", "sgd"]
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -54,7 +54,7 @@ def _plain_defaults() -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
-class OwnModules:
+class AuxiliaryModules:
     """Modules that a rule makes late, trains itself, and saves with its own state.
 
     They are no part of the user's module: neither its state dict nor its optimizer knows of them. A rule asks for a
@@ -71,7 +71,7 @@ class OwnModules:
         ValueError: for an unknown optimizer, or a learning rate that is not positive.
 
     Examples:
-        >>> own = OwnModules("sgd", lr=0.5)
+        >>> own = AuxiliaryModules("sgd", lr=0.5)
         >>> scale = own.get("scale", lambda: nn.Linear(1, 1, bias=False), seed=0, device=torch.device("cpu"))
         >>> before = scale.weight.item()
         >>> own.add_gradients("scale", [torch.tensor([[1.0]])])
@@ -81,7 +81,7 @@ class OwnModules:
         1.0
     """
 
-    def __init__(self, optimizer: OwnOptimizer = "adam", lr: float = 1e-3) -> None:
+    def __init__(self, optimizer: AuxiliaryOptimizer = "adam", lr: float = 1e-3) -> None:
         if optimizer not in _OPTIMIZERS:
             raise ValueError(f"optimizer={optimizer!r}: choose 'adam' or 'sgd'.")
         if not 0 < lr < float("inf"):

@@ -38,7 +38,7 @@ def on_first_tensor(
 
 
 @contextlib.contextmanager
-def watched(blocks: Sequence[Block], *, enter: Look, leave: Look) -> Iterator[list[int]]:
+def block_hooks(blocks: Sequence[Block], *, enter: Look, leave: Look) -> Iterator[list[int]]:
     """Let ``enter(j, x)`` change what enters block ``j`` and ``leave(j, z)`` what leaves it, and yield who has run.
 
     Only the first tensor of inputs and outputs is shown; all others (masks, skip connections, caches) are detached.

@@ -1,4 +1,4 @@
-"""What ranks tell each other about the numbers they measure."""
+"""Exchange of measured numbers between ranks."""
 
 from __future__ import annotations
 

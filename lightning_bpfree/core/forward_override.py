@@ -1,4 +1,4 @@
-"""Objects that stand in for the forward pass of a module, on the instance, until they are taken away."""
+"""Overrides of the forward pass of a module, on the instance, which can be removed again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Call(NamedTuple):
         return Call(*tree_map_only(Tensor, repeated, (self.args, self.kwargs)))
 
 
-class StandIn:
+class ForwardOverride:
     """Stands in for ``module.forward``; subclasses are called in its place.
 
     What the module had before (a forward of its own on the instance, or its class's) is :attr:`original`; an object of
@@ -44,7 +44,7 @@ class StandIn:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         before = module.__dict__.get("forward")
-        self._own: Any = before._own if isinstance(before, StandIn) else before
+        self._own: Any = before._own if isinstance(before, ForwardOverride) else before
 
     def install(self) -> None:
         """Take the place of the module's forward pass."""
@@ -69,20 +69,20 @@ class StandIn:
         return (self._own or type(self.module).forward.__get__(self.module))(*args, **kwargs)
 
 
-def stand_in_of(module: nn.Module) -> StandIn | None:
+def override_of(module: nn.Module) -> ForwardOverride | None:
     """Return what stands in for the module's forward pass, if anything does."""
     found = module.__dict__.get("forward")
-    return found if isinstance(found, StandIn) else None
+    return found if isinstance(found, ForwardOverride) else None
 
 
 @contextlib.contextmanager
-def taken_away(stand_in: StandIn | None) -> Iterator[None]:
+def removed(override: ForwardOverride | None) -> Iterator[None]:
     """Let the module be itself in this context."""
-    installed = stand_in is not None and stand_in.installed
-    if stand_in is not None:
-        stand_in.remove()
+    installed = override is not None and override.installed
+    if override is not None:
+        override.remove()
     try:
         yield
     finally:
-        if stand_in is not None and installed:
-            stand_in.install()
+        if override is not None and installed:
+            override.install()

@@ -1,4 +1,4 @@
-"""What an evaluation depends on beside its inputs, recorded so that a later one gives the same bits."""
+"""The context of an evaluation (random streams, autocast, buffers), recorded so that another one gives equal bits."""
 
 from __future__ import annotations
 

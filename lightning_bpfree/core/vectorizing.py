@@ -1,4 +1,4 @@
-"""What rules share that evaluate one by one or many at a time: the argument, what vectorises badly, and the clock."""
+"""Parts of rules that evaluate one by one or many at a time: ``chunk_size``, what vectorizes badly, and timing."""
 
 from __future__ import annotations
 

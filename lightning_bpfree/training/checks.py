@@ -1,4 +1,4 @@
-"""What stands in the way of a rule, said before the first batch and with the cure."""
+"""Checks before the first batch: obstacles to a rule, each with its cure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_bpfree.core.exchange import ScalarExchange
-from lightning_bpfree.core.forward_override import stand_in_of
+from lightning_bpfree.core.forward_override import override_of
 
 if TYPE_CHECKING:
     from lightning_bpfree.training.training_rule import TrainingRule
@@ -45,8 +45,8 @@ def check_fit(rule: TrainingRule, rules: list[str], trainer: pl.Trainer, module:
             "and would use up a new batch at each evaluation. Take (batch, batch_idx) instead."
         )
     for part in module.modules():
-        stand_in = stand_in_of(part)
-        other = name if stand_in is None else stand_in.rule
+        override = override_of(part)
+        other = name if override is None else override.rule
         if other != name:
             raise MisconfigurationException(
                 f"{name} would train through what {other} has put in the place of {type(part).__name__}'s forward "

@@ -1,4 +1,4 @@
-"""How far a rule's estimate is from the true gradient."""
+"""Alignment of a rule's estimate with the true gradient."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class GradientAlignment(Callback):
                 f"{logged}: loggers will miss some of its values (bpfree/mean_cosine counts them all)."
             )
         self._last_step = -1
-        rules[0].probes.append(self)
+        rules[0].observers.append(self)
 
     def due(self, trainer: pl.Trainer) -> bool:
         """Whether the coming step is to be measured; once an optimizer step under accumulation."""

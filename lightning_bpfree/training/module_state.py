@@ -1,4 +1,4 @@
-"""The parts of a module that every step of a rule needs."""
+"""The state of a module that every step of a rule needs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def _say_nothing(*_args: Any, **_kwargs: Any) -> None:
     return None
 
 
-class Quiet:
+class SilencedLogging:
     """Makes ``self.log`` and ``self.log_dict`` of a module, and of LightningModules within it, say nothing.
 
     Examples:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> module = BoringModel()
-        >>> with Quiet(module)():
+        >>> with SilencedLogging(module)():
         ...     module.log("loss", 0.0)
     """
 
@@ -67,11 +67,11 @@ class Metrics:
             metric._update_count, metric._computed = update_count, computed
 
 
-class View:
+class ModuleState:
     """The parts of a module that every step needs; collected once an epoch, for walking a large module takes time."""
 
     def __init__(self, module: pl.LightningModule, params: str | Sequence[str] | None) -> None:
         self.slots = ParameterSlots(module, params)
-        self.buffers, self.metrics, self.quiet = Buffers(module), Metrics(module), Quiet(module)
+        self.buffers, self.metrics, self.quiet = Buffers(module), Metrics(module), SilencedLogging(module)
         self.streams = RandomStreams([module.device])
         self.attributes = Attributes(part for part in module.modules() if not isinstance(part, torchmetrics.Metric))

@@ -1,4 +1,4 @@
-"""What a run can prove of its training rule: counters, history of epochs, banner."""
+"""Proof of the training rule of a run: counters, history of epochs, banner."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from lightning_bpfree.core.step import Estimate, Step
 TrainingStep = Callable[..., Any]
 
 
-class Swap:
+class StepSwap:
     """Puts ``run`` in the place of ``module.training_step``, on the instance, until :meth:`undo`.
 
     Args:
@@ -70,7 +70,7 @@ def _padding_rows(slot: Slot) -> list[int]:
     return [owner.padding_idx for owner in owners if owner.padding_idx is not None]
 
 
-def handed_over(step: Step, estimate: Estimate, zeros_for: list[Tensor]) -> Any:
+def with_injected_gradients(step: Step, estimate: Estimate, zeros_for: list[Tensor]) -> Any:
     """Return what the training step returns to Lightning: its own output, with the estimate behind the loss.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a Trainer keeps under names that its class does not declare, for which type checkers do not know them."""
+"""Attributes of a Trainer that its class does not declare, which type checkers do not know."""
 
 from __future__ import annotations
 

@@ -23,15 +23,15 @@ from lightning_bpfree.core.replay import RandomStreams, Replay
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.core.step import Estimate, NonFiniteLossError, SkipBatchError, Step, loss_of
 from lightning_bpfree.training.checks import check_fit
-from lightning_bpfree.training.module_state import View
+from lightning_bpfree.training.module_state import ModuleState
 from lightning_bpfree.training.record import Record, banner, of_all_ranks
-from lightning_bpfree.training.step_swap import Swap, handed_over
+from lightning_bpfree.training.step_swap import StepSwap, with_injected_gradients
 from lightning_bpfree.training.trainer_attributes import callbacks_of, log_every_n_steps
 
 BACKPROP_COST = 3.0  # forward passes: one forward, and two matrix products per layer on the way back
 
 
-class Probe(Protocol):
+class StepObserver(Protocol):
     """Looks at estimates while the step can still be evaluated, such as a comparison with the true gradient."""
 
     def due(self, trainer: pl.Trainer) -> bool:
@@ -90,12 +90,12 @@ class TrainingRule(Callback, ABC):
             raise ValueError(f"on_nonfinite={on_nonfinite!r}: choose 'raise' or 'skip'.")
         self.params, self.start_epoch, self.stop_epoch, self.seed = params, start_epoch, stop_epoch, seed
         self.on_nonfinite, self.allow_untested, self.strict_rule = on_nonfinite, allow_untested, strict_rule
-        self.probes: list[Probe] = []
+        self.observers: list[StepObserver] = []
         self.record = Record(type(self).__name__)
         self._estimates = 0  # since the last step of the optimizer
         self._resumed: list[dict[str, Any]] = []  # random streams of a checkpoint, by rank
-        self._swap: Swap | None = None
-        self._view: View | None = None
+        self._swap: StepSwap | None = None
+        self._module_state: ModuleState | None = None
         self._streams = RandomStreams()
 
     # --- what a rule says of itself ---
@@ -104,7 +104,7 @@ class TrainingRule(Callback, ABC):
     def estimate(self, step: Step) -> Estimate:
         """Return loss and gradient of one mini-batch; called with gradients enabled."""
 
-    def settled(self, succeeded: bool) -> None:
+    def on_batch_settled(self, succeeded: bool) -> None:
         """Keep what a rule has learned beside its estimate, or drop it: now all ranks know whether the batch counts."""
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
@@ -147,12 +147,12 @@ class TrainingRule(Callback, ABC):
             return
         rules = callbacks_of(trainer, TrainingRule)
         check_fit(self, [type(rule).__name__ for rule in rules], trainer, pl_module)
-        self._swap = Swap(pl_module, partial(self._run, trainer, pl_module))
+        self._swap = StepSwap(pl_module, partial(self._run, trainer, pl_module))
 
     def _restore(self) -> None:
         if self._swap is not None:
             self._swap.undo()
-        self._swap, self._view, self.probes = None, None, []
+        self._swap, self._module_state, self.observers = None, None, []
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the module's own training step back."""
@@ -167,20 +167,20 @@ class TrainingRule(Callback, ABC):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say which rule trains what; called before the data loaders draw their order."""
-        self._view = View(pl_module, self.params)
+        self._module_state = ModuleState(pl_module, self.params)
         if self.record.seed is None:
             seed = torch.initial_seed() if self.seed is None else self.seed
             self.record.seed = int(trainer.strategy.broadcast(seed)) & ((1 << 63) - 1)
-        self.check(trainer, pl_module, self._view.slots)
-        self._streams = self._view.streams  # kept behind the fit, for checkpoints that are saved then
+        self.check(trainer, pl_module, self._module_state.slots)
+        self._streams = self._module_state.streams  # kept behind the fit, for checkpoints that are saved then
         self._continue_streams(trainer)
-        rank_zero_info(banner(self, self._view.slots, trainer))
+        rank_zero_info(banner(self, self._module_state.slots, trainer))
         for logger in trainer.loggers:
             logger.log_hyperparams({"bpfree": {"rule": type(self).__name__, **self.settings()}})
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note whose epoch this is."""
-        self._view = View(pl_module, self.params)
+        self._module_state = ModuleState(pl_module, self.params)
         self.record.start_epoch(trainer.current_epoch, self.active(trainer.current_epoch))
 
     def on_train_batch_start(
@@ -203,13 +203,13 @@ class TrainingRule(Callback, ABC):
             self.record.forward_evals += BACKPROP_COST
             self._log(trainer, module, {"bpfree/active": 0.0})
             return evaluate()
-        probes = [probe for probe in self.probes if probe.due(trainer)]
-        step = self._step(trainer, module, evaluate, args, replayable=self.reevaluates or bool(probes))
+        observers = [observer for observer in self.observers if observer.due(trainer)]
+        step = self._step(trainer, module, evaluate, args, replayable=self.reevaluates or bool(observers))
         failure: NonFiniteLossError | None = None
         try:
             estimate = self.estimate(step)
-            for probe in probes:
-                probe.observe(trainer, module, step, estimate)
+            for observer in observers:
+                observer.observe(trainer, module, step, estimate)
         except SkipBatchError:
             return None
         except NonFiniteLossError as error:
@@ -219,7 +219,7 @@ class TrainingRule(Callback, ABC):
             step.finish()
         zeros_for = self._waited_for(trainer, step)
         failed = self._failed(trainer, failure)
-        self.settled(not failed)
+        self.on_batch_settled(not failed)
         if failed:
             zeros_for += [slot.parameter for slot in step.trained]
             return inject(torch.full((), torch.nan, device=module.device), zeros_for, lambda _: map(zeros, zeros_for))
@@ -229,11 +229,11 @@ class TrainingRule(Callback, ABC):
         self._log(trainer, module, {"bpfree/loss": estimate.loss.detach(), **own})
         # Where gradients cross ranks, another rank may have learned something, and all must step together.
         self._estimates += estimate.informative or _gradients_cross_ranks(trainer)
-        return handed_over(step, estimate, zeros_for)
+        return with_injected_gradients(step, estimate, zeros_for)
 
     def _step(self, trainer: pl.Trainer, module: Any, evaluate: Callable[[], Any], args: Any, replayable: bool) -> Step:
-        assert self._view is not None, "the training step ran outside of fit"
-        view = self._view
+        assert self._module_state is not None, "the training step ran outside of fit"
+        view = self._module_state
         return Step(
             module,
             evaluate,
@@ -274,9 +274,9 @@ class TrainingRule(Callback, ABC):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Keep parameters that the rule does not train untouched, and log the norm of the estimate."""
-        if not self.active(trainer.current_epoch) or self._view is None:
+        if not self.active(trainer.current_epoch) or self._module_state is None:
             return
-        slots, skipped = self._view.slots, self._estimates == 0
+        slots, skipped = self._module_state.slots, self._estimates == 0
         self._estimates = 0
         for slot in [*slots.rest, *(slots if skipped else [])]:
             slot.parameter.grad = None  # a gradient of zero would still move it, by momentum or weight decay

@@ -38,8 +38,8 @@ from lightning_bpfree.core.step import Step
 from lightning_bpfree.methods.evolution_strategy.search.algorithm import SearchAlgorithm
 from lightning_bpfree.methods.evolution_strategy.search.openai_es import OpenAIES
 from lightning_bpfree.methods.evolution_strategy.search.snes import SNES
-from lightning_bpfree.training.module_state import View
-from lightning_bpfree.training.step_swap import handed_over
+from lightning_bpfree.training.module_state import ModuleState
+from lightning_bpfree.training.step_swap import with_injected_gradients
 
 Data = list[torch.Tensor]
 Work = Callable[[], object]
@@ -138,7 +138,7 @@ def fitted(
 
 def generation(rule: bpf.EvolutionStrategy, module: Searched, data: Data) -> Work:
     """One generation as the rule runs it, without a Trainer: estimate, hand over, backward, optimizer, deviation."""
-    view, optimizer, seeds = View(module, None), module.configure_optimizers(), itertools.count()
+    view, optimizer, seeds = ModuleState(module, None), module.configure_optimizers(), itertools.count()
     module.log = lambda *a, **k: None  # type: ignore[method-assign]  # there is no Trainer here
 
     def step() -> None:
@@ -147,7 +147,7 @@ def generation(rule: bpf.EvolutionStrategy, module: Searched, data: Data) -> Wor
             module, lambda: module.training_step(data, 0), view.slots, next(seeds), args=(data, 0), replay=replay,
             quiet=view.quiet, read=rule.read,
         )  # fmt: skip
-        loss = handed_over(made, rule.estimate(made), [])
+        loss = with_injected_gradients(made, rule.estimate(made), [])
         made.finish()
         optimizer.zero_grad()
         loss.backward()

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from fflib.nn.ff_linear import FFLinear
 from fflib.nn.ff_net import FFNet
-from fflib.probes.one_hot import TryAllClasses
+from fflib.observers.one_hot import TryAllClasses
 from fflib.utils import iff_suite
 from fflib.utils.data.dataprocessor import FFDataProcessor
 from fflib.utils.ff_logger import logger

@@ -38,7 +38,7 @@ class BlockCosine(pl.Callback):
         self.rule, self.found = rule, []
 
     def on_fit_start(self, trainer, pl_module) -> None:
-        self.rule.probes.append(self)
+        self.rule.observers.append(self)
 
     def due(self, trainer) -> bool:
         return trainer.current_epoch == EPOCHS - 1

@@ -82,7 +82,7 @@ def time_of_guesses() -> list[dict[str, object]]:
     data, runs = batch(128), {}
     for name, make in GUESSES.items():
         rule, module = make(), Classifier(mlp(1000, 3))
-        rule._guided.check(module, ParameterSlots(module))
+        rule._local_guesses.check(module, ParameterSlots(module))
         runs[name] = estimator(rule, module, data)
     module = Classifier(mlp(1000, 3))
     best = seconds({"backprop": backprop(module, data), **runs}, repeats=12)

@@ -107,7 +107,7 @@ def images(batch: int, size: int, device: torch.device) -> Data:
 
 
 class Merge(nn.Module):
-    """Half the height and width of an image, and twice its channels: an ordinary transition."""
+    """BranchReplay the height and width of an image, and twice its channels: an ordinary transition."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -32,8 +32,8 @@ from lightning_bpfree.core.directions import Directions
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.replay import Buffers, RandomStreams, Replay
 from lightning_bpfree.core.step import Step
-from lightning_bpfree.training.module_state import Metrics, Quiet
-from lightning_bpfree.training.step_swap import handed_over
+from lightning_bpfree.training.module_state import Metrics, SilencedLogging
+from lightning_bpfree.training.step_swap import with_injected_gradients
 
 
 class Classifier(pl.LightningModule):
@@ -108,13 +108,13 @@ def seconds(runs: dict[str, Callable[[], object]], repeats: int = 15) -> dict[st
 
 def estimator(rule: bpf.TrainingRule, module: pl.LightningModule, data: list[torch.Tensor]) -> Callable[[], None]:
     """One whole step of the rule as the Trainer runs it: estimate, hand over, backward."""
-    view = (ParameterSlots(module), Buffers(module), Metrics(module), Quiet(module), RandomStreams())
+    view = (ParameterSlots(module), Buffers(module), Metrics(module), SilencedLogging(module), RandomStreams())
 
     def step() -> None:
         slots, buffers, metrics, quiet, streams = view
         replay = Replay([streams, metrics], buffers)
         made = Step(module, lambda: module.training_step(data, 0), slots, 7, args=(data, 0), replay=replay, quiet=quiet)
-        loss = handed_over(made, rule.estimate(made), [])
+        loss = with_injected_gradients(made, rule.estimate(made), [])
         made.finish()
         module.zero_grad()
         loss.backward()

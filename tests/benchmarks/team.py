@@ -20,8 +20,8 @@ import lightning_bpfree as bpf
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.replay import Buffers, RandomStreams, Replay
 from lightning_bpfree.core.step import Step
-from lightning_bpfree.training.module_state import Metrics, Quiet
-from lightning_bpfree.training.step_swap import handed_over
+from lightning_bpfree.training.module_state import Metrics, SilencedLogging
+from lightning_bpfree.training.step_swap import with_injected_gradients
 
 BATCH, WIDTHS, VARIANCES, RATES, STEPS = 128, (37, 64, 32, 2), (0.3, 1.0), (0.04, 4e-5, 4e-6), 20
 
@@ -115,16 +115,16 @@ GOAL = 0.2  # of the NumPy loop
 
 def estimator(rule: bpf.TeamReinforce, module: Classifier, data: list[torch.Tensor]) -> Callable[[], None]:
     """One whole step of the rule as the Trainer runs it, which replays nothing unless the rule runs parts again."""
-    slots, quiet = ParameterSlots(module), Quiet(module)
+    slots, quiet = ParameterSlots(module), SilencedLogging(module)
     view = ([RandomStreams(), Metrics(module)], Buffers(module))
     module.log = lambda *a, **k: None  # type: ignore[method-assign]  # there is no Trainer here
 
     def step() -> None:
         replay = Replay(*view) if rule.reevaluates else None
         made = Step(module, lambda: module.training_step(data, 0), slots, 7, args=(data, 0), replay=replay, quiet=quiet)
-        loss = handed_over(made, rule.estimate(made), [])
+        loss = with_injected_gradients(made, rule.estimate(made), [])
         made.finish()
-        rule.settled(True)
+        rule.on_batch_settled(True)
         module.zero_grad()
         loss.backward()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_bpfree.core.auxiliary_modules import OwnModules, made
+from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules, made
 
 CPU = torch.device("cpu")
 
@@ -48,7 +48,7 @@ def test_the_start_does_not_depend_on_the_default_type(dtype):
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_micro_batches_count_as_their_mean(optimizer):
-    one, two = OwnModules(optimizer, lr=0.1), OwnModules(optimizer, lr=0.1)
+    one, two = AuxiliaryModules(optimizer, lr=0.1), AuxiliaryModules(optimizer, lr=0.1)
     a, b = (own.get("head", linear, 0, CPU) for own in (one, two))
     for _ in range(3):
         first, second = ([torch.randn(2, 3), torch.randn(2)] for _ in range(2))
@@ -62,7 +62,7 @@ def test_micro_batches_count_as_their_mean(optimizer):
 
 
 def test_without_gradients_nothing_moves_and_none_counts_as_zero():
-    own = OwnModules(lr=0.1)
+    own = AuxiliaryModules(lr=0.1)
     module = own.get("head", linear, 0, CPU)
     before = module.weight.clone(), module.bias.clone()
     own.step()
@@ -77,7 +77,7 @@ def test_without_gradients_nothing_moves_and_none_counts_as_zero():
 
 
 def test_ranks_are_averaged_by_the_function_given():
-    own = OwnModules("sgd", lr=1.0)
+    own = AuxiliaryModules("sgd", lr=1.0)
     module = own.get("head", linear, 0, CPU)
     before = module.weight.detach().clone()
     own.add_gradients("head", [torch.ones(2, 3), None])
@@ -88,12 +88,12 @@ def test_ranks_are_averaged_by_the_function_given():
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_saved_and_loaded_before_the_module_is_made_it_goes_on_bit_for_bit(optimizer):
     torch.manual_seed(0)
-    whole = OwnModules(optimizer, lr=0.1)
+    whole = AuxiliaryModules(optimizer, lr=0.1)
     stepped(whole, 3)
     buffer = io.BytesIO()
     torch.save(whole.state_dict(), buffer)
     buffer.seek(0)
-    again = OwnModules(optimizer, lr=0.1)
+    again = AuxiliaryModules(optimizer, lr=0.1)
     again.load_state_dict(torch.load(buffer, weights_only=True))
     assert "head" not in again
     assert again.state_dict().keys() == {"head"}  # a checkpoint before the first batch keeps what was loaded
@@ -105,7 +105,7 @@ def test_saved_and_loaded_before_the_module_is_made_it_goes_on_bit_for_bit(optim
 
 
 def test_a_state_is_a_copy():
-    own = OwnModules(lr=0.1)
+    own = AuxiliaryModules(lr=0.1)
     stepped(own)
     state = own.state_dict()
     kept = state["head"]["module"]["weight"].clone()
@@ -114,7 +114,7 @@ def test_a_state_is_a_copy():
 
 
 def test_a_module_that_is_needed_in_another_type_keeps_its_state():
-    own = OwnModules(lr=0.1)
+    own = AuxiliaryModules(lr=0.1)
     single = stepped(own, 2)
     double = own.get("head", linear, 0, CPU, torch.float64)
     assert double.weight.dtype == torch.float64
@@ -124,10 +124,10 @@ def test_a_module_that_is_needed_in_another_type_keeps_its_state():
 
 def test_errors_name_the_cure():
     with pytest.raises(ValueError, match="optimizer='adamw': choose"):
-        OwnModules("adamw")
+        AuxiliaryModules("adamw")
     with pytest.raises(ValueError, match=r"lr=0: .*positive"):
-        OwnModules(lr=0)
-    own, other = OwnModules(), OwnModules()
+        AuxiliaryModules(lr=0)
+    own, other = AuxiliaryModules(), AuxiliaryModules()
     stepped(own)
     other.load_state_dict(own.state_dict())
     with pytest.raises(ValueError, match=r"checkpoint's head does not fit.*arguments"):

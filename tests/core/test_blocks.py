@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_bpfree.core.block_hooks import watched
+from lightning_bpfree.core.block_hooks import block_hooks
 from lightning_bpfree.core.blocks import cut, find_network
 from lightning_bpfree.core.labels import labels_of
 from lightning_bpfree.demos.nets import MLP, SmallCNN, SmallTransformer
@@ -95,7 +95,7 @@ def test_watched_sees_every_border_once_and_cuts_off_whatever_else_crosses_it():
         seen.append(("in", index))
         return x.detach()
 
-    with watched(parts.blocks, enter=enter, leave=lambda index, z: seen.append(("out", index)) or z) as ran:
+    with block_hooks(parts.blocks, enter=enter, leave=lambda index, z: seen.append(("out", index)) or z) as ran:
         net(torch.randn(2, 3)).sum().backward()
     assert seen == [("in", 0), ("out", 0), ("in", 1), ("out", 1)]
     assert ran == [0, 1]
@@ -108,7 +108,10 @@ def test_a_block_that_runs_twice_is_refused():
     layer = nn.Linear(2, 2)
     net = nn.Sequential(layer, layer)
     blocks = cut(net, ["0"]).blocks
-    with watched(blocks, enter=lambda i, x: x, leave=lambda i, z: z), pytest.raises(RuntimeError, match="0 runs twice"):
+    with (
+        block_hooks(blocks, enter=lambda i, x: x, leave=lambda i, z: z),
+        pytest.raises(RuntimeError, match="0 runs twice"),
+    ):
         net(torch.zeros(1, 2))
 
 

@@ -43,7 +43,7 @@ class Slopes(pl.Callback):
 
     def setup(self, trainer, pl_module, stage) -> None:
         (self.rule,) = [callback for callback in trainer.callbacks if isinstance(callback, bpf.TrainingRule)]
-        self.rule.probes.append(self)
+        self.rule.observers.append(self)
 
     def due(self, trainer) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""What a command needs before it starts: optional packages, and a folder to write to."""
+"""Preconditions of a command: optional packages, and a folder to write to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the files of a command have in common: where results come from, and writing them whole or not at all."""
+"""Files of results: their origin, and writing them whole or not at all."""
 
 from __future__ import annotations
 

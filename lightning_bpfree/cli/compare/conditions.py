@@ -1,4 +1,4 @@
-"""What a comparison has found under every value of a key that is varied: its table, its files and its figure."""
+"""Results of a comparison under every value of a key that varies: table, files and figure."""
 
 from __future__ import annotations
 

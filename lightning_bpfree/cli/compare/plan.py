@@ -1,4 +1,4 @@
-"""What a comparison is to do: its rules with their whole configurations, its tuning grid, its settings."""
+"""The plan of a comparison: rules with their whole configurations, tuning grid and settings."""
 
 from __future__ import annotations
 

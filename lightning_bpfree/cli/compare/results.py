@@ -1,4 +1,4 @@
-"""What a comparison has found: statistics over seeds, and its table and files."""
+"""Results of a comparison: statistics over seeds, table and files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a study of lottery tickets has found: statistics over seeds, its table, its files and its plots."""
+"""Results of a study of lottery tickets: statistics over seeds, table, files and plots."""
 
 from __future__ import annotations
 

@@ -106,8 +106,8 @@ class PopulationPasses:
         if self._layers is None:
             self._layers = layers = LowRankLayers(step.slots, population.factored)
             step.rewind()
-            with layers.watched(step.params) as watched:
-                step.loss_under_transform(watched)
+            with layers.observed(step.params) as observed:
+                step.loss_under_transform(observed)
             others = sorted(population.factored - layers.names)
             if others and others != self._said:
                 self._said = others

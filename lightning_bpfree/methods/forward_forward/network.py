@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_bpfree.core.auxiliary_modules import OwnModules
-from lightning_bpfree.core.block_hooks import watched
+from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
+from lightning_bpfree.core.block_hooks import block_hooks
 from lightning_bpfree.core.blocks import Cut
-from lightning_bpfree.core.forward_override import Call, StandIn
+from lightning_bpfree.core.forward_override import Call, ForwardOverride
 from lightning_bpfree.methods.forward_forward.goodness import goodness, rescaled
 from lightning_bpfree.methods.forward_forward.label_embedding import LabelEmbedding
 from lightning_bpfree.methods.forward_forward.negatives import overlaid
@@ -36,7 +36,7 @@ class _LastBlockReached(Exception):  # noqa: N818  # no error: it leaves a forwa
 class _Embedding:
     """Makes the label embedding when the shape of what enters the first block is known."""
 
-    def __init__(self, own: OwnModules, num_classes: int, record: Record | None) -> None:
+    def __init__(self, own: AuxiliaryModules, num_classes: int, record: Record | None) -> None:
         self.own, self.num_classes, self.record = own, num_classes, record
 
     def __call__(self, x: Tensor) -> LabelEmbedding:
@@ -52,7 +52,7 @@ class _Embedding:
         return module
 
 
-class GoodnessNetwork(StandIn):
+class GoodnessNetwork(ForwardOverride):
     """Stands in for ``network.forward``: returns scores of shape ``(B, num_classes)``.
 
     Args:
@@ -70,7 +70,7 @@ class GoodnessNetwork(StandIn):
         network: nn.Module,
         parts: Cut,
         settings: GoodnessSettings,
-        own: OwnModules | None = None,
+        own: AuxiliaryModules | None = None,
         record: Record | None = None,
     ) -> None:
         super().__init__(network)
@@ -175,7 +175,7 @@ class GoodnessNetwork(StandIn):
                 raise _LastBlockReached
             return made
 
-        with watched(self.parts.blocks, enter=enter, leave=left) as ran:
+        with block_hooks(self.parts.blocks, enter=enter, leave=left) as ran:
             try:
                 output = self.original(inputs, *call.args, **call.kwargs)
             except _LastBlockReached:

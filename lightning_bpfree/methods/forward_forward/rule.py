@@ -14,10 +14,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from lightning_bpfree.core.auxiliary_modules import OwnModules
+from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
 from lightning_bpfree.core.blocks import Blocks, Cut, cut, find_network
 from lightning_bpfree.core.forward_ad import compiled_parts
-from lightning_bpfree.core.forward_override import stand_in_of, taken_away
+from lightning_bpfree.core.forward_override import override_of, removed
 from lightning_bpfree.core.labels import LabelsOf
 from lightning_bpfree.core.learning_rates import BlockRates
 from lightning_bpfree.core.params import ParameterSlots
@@ -123,7 +123,7 @@ class ForwardForward(TrainingRule):
         self.reevaluates = prediction == "readout" or negatives == "hard"
         self._peers = PeerNormalization(peer_normalization) if peer_normalization else None
         self.embedding_lr = embedding_lr
-        self._own = OwnModules("adam", embedding_lr) if label == "embedding" else None
+        self._own = AuxiliaryModules("adam", embedding_lr) if label == "embedding" else None
         self._network: GoodnessNetwork | None = None
         self._rates: BlockRates | None = None
         self._rank, self._greedy, self._loaded = 0, 0, False
@@ -143,7 +143,7 @@ class ForwardForward(TrainingRule):
         _, network = find_network(module, self.network)
         if self._network is None or self._network.network is not network:
             if self._network is not None and not self._loaded:  # another network: it starts afresh
-                self._own = None if self._own is None else OwnModules("adam", self.embedding_lr)
+                self._own = None if self._own is None else AuxiliaryModules("adam", self.embedding_lr)
                 self._peers = None if self._peers is None else PeerNormalization(self.peer_normalization)
             self._network, self._loaded = self._made(network), False
         self._network.install()
@@ -154,13 +154,13 @@ class ForwardForward(TrainingRule):
         Args:
             module: whose network, such as a copy of the one in training; None for the last one that was installed.
         """
-        found = self._network if module is None else stand_in_of(find_network(module, self.network)[1])
+        found = self._network if module is None else override_of(find_network(module, self.network)[1])
         if isinstance(found, GoodnessNetwork):
             found.remove()
 
     def without(self) -> AbstractContextManager[None]:
         """Let the network be itself in this context."""
-        return taken_away(self._network)
+        return removed(self._network)
 
     def _made(self, network: nn.Module) -> GoodnessNetwork:
         parts = cut(network, self.blocks)
@@ -183,7 +183,7 @@ class ForwardForward(TrainingRule):
     # --- one fit ---
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Swap the training step."""
+        """StepSwap the training step."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             compiled = compiled_parts(pl_module)

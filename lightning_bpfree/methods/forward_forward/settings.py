@@ -1,4 +1,4 @@
-"""How a network learns and predicts by goodness: the arguments of ``ForwardForward``, checked."""
+"""Settings of learning and prediction by goodness, checked."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from lightning_bpfree.core.blocks import Block
 
 @contextlib.contextmanager
 def leaving(modules: Mapping[int, nn.Module], look: Look) -> Iterator[None]:
-    """Let ``look(j, z)`` change the first tensor that leaves ``modules[j]``; unlike ``watched`` it cuts nothing."""
+    """Let ``look(j, z)`` change the first tensor that leaves ``modules[j]``, without cutting the graph."""
 
     def after(j: int, module: nn.Module, args: object, output: Any) -> Any:  # noqa: ARG001  # a hook's signature
         leaves, shape = tree_flatten(output)

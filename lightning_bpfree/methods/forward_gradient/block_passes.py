@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from lightning_bpfree.core.block_hooks import Look, watched
+from lightning_bpfree.core.block_hooks import Look, block_hooks
 from lightning_bpfree.core.blocks import Block
 from lightning_bpfree.core.forward_ad import NoForwardDerivativeError, directional_derivative, failing_layer
 from lightning_bpfree.core.params import Params, Slot, widen
@@ -23,7 +23,7 @@ DUAL_COST = 3.0  # forward passes: W x, dW x and W dx
 LOCAL_BACKWARD = 2.0  # two matrix products a layer, inside each block
 
 
-class Parts(NamedTuple):
+class NetworkInBlocks(NamedTuple):
     """The network of a step in blocks, and what is trained where.
 
     Args:
@@ -43,7 +43,7 @@ class Parts(NamedTuple):
     inspect: bool
 
     @classmethod
-    def of(cls, step: Step, network: nn.Module, blocks: list[Block], inspect: bool = True) -> Parts:
+    def of(cls, step: Step, network: nn.Module, blocks: list[Block], inspect: bool = True) -> NetworkInBlocks:
         """Sort the trained parameters of a step by blocks."""
         home = {id(parameter): j for j, block in enumerate(blocks) for parameter in block.parameters}
         slots: list[list[Slot]] = [[] for _ in blocks]
@@ -80,7 +80,7 @@ class Outside(NamedTuple):
     output: Tensor | None
 
 
-def recorded(parts: Parts, leave: Look, *, graph: bool, output: bool = False, cost: float = 1.0) -> Outside:
+def recorded(parts: NetworkInBlocks, leave: Look, *, graph: bool, output: bool = False, cost: float = 1.0) -> Outside:
     """Run the recorded evaluation with every block cut from the others, and differentiate what lies behind them.
 
     Args:
@@ -105,7 +105,7 @@ def recorded(parts: Parts, leave: Look, *, graph: bool, output: bool = False, co
         if parts.inspect:
             trained = {id(slot.parameter): slot.name for slot in parts.rest}
             stack.enter_context(nothing_lost(parts.blocks, trained))
-        ran = stack.enter_context(watched(parts.blocks, enter=_cut_off, leave=leave))
+        ran = stack.enter_context(block_hooks(parts.blocks, enter=_cut_off, leave=leave))
         stack.enter_context(leaving({0: parts.network}, keep))
         loss = step.loss(None if graph else parts.detached, recorded=True, cost=cost)
     missing = [block.name for j, block in enumerate(parts.blocks) if j not in ran]
@@ -134,7 +134,7 @@ def recorded(parts: Parts, leave: Look, *, graph: bool, output: bool = False, co
     return Outside(rest, made[0] if output else None)
 
 
-def slopes(parts: Parts, direction: Params, groups: Sequence[Sequence[str]]) -> Tensor:
+def slopes(parts: NetworkInBlocks, direction: Params, groups: Sequence[Sequence[str]]) -> Tensor:
     """Return the derivatives of the loss along the parts of ``direction`` that ``groups`` name, shape ``(G,)``."""
     found = []
     for names in groups:
@@ -144,7 +144,7 @@ def slopes(parts: Parts, direction: Params, groups: Sequence[Sequence[str]]) -> 
 
 
 def local_slopes(
-    parts: Parts,
+    parts: NetworkInBlocks,
     direction: Params,
     groups: Sequence[Sequence[str]],
     losses: Callable[[int, Tensor], Tensor],
@@ -180,7 +180,7 @@ def local_slopes(
             parts.step.loss(duals, recorded=recorded, cost=cost)
             return torch.stack(total).sum()
 
-        with watched(parts.blocks, enter=_cut_off, leave=leave):
+        with block_hooks(parts.blocks, enter=_cut_off, leave=leave):
             if moved:
                 _slope(parts, moved, summed)
         return {j: torch.zeros(()) if tangent is None else tangent.detach() for j, tangent in found.items()}
@@ -199,7 +199,7 @@ def _stacked(values: Sequence[Tensor]) -> Tensor:
     return torch.stack([widen(value).to(values[-1].device) for value in values]) if values else torch.zeros(0)
 
 
-def _slope(parts: Parts, direction: Params, loss_fn: Callable[..., Tensor]) -> Tensor:
+def _slope(parts: NetworkInBlocks, direction: Params, loss_fn: Callable[..., Tensor]) -> Tensor:
     at = {name: tensor for name, tensor in parts.detached.items() if name in direction}
 
     def evaluate() -> Tensor:
@@ -208,7 +208,7 @@ def _slope(parts: Parts, direction: Params, loss_fn: Callable[..., Tensor]) -> T
     return _explained(parts, evaluate)
 
 
-def _explained(parts: Parts, evaluate: Callable[[], Tensor]) -> Tensor:
+def _explained(parts: NetworkInBlocks, evaluate: Callable[[], Tensor]) -> Tensor:
     try:
         return evaluate()
     except NotImplementedError as error:
@@ -220,7 +220,7 @@ def _explained(parts: Parts, evaluate: Callable[[], Tensor]) -> Tensor:
 
 
 def sample_slopes(
-    parts: Parts, output_gradient: Tensor, injected: Sequence[int], direction: Callable[[int, Tensor], Tensor]
+    parts: NetworkInBlocks, output_gradient: Tensor, injected: Sequence[int], direction: Callable[[int, Tensor], Tensor]
 ) -> Tensor:
     """Return every sample's derivative of the loss along a direction at the outputs of blocks, shape ``(B,)``.
 
@@ -261,7 +261,7 @@ def sample_slopes(
         return _explained(parts, lambda: directional_derivative(each, {}, {})[1])
 
 
-def _other_way(parts: Parts) -> MisconfigurationException:
+def _other_way(parts: NetworkInBlocks) -> MisconfigurationException:
     return MisconfigurationException(
         "ForwardGradient: space='activations' measures every sample's slope at the output of the network, "
         f"{type(parts.network).__name__}, but the loss depends on its blocks by another way too. Use space='weights', "
@@ -269,7 +269,7 @@ def _other_way(parts: Parts) -> MisconfigurationException:
     )
 
 
-def backward_in_blocks(parts: Parts, signal: Callable[[int, Tensor], Tensor]) -> Params:
+def backward_in_blocks(parts: NetworkInBlocks, signal: Callable[[int, Tensor], Tensor]) -> Params:
     """Return the gradients that ``signal(j, z)``, put in at block outputs, gives the blocks' parameters."""
     made: Params = {}
 
@@ -278,7 +278,7 @@ def backward_in_blocks(parts: Parts, signal: Callable[[int, Tensor], Tensor]) ->
             made.update(pulled_back(parts.slots[j], z, signal(j, z.detach())))
         return z.detach()
 
-    with watched(parts.blocks, enter=_cut_off, leave=leave):
+    with block_hooks(parts.blocks, enter=_cut_off, leave=leave):
         parts.step.loss(recorded=False, cost=1 + LOCAL_BACKWARD)
     return made
 

@@ -15,12 +15,12 @@ from lightning_bpfree.core.labels import LabelsOf
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.step import Estimate, Step
 from lightning_bpfree.methods.forward_gradient.block_hooks import leaving
-from lightning_bpfree.methods.forward_gradient.block_passes import DUAL_COST, LOCAL_BACKWARD, Parts
+from lightning_bpfree.methods.forward_gradient.block_passes import DUAL_COST, LOCAL_BACKWARD, NetworkInBlocks
 from lightning_bpfree.methods.forward_gradient.local_loss import Heads, LocalLoss
-from lightning_bpfree.methods.forward_gradient.projection import Batch, Choice, Role, Scope, Space
+from lightning_bpfree.methods.forward_gradient.projection import BlockProjection, ProjectionSettings, Role, Scope, Space
 
 
-class Guided:
+class LocalGuesses:
     """The estimates of a :class:`ForwardGradient` whose network is cut into blocks, and the heads that they need.
 
     Args:
@@ -28,14 +28,19 @@ class Guided:
         target: the losses that are followed; None for the user's.
         blocks: see :func:`lightning_bpfree.core.blocks.cut`.
         network: see :func:`lightning_bpfree.core.blocks.find_network`.
-        choice: what to estimate.
+        settings: what to estimate.
     """
 
     def __init__(
-        self, guess: LocalLoss | None, target: LocalLoss | None, blocks: Blocks, network: str | None, choice: Choice
+        self,
+        guess: LocalLoss | None,
+        target: LocalLoss | None,
+        blocks: Blocks,
+        network: str | None,
+        settings: ProjectionSettings,
     ) -> None:
-        self.blocks, self.network, self.choice = blocks, network, choice
-        losses: dict[Role, LocalLoss | None] = {"guess": guess, "target": None if choice.same else target}
+        self.blocks, self.network, self.settings = blocks, network, settings
+        losses: dict[Role, LocalLoss | None] = {"guess": guess, "target": None if settings.same else target}
         self.heads: dict[Role, Heads] = {role: Heads(loss) for role, loss in losses.items() if loss is not None}
         self._num_classes = max((heads.loss.num_classes or 0 for heads in self.heads.values()), default=0)
         self._cut: Cut | None = None
@@ -45,7 +50,7 @@ class Guided:
     @property
     def uses_tangents(self) -> bool:
         """Whether estimates take forward-mode differentiation; local losses that guess themselves do not."""
-        return not self.choice.same
+        return not self.settings.same
 
     # --- before the first batch ---
 
@@ -63,7 +68,7 @@ class Guided:
                         f"ForwardGradient: {slot.name} is tied, and block {block.name} has only one of its places. "
                         "Put all of them into one block, or leave it out by params=...."
                     )
-        if self.choice.space == "activations" and not self.choice.local:
+        if self.settings.space == "activations" and not self.settings.local:
             self._check_coupling(self._module)
 
     def _check_coupling(self, network: nn.Module) -> None:
@@ -94,19 +99,19 @@ class Guided:
         assert self._cut is not None, "estimate before check"
         assert self._module is not None
         trained = frozenset(slot.name for slot in step.trained)
-        parts = Parts.of(step, self._module, self._cut.blocks, inspect=trained != self._inspected)
+        parts = NetworkInBlocks.of(step, self._module, self._cut.blocks, inspect=trained != self._inspected)
         if self.heads and parts.active and not self._num_classes:
             self._num_classes = _width_of_output(parts)
         rank = int(getattr(step.module, "global_rank", 0))
-        batch = Batch(self.choice, parts, self.heads, self._num_classes, seed, rank)
+        projection = BlockProjection(self.settings, parts, self.heads, self._num_classes, seed, rank)
         self.settle(False)  # of a batch that was left in the middle
-        gradients, measured = batch.gradients()
+        gradients, measured = projection.gradients()
         assert step.recorded_loss is not None
         loss = step.recorded_loss = step.recorded_loss.detach()  # its graph has done its work
         numbers = torch.cat([number.detach().flatten() for number in measured or [loss]])
         step.measure(len(numbers), lambda _: numbers)  # raises for numbers that are not finite
         self._inspected = trained
-        losses = {f"local_loss/{name}": value for name, value in batch.losses.items()}
+        losses = {f"local_loss/{name}": value for name, value in projection.losses.items()}
         return Estimate(loss, {slot.name: gradients[slot.name] for slot in step.trained}, losses)
 
     def settle(self, succeeded: bool) -> None:
@@ -135,25 +140,25 @@ class Guided:
         """Return rows for the banner."""
         guess, target = (self.heads.get(role) for role in ("guess", "target"))
         along = "random directions" if guess is None else f"the guess of {guess.loss!r}"
-        of = "the same local losses" if self.choice.same else "the loss" if target is None else repr(target.loss)
+        of = "the same local losses" if self.settings.same else "the loss" if target is None else repr(target.loss)
         names = None if self._cut is None else ", ".join(block.name for block in self._cut.blocks)
         return {
             "a step": self._cost(),
-            "route": f"along {along}, in the space of {self.choice.space}; target: {of}",
+            "route": f"along {along}, in the space of {self.settings.space}; target: {of}",
             "blocks": f"{names or self.blocks}; what runs behind them gets its exact gradient",
         }
 
     def _cost(self) -> str:
         """Return what a step costs; the heads, and the way back behind the blocks, are not counted."""
-        choice, once = self.choice, 1 + LOCAL_BACKWARD
-        if choice.same or (choice.local and choice.space == "activations"):
+        settings, once = self.settings, 1 + LOCAL_BACKWARD
+        if settings.same or (settings.local and settings.space == "activations"):
             return f"1 forward, and a backward pass inside each block ({once:g} forwards)"
         first = once if "guess" in self.heads else 1.0
-        first = 1 + once if choice.space == "activations" else first
-        passes, each = choice.num, ""
-        if choice.scope == "tensor":
+        first = 1 + once if settings.space == "activations" else first
+        passes, each = settings.num, ""
+        if settings.scope == "tensor":
             each = " a parameter tensor"
-        elif choice.scope == "block" and not choice.local:
+        elif settings.scope == "block" and not settings.local:
             if self._cut is None:
                 each = " a block"
             else:
@@ -162,7 +167,7 @@ class Guided:
         return f"{passes} dual forward{'s' * (passes > 1)}{each} beside {first:g} plain{total}"
 
 
-def _width_of_output(parts: Parts) -> int:
+def _width_of_output(parts: NetworkInBlocks) -> int:
     found: list[Tensor] = []
 
     def look(_: int, out: Tensor) -> Tensor:
@@ -180,7 +185,7 @@ def _width_of_output(parts: Parts) -> int:
     return found[0].shape[1]
 
 
-def guided(
+def local_guesses(
     guess: LocalLoss | None,
     target: LocalLoss | str,
     space: Space,
@@ -190,7 +195,7 @@ def guided(
     labels: LabelsOf | None,
     num: int,
     distribution: Distribution,
-) -> Guided | None:
+) -> LocalGuesses | None:
     """Return what the arguments of a ForwardGradient ask for, or None if they leave the network in one piece.
 
     Raises:
@@ -221,7 +226,7 @@ def guided(
         )
     where = [loss for loss in (guess, local) if loss is not None]
     cut_by, of = _one_cut(where, blocks, network)
-    choice = Choice(
+    settings = ProjectionSettings(
         space,
         scope or "block",
         local is not None,
@@ -230,7 +235,7 @@ def guided(
         distribution,
         next((loss.labels for loss in where if loss.labels is not None), labels),
     )
-    return Guided(guess, local, cut_by, of, choice)
+    return LocalGuesses(guess, local, cut_by, of, settings)
 
 
 def _one_cut(where: list[LocalLoss], blocks: Blocks | None, network: str | None) -> tuple[Blocks, str | None]:

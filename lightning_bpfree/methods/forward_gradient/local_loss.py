@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_bpfree.core.auxiliary_modules import OwnModules, made
+from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules, made
 from lightning_bpfree.core.blocks import Block, Blocks
 from lightning_bpfree.core.directions import accumulator_dtype
 from lightning_bpfree.core.labels import LabelsOf
@@ -148,7 +148,7 @@ class Heads:
     """
 
     def __init__(self, loss: LocalLoss) -> None:
-        self.loss, self.own = loss, OwnModules(loss.optimizer, loss.lr)
+        self.loss, self.own = loss, AuxiliaryModules(loss.optimizer, loss.lr)
         self.trained = loss.update == "train"
 
     def of(

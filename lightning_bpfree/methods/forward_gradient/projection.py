@@ -17,7 +17,7 @@ from lightning_bpfree.core.params import Params, widen
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.forward_gradient.block_passes import (
     LOCAL_BACKWARD,
-    Parts,
+    NetworkInBlocks,
     backward_in_blocks,
     local_slopes,
     pulled_back,
@@ -53,8 +53,8 @@ def unit(tensors: Sequence[Tensor], each_sample: bool = False) -> list[Tensor]:
     return [(t * factor[:, None]).reshape(like.shape).to(like.dtype) for t, like in zip(flat, tensors, strict=True)]
 
 
-class Choice(NamedTuple):
-    """What a :class:`Batch` is to estimate.
+class ProjectionSettings(NamedTuple):
+    """What a :class:`BlockProjection` is to estimate.
 
     Args:
         space: whether parameters or what leaves the blocks is perturbed.
@@ -75,11 +75,11 @@ class Choice(NamedTuple):
     labels: LabelsOf | None
 
 
-class Batch:
+class BlockProjection:
     """One step on a network in blocks.
 
     Args:
-        choice: what to estimate.
+        settings: what to estimate.
         parts: the blocks of this step.
         heads: of the guess and of a local target.
         num_classes: width of the heads' outputs.
@@ -88,9 +88,15 @@ class Batch:
     """
 
     def __init__(
-        self, choice: Choice, parts: Parts, heads: dict[Role, Heads], num_classes: int, seed: int, rank: int
+        self,
+        settings: ProjectionSettings,
+        parts: NetworkInBlocks,
+        heads: dict[Role, Heads],
+        num_classes: int,
+        seed: int,
+        rank: int,
     ) -> None:
-        self.choice, self.parts, self.heads = choice, parts, heads
+        self.settings, self.parts, self.heads = settings, parts, heads
         self.num_classes, self.seed, self.rank = num_classes, seed, rank
         self.step, self.guided = parts.step, "guess" in heads
         self.losses: dict[str, Tensor] = {}
@@ -102,11 +108,11 @@ class Batch:
         if not self.parts.active:
             cost = 1 + LOCAL_BACKWARD
             return recorded(self.parts, lambda _, z: z.detach(), graph=True, cost=cost).gradients, []
-        if self.choice.same:
+        if self.settings.same:
             return self._own_losses()
-        if self.choice.space == "weights":
+        if self.settings.space == "weights":
             return self._weights()
-        return self._local_activations() if self.choice.local else self._activations()
+        return self._local_activations() if self.settings.local else self._activations()
 
     # --- heads ---
 
@@ -119,7 +125,7 @@ class Batch:
 
     def _labels_for(self, z: Tensor) -> Tensor:
         if self._labels is None or len(self._labels) != len(z):
-            self._labels = labels_of(self.step.args[0], len(z), self.num_classes, self.choice.labels).to(z.device)
+            self._labels = labels_of(self.step.args[0], len(z), self.num_classes, self.settings.labels).to(z.device)
         return self._labels
 
     def _judged(self, role: Role, j: int, z: Tensor, sources: Sequence[Tensor]) -> list[Tensor | None]:
@@ -171,7 +177,7 @@ class Batch:
         totals: Params = {name: torch.zeros_like(widen(p)) for name, p in self.parts.detached.items()}
         for direction in self._directions(guesses, groups):
             measured.append(self._slopes(direction, groups))
-            for names, slope in zip(groups, measured[-1] / self.choice.num, strict=True):
+            for names, slope in zip(groups, measured[-1] / self.settings.num, strict=True):
                 for name in names:
                     if name in direction:
                         totals[name] += widen(direction[name]) * slope.to(totals[name].device, totals[name].dtype)
@@ -181,11 +187,11 @@ class Batch:
     def _groups(self) -> list[list[str]]:
         blocks = [[slot.name for slot in self.parts.slots[j]] for j in self.parts.active]
         names = [name for block in blocks for name in block]
-        return {"network": [names], "block": blocks, "tensor": [[name] for name in names]}[self.choice.scope]
+        return {"network": [names], "block": blocks, "tensor": [[name] for name in names]}[self.settings.scope]
 
     def _directions(self, guesses: Params, groups: list[list[str]]) -> Iterator[Params]:
         if not self.guided:
-            yield from Directions(self.parts.detached, self.choice.num, self.step.seed, self.choice.distribution)
+            yield from Directions(self.parts.detached, self.settings.num, self.step.seed, self.settings.distribution)
             return
         made: Params = {}
         for names in groups:
@@ -194,10 +200,10 @@ class Batch:
         yield made
 
     def _slopes(self, direction: Params, groups: list[list[str]]) -> Tensor:
-        if not self.choice.local:
+        if not self.settings.local:
             return slopes(self.parts, direction, groups)
         mean = lambda j, z: self._target_losses(j, z).mean()  # noqa: E731
-        return local_slopes(self.parts, direction, groups, mean, alone=self.choice.scope == "tensor")
+        return local_slopes(self.parts, direction, groups, mean, alone=self.settings.scope == "tensor")
 
     # --- in the space of activations ---
 
@@ -210,7 +216,7 @@ class Batch:
                 for v in self._at(j, plain):
                     with torch.no_grad(), forward_ad.dual_level():
                         losses = self._target_losses(j, forward_ad.make_dual(plain, v))
-                        signal += _scaled(v, forward_ad.unpack_dual(losses).tangent / (self.choice.num * len(z)))
+                        signal += _scaled(v, forward_ad.unpack_dual(losses).tangent / (self.settings.num * len(z)))
                 made.update(pulled_back(slots, z, signal))
                 self._train_target(j, plain)
             return z.detach()
@@ -223,7 +229,7 @@ class Batch:
         if self.guided:
             yield from unit([self._guess_at(j, z)], each_sample=True)
         else:
-            for k in range(self.choice.num):
+            for k in range(self.settings.num):
                 yield self._random_at(k, j, z)
 
     def _guess_at(self, j: int, z: Tensor) -> Tensor:
@@ -233,7 +239,7 @@ class Batch:
 
     def _random_at(self, k: int, j: int, z: Tensor) -> Tensor:
         seed = mix(self.step.seed, j, self.rank)
-        return Directions({"z": z}, self.choice.num, seed, self.choice.distribution)[k]["z"]
+        return Directions({"z": z}, self.settings.num, seed, self.settings.distribution)[k]["z"]
 
     def _activations(self) -> tuple[Params, list[Tensor]]:
         guesses: dict[int, Tensor] = {}
@@ -245,7 +251,7 @@ class Batch:
 
         outside = recorded(self.parts, leave, graph=False, output=True)
         assert outside.output is not None
-        together = [self.parts.active] if self.choice.scope == "network" else [[j] for j in self.parts.active]
+        together = [self.parts.active] if self.settings.scope == "network" else [[j] for j in self.parts.active]
         for js in together if self.guided else []:
             guesses.update(zip(js, unit([guesses[j] for j in js], each_sample=True), strict=True))
 
@@ -258,11 +264,11 @@ class Batch:
             return guesses[j] if self.guided else self._random_at(k, j, z)
 
         each: dict[int, list[Tensor]] = {j: [] for j in self.parts.active}
-        for k in range(self.choice.num):
+        for k in range(self.settings.num):
             for js in together:
                 found = sample_slopes(self.parts, outside.output, js, partial(direction, k))
                 for j in js:
-                    each[j].append(found / self.choice.num)
+                    each[j].append(found / self.settings.num)
 
         def signal(j: int, z: Tensor) -> Tensor:
             parts = [_scaled(direction(k, j, z), c) for k, c in enumerate(each[j])]

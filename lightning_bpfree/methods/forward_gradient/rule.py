@@ -29,7 +29,7 @@ from lightning_bpfree.core.params import ParameterSlots, Params, widen
 from lightning_bpfree.core.step import Estimate, Step
 from lightning_bpfree.core.vectorizing import check_chunk_size
 from lightning_bpfree.methods.forward_gradient.block_passes import DUAL_COST
-from lightning_bpfree.methods.forward_gradient.local_guesses import guided
+from lightning_bpfree.methods.forward_gradient.local_guesses import local_guesses
 from lightning_bpfree.methods.forward_gradient.local_loss import LocalLoss
 from lightning_bpfree.methods.forward_gradient.projection import Scope, Space
 from lightning_bpfree.methods.forward_gradient.slopes import along_many, along_one, chosen_chunk
@@ -155,8 +155,10 @@ class ForwardGradient(TrainingRule):
         self.orthogonal, self.normalize, self.chunk_size = orthogonal, normalize, chunk_size
         self.guess, self.target, self.space, self.scope = guess, target, space, scope
         self.blocks, self.network, self.labels = blocks, network, labels
-        self._guided = guided(guess, target, space, scope, blocks, network, labels, num_directions, directions)
-        if self._guided is not None:
+        self._local_guesses = local_guesses(
+            guess, target, space, scope, blocks, network, labels, num_directions, directions
+        )
+        if self._local_guesses is not None:
             self.exchanges_scalars = False  # a guess, or a last part, differs from rank to rank
             if orthogonal or normalize or chunk_size not in ("auto", 1):
                 raise ValueError(
@@ -178,9 +180,9 @@ class ForwardGradient(TrainingRule):
                 f"{', '.join(compiled) or type(module).__name__} is compiled. Train the module as it was before "
                 "torch.compile (module._orig_mod of a compiled part), or use ZerothOrder()."
             )
-        if self._guided is not None:
-            self._guided.check(module, slots)
-            if not self._guided.uses_tangents:
+        if self._local_guesses is not None:
+            self._local_guesses.check(module, slots)
+            if not self._local_guesses.uses_tangents:
                 return
         for layer, cure in unsupported_layers(module, [slot.parameter for slot in slots.trainable()]):
             raise MisconfigurationException(
@@ -193,7 +195,9 @@ class ForwardGradient(TrainingRule):
         try:
             with supported_kernels(step.module):
                 return (
-                    self._combined(step) if self._guided is None else self._guided.estimate(step, self.record.seed or 0)
+                    self._combined(step)
+                    if self._local_guesses is None
+                    else self._local_guesses.estimate(step, self.record.seed or 0)
                 )
         except NoForwardDerivativeError as error:
             raise MisconfigurationException(f"ForwardGradient: {error}") from error
@@ -237,40 +241,40 @@ class ForwardGradient(TrainingRule):
             "use ZerothOrder(), which needs none."
         )
 
-    def settled(self, succeeded: bool) -> None:
+    def on_batch_settled(self, succeeded: bool) -> None:
         """Keep what heads have learned from the batch, or drop it."""
-        if self._guided is not None:
-            self._guided.settle(succeeded)
+        if self._local_guesses is not None:
+            self._local_guesses.settle(succeeded)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Move the heads with the user's parameters."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        if self._guided is not None:
-            self._guided.step_heads(
+        if self._local_guesses is not None:
+            self._local_guesses.step_heads(
                 partial(trainer.strategy.reduce, reduce_op="mean") if trainer.world_size > 1 else None
             )
 
     def _restore(self) -> None:
         super()._restore()
-        if self._guided is not None:
-            self._guided.release()
+        if self._local_guesses is not None:
+            self._local_guesses.release()
 
     def rule_state(self) -> dict[str, Any]:
         """Return the chosen chunk, so that a resumed run rounds as the first one did, and the heads."""
-        heads = {} if self._guided is None else {"guided": self._guided.state_dict()}
+        heads = {} if self._local_guesses is None else {"guided": self._local_guesses.state_dict()}
         return {"chunk_used": self._chunk_used, **heads}
 
     def load_rule_state(self, state: dict[str, Any]) -> None:
         """Take the heads back, and the chosen chunk unless the user has asked for another."""
         if not isinstance(self.chunk_size, int) and state["chunk_used"] is not None:
             self._chunk_used = min(int(state["chunk_used"]), self.num_directions)
-        if self._guided is not None and "guided" in state:
-            self._guided.load_state_dict(state["guided"])
+        if self._local_guesses is not None and "guided" in state:
+            self._local_guesses.load_state_dict(state["guided"])
 
     def describe(self) -> dict[str, str]:
         """Return rows for the banner."""
-        if self._guided is not None:
-            return self._guided.describe()
+        if self._local_guesses is not None:
+            return self._local_guesses.describe()
         num, chunk = self.num_directions, self._chunk_used
         if chunk is None:
             cost = f"{num} directions ({2 + 2 * num} to {3 * num} forwards, as the first batch will show)"

@@ -1,4 +1,4 @@
-"""Which weights to prune: scores of weights, and masks of the best ones with exact counts."""
+"""Scores of weights, and masks of the best ones with exact counts."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from lightning_bpfree.core.step import SkipBatchError, loss_of
 from lightning_bpfree.methods.lottery_ticket.masks import Masks, Restricts
 from lightning_bpfree.methods.lottery_ticket.plan import Score
 from lightning_bpfree.methods.lottery_ticket.pruning import magnitude, random_scores, snip, snr
-from lightning_bpfree.training.module_state import View
+from lightning_bpfree.training.module_state import ModuleState
 from lightning_bpfree.training.training_rule import TrainingRule
 
 _CURE = (
@@ -109,7 +109,7 @@ def snip_scores(trainer: pl.Trainer, module: pl.LightningModule, rule: TrainingR
             f"LotteryTicket(score='snip') differentiates the loss that training_step returns, and "
             f"{type(module).__name__} sets automatic_optimization=False: use another score."
         )
-    view = View(module, None)
+    view = ModuleState(module, None)
     slots = [slot for slot in view.slots if slot.name in names]
     replay = Replay([view.streams, view.attributes, view.metrics], view.buffers)
     replay.rewind()

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_bpfree.core.params import added
-from lightning_bpfree.methods.reversible_recompute.tape import Half, Pair, Pass, Tape, graph_task
+from lightning_bpfree.methods.reversible_recompute.tape import BranchReplay, Pair, Pass, Tape, graph_task
 
 Grads = list[Tensor | None]
 
 
-def differentiate(half: Half, d: Tensor, leaf: bool, others: Sequence[Tensor | None]) -> tuple[Tensor | None, Grads]:
+def differentiate(
+    half: BranchReplay, d: Tensor, leaf: bool, others: Sequence[Tensor | None]
+) -> tuple[Tensor | None, Grads]:
     """Differentiate a branch's output, weighted by ``d``.
 
     Args:
@@ -132,16 +134,16 @@ class _Step:
             self.tape.drift(self.block.coupling.label, (x1, x2), self.kept)
         return self.kept or (x1, x2)
 
-    def _through_g(self, g: Half, d1: Tensor, d2: Tensor) -> tuple[Tensor, Grads]:
+    def _through_g(self, g: BranchReplay, d1: Tensor, d2: Tensor) -> tuple[Tensor, Grads]:
         into, rest = differentiate(g, d2, True, self._others(g))
         return (d1 if into is None else d1 + into), rest
 
-    def _through_f(self, f: Half, d1: Tensor, d2: Tensor, rest: Grads) -> tuple[Tensor, Tensor, Grads]:
+    def _through_f(self, f: BranchReplay, d1: Tensor, d2: Tensor, rest: Grads) -> tuple[Tensor, Tensor, Grads]:
         s1, s2 = self.block.coupling.scale
         into, more = differentiate(f, d1, self.streams_wanted[1], self._others(f))
         d2 = d2 if s2 == 1.0 else d2 * s2
         rest = [added(a, b) for a, b in zip(rest, more, strict=True)]
         return (d1 if s1 == 1.0 else d1 * s1), (d2 if into is None else d2 + into), rest
 
-    def _others(self, half: Half) -> list[Tensor | None]:
+    def _others(self, half: BranchReplay) -> list[Tensor | None]:
         return [tensor if wanted else None for tensor, wanted in zip(half.others, self.wanted, strict=True)]

@@ -1,4 +1,4 @@
-"""What a conversion has replaced, and the way back."""
+"""Report of a conversion: the layers that were replaced, and the way back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the activations of a reversible stack come back in the backward pass."""
+"""Recomputation of the activations of a reversible stack in the backward pass."""
 
 from __future__ import annotations
 

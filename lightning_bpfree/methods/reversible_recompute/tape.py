@@ -19,7 +19,7 @@ from lightning_bpfree.methods.reversible_recompute.side_stream import SideStream
 Drift = Callable[[str, Sequence[Tensor], Sequence[Tensor]], None]
 
 
-class Half(NamedTuple):
+class BranchReplay(NamedTuple):
     """One branch evaluated again, with its graph.
 
     Args:
@@ -38,8 +38,8 @@ class Half(NamedTuple):
 class Pair(NamedTuple):
     """A block taken back: both branches with their graphs, the upper one first."""
 
-    g: Half
-    f: Half
+    g: BranchReplay
+    f: BranchReplay
 
 
 class Evaluation(NamedTuple):
@@ -170,17 +170,17 @@ class Tape:
         g = self.upper(index, y1, y2)
         return Pair(g, self.lower(index, g.back, y1))
 
-    def upper(self, index: int, y1: Tensor, y2: Tensor) -> Half:
+    def upper(self, index: int, y1: Tensor, y2: Tensor) -> BranchReplay:
         """Evaluate ``g`` again and recover ``x2``."""
         coupling, inventory, _ = self.blocks[index]
         inventory.check()
         return self._half(index, 1, coupling.second, y1, y2)
 
-    def lower(self, index: int, x2: Tensor, y1: Tensor) -> Half:
+    def lower(self, index: int, x2: Tensor, y1: Tensor) -> BranchReplay:
         """Evaluate ``f`` again and recover ``x1``."""
         return self._half(index, 0, self.blocks[index].coupling.first, x2, y1)
 
-    def _half(self, index: int, which: int, branch: Callable[..., Tensor], x: Tensor, y: Tensor) -> Half:
+    def _half(self, index: int, which: int, branch: Callable[..., Tensor], x: Tensor, y: Tensor) -> BranchReplay:
         coupling, inventory, evaluations = self.blocks[index]
         leaf = x.detach().requires_grad_()
         sources = {key: self.context[key].detach().requires_grad_() for key in self.sources}
@@ -196,7 +196,7 @@ class Tape:
                 now.restore()
         others = [*sources.values(), *parameters]
         self._refuse_foreign(index, out, [leaf, *others])  # such as a parameter that a branch knows by another way
-        return Half(leaf, out, others, part(y, out.detach(), coupling.scale[which]))
+        return BranchReplay(leaf, out, others, part(y, out.detach(), coupling.scale[which]))
 
 
 def graph_task() -> int:

@@ -1,4 +1,4 @@
-"""Which activations of a network become stochastic units."""
+"""The activations of a network that become stochastic units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is subtracted from a reward before scores are multiplied by it."""
+"""Baselines: numbers that are subtracted from a reward before it multiplies the scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_bpfree.core.auxiliary_modules import OwnModules
+from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.team_reinforce.training_pass import TeamPass
 
@@ -28,7 +28,7 @@ class Baselines:
     def __init__(self, kind: Baseline, lr: float) -> None:
         if kind not in ("leave_one_out", "critic", "per_layer", "none"):
             raise ValueError(f"baseline={kind!r}: choose 'leave_one_out', 'critic', 'per_layer' or 'none'.")
-        self.kind, self.own = kind, OwnModules("adam", lr)
+        self.kind, self.own = kind, AuxiliaryModules("adam", lr)
 
     def advantages(self, work: TeamPass, rewards: Tensor, seed: int) -> list[Tensor]:
         """Return the advantages of every layer, ``(M * B,)``.

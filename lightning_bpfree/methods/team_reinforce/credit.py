@@ -1,4 +1,4 @@
-"""How a reward becomes a gradient for every layer of a team of stochastic units."""
+"""Credit assignment: from a reward to a gradient for every layer of a team of stochastic units."""
 
 from __future__ import annotations
 

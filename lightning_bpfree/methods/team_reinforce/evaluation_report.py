@@ -1,4 +1,4 @@
-"""How good a team is by its means and by its draws, whichever of the two its network returns."""
+"""Evaluation of a team by its means and by its draws, whichever of the two its network returns."""
 
 from __future__ import annotations
 

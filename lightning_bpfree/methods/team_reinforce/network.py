@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_bpfree.core.auxiliary_modules import OwnModules
-from lightning_bpfree.core.forward_override import Call, StandIn
+from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
+from lightning_bpfree.core.forward_override import Call, ForwardOverride
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.team_reinforce.layer import Layer, as_input, averaged
 from lightning_bpfree.methods.team_reinforce.units.boltzmann_machine import Machine, MachineLayer
@@ -24,7 +24,7 @@ Visit = Callable[["Layer"], Tensor]
 TrainingPass = Callable[["TeamNetwork", Tensor, Call], Tensor]
 
 
-class Site(StandIn):
+class UnitLayerOverride(ForwardOverride):
     """Stands in for the forward pass of one activation.
 
     Args:
@@ -44,7 +44,7 @@ class Site(StandIn):
         return self.team.visited(self, potential)
 
 
-class TeamNetwork(StandIn):
+class TeamNetwork(ForwardOverride):
     """Stands in for ``network.forward``: a team of stochastic units, drawn in training and read out in evaluation.
 
     Args:
@@ -62,7 +62,7 @@ class TeamNetwork(StandIn):
         network: nn.Module,
         activations: dict[str, nn.Module],
         settings: TeamSettings,
-        lateral: OwnModules,
+        lateral: AuxiliaryModules,
         seed: Callable[[], int] = lambda: 0,
     ) -> None:
         super().__init__(network)
@@ -73,7 +73,7 @@ class TeamNetwork(StandIn):
         self.noted: dict[str, Tensor] | None = None
         """What an evaluation has returned by means and by draws, if that is noted."""
         self.num_weights = sum(p.numel() for p in network.parameters() if p.dim() > 1)
-        self.sites = [Site(self, name, module) for name, module in activations.items()]
+        self.sites = [UnitLayerOverride(self, name, module) for name, module in activations.items()]
         self._handles: list[Any] = []
         self._visit: Visit | None = None
         self._layers: list[Layer] = []
@@ -112,7 +112,7 @@ class TeamNetwork(StandIn):
 
     # --- one forward pass ---
 
-    def visited(self, site: Site, potential: Tensor) -> Tensor:
+    def visited(self, site: UnitLayerOverride, potential: Tensor) -> Tensor:
         """Return the values of units at ``potential``, as the present pass wants them."""
         if self._visit is None:  # an activation on its own, outside of the network's forward pass
             unit = self._unit(site, 0)
@@ -125,7 +125,7 @@ class TeamNetwork(StandIn):
         layer.value = self._visit(layer)
         return layer.value
 
-    def _unit(self, site: Site, index: int) -> StochasticUnit:
+    def _unit(self, site: UnitLayerOverride, index: int) -> StochasticUnit:
         if isinstance(site.module, StochasticUnit):
             return site.module
         return self.units[index] if 1 < len(self.units) > index else self.units[0]

@@ -1,4 +1,4 @@
-"""What a team is rewarded for: one number for every draw of every sample."""
+"""Rewards of a team: one number for every draw of every sample."""
 
 from __future__ import annotations
 

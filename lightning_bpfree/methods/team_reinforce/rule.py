@@ -13,10 +13,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from lightning_bpfree.core.auxiliary_modules import OwnModules
+from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
 from lightning_bpfree.core.blocks import find_network
 from lightning_bpfree.core.forward_ad import compiled_parts
-from lightning_bpfree.core.forward_override import stand_in_of, taken_away
+from lightning_bpfree.core.forward_override import override_of, removed
 from lightning_bpfree.core.labels import LabelsOf
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.seeds import mix
@@ -132,7 +132,7 @@ class TeamReinforce(TrainingRule):
         self._team = TeamSettings.of(self)
         self.reevaluates = self._team.runs_again
         self._rewards, self._baselines = Rewards(reward, labels), Baselines(baseline, critic_lr)
-        self._lateral = OwnModules("adam", lateral_lr)
+        self._lateral = AuxiliaryModules("adam", lateral_lr)
         self._traces = None if trace_decay is None else Traces(trace_decay)
         self._rates = None if learning_rates is None else LayerRates(learning_rates)
         self._network: TeamNetwork | None = None
@@ -156,7 +156,7 @@ class TeamReinforce(TrainingRule):
             sites = find_sites(network, name, self.units)
             self._team.check_units([site for site in sites.values() if isinstance(site, StochasticUnit)])
             if self._network is not None and not self._loaded:  # another network: it starts afresh
-                self._lateral = OwnModules("adam", self.lateral_lr)
+                self._lateral = AuxiliaryModules("adam", self.lateral_lr)
                 self._baselines = Baselines(self.baseline, self.critic_lr)
                 self._traces = None if self.trace_decay is None else Traces(self.trace_decay)
             self._network, self._loaded = TeamNetwork(network, sites, self._team, self._lateral, self._own_seed), False
@@ -171,18 +171,18 @@ class TeamReinforce(TrainingRule):
         Args:
             module: whose network, such as a copy of the one in training; None for the last one that was installed.
         """
-        found = self._network if module is None else stand_in_of(find_network(module, self.network)[1])
+        found = self._network if module is None else override_of(find_network(module, self.network)[1])
         if isinstance(found, TeamNetwork):
             found.remove()
 
     def without(self) -> AbstractContextManager[None]:
         """Let the network be itself in this context."""
-        return taken_away(self._network)
+        return removed(self._network)
 
     # --- one fit ---
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Swap the training step."""
+        """StepSwap the training step."""
         super().setup(trainer, pl_module, stage)
         compiled = compiled_parts(pl_module) if stage == "fit" else []
         if compiled:
@@ -228,7 +228,7 @@ class TeamReinforce(TrainingRule):
             loss = step.loss(cost=float(self.num_samples))
         finally:
             network.training_pass = None
-        self.settled(False)  # of a batch that was left in the middle
+        self.on_batch_settled(False)  # of a batch that was left in the middle
         if not work.layers:
             raise MisconfigurationException(
                 f"TeamReinforce: the training step never called {self.network or 'its network'}: name the submodule "
@@ -278,7 +278,7 @@ class TeamReinforce(TrainingRule):
             made[slot.name] = torch.zeros_like(slot.parameter) if gradient is None else gradient
         return made
 
-    def settled(self, succeeded: bool) -> None:
+    def on_batch_settled(self, succeeded: bool) -> None:
         """Keep what lateral weights and critics have learned from the batch, or drop it."""
         for own in (self._lateral, self._baselines.own):
             own.settle(succeeded)

@@ -307,14 +307,14 @@ def test_random_activations_are_unbiased_along_the_gradient_with_the_spread_of_t
 
 @pytest.mark.parametrize("target", ["global", "local"])
 def test_several_random_activations_count_as_their_mean(target, monkeypatch):
-    own = local_guess.Batch._random_at
-    monkeypatch.setattr(local_guess.Batch, "_random_at", lambda self, k, j, z: own(self, 0, j, z))
+    own = local_guess.BlockProjection._random_at
+    monkeypatch.setattr(local_guess.BlockProjection, "_random_at", lambda self, k, j, z: own(self, 0, j, z))
     one, three = (step(ForwardGradient(k, space="activations", target=target, seed=1)) for k in (1, 3))
     close(one, three, rtol=1e-10, atol=1e-14)  # three times the same direction
 
 
 def test_random_activations_differ_between_blocks_ranks_and_directions(monkeypatch):
-    drawn, own = [], local_guess.Batch._random_at
+    drawn, own = [], local_guess.BlockProjection._random_at
 
     def kept(self, k, j, z):
         drawn.append(own(self, k, j, z))
@@ -323,7 +323,7 @@ def test_random_activations_differ_between_blocks_ranks_and_directions(monkeypat
         self.rank -= 1
         return drawn[-2]
 
-    monkeypatch.setattr(local_guess.Batch, "_random_at", kept)
+    monkeypatch.setattr(local_guess.BlockProjection, "_random_at", kept)
     net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     steps(ForwardGradient(2, space="activations", target="local", seed=1), net=net)
     assert len(drawn) == len({tuple(v.flatten().tolist()) for v in drawn}) == 2 * 2 * 2
@@ -712,5 +712,5 @@ def test_nan_is_not_learned_from():
 def test_the_cut_is_let_go_after_the_fit():
     rule = ForwardGradient(guess=LocalLoss())
     step(rule)
-    assert rule._guided._cut is None
+    assert rule._local_guesses._cut is None
     assert cut(chain(), 1).blocks[0].name == "0..1"

@@ -55,7 +55,7 @@ class Search(ZerothOrder):
             return None
         generator = torch.Generator().manual_seed(self.steps)
         std = {}
-        for slot in self._view.slots.trainable():
+        for slot in self._module_state.slots.trainable():
             drawn = torch.rand(slot.parameter.shape, generator=generator) + 0.1
             std[slot.name] = drawn.clamp_min(0.9) if self.floor else drawn
             if self.masks is not None and slot.name in self.masks:

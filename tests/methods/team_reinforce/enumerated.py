@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_bpfree as bpf
-from lightning_bpfree.core.auxiliary_modules import OwnModules
-from lightning_bpfree.core.forward_override import stand_in_of
+from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
+from lightning_bpfree.core.forward_override import override_of
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.step import Step
 from lightning_bpfree.methods.team_reinforce.activations import find_sites
@@ -74,10 +74,10 @@ def run(rule: bpf.TeamReinforce, net: nn.Module, x: Tensor, hidden: Sequence[Ten
         settings = settings._replace(output=ScriptedSoftmax(action))
     settings = settings._replace(**changes)
     rows = x if len(x) > 1 else x.expand(len(hidden[0]), -1)
-    before = stand_in_of(net)
+    before = override_of(net)
     if before is not None:
         before.remove()
-    team = TeamNetwork(net, find_sites(net, "", None), settings, OwnModules())
+    team = TeamNetwork(net, find_sites(net, "", None), settings, AuxiliaryModules())
     step = Step(net, lambda: net(rows).sum(), ParameterSlots(net), 0)
     leaves = type(rule._team.credit).leaves
     work = TeamPass(step, 1, torch.Generator(), negative_phase=rule.negative_phase, leaves=leaves)

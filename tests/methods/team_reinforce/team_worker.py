@@ -60,7 +60,7 @@ class Watch(pl.Callback):
         self.lateral: list[dict[str, Tensor]] = []
 
     def on_train_start(self, trainer, pl_module) -> None:
-        self.rule.probes.append(self)
+        self.rule.observers.append(self)
 
     def due(self, trainer) -> bool:
         return True

@@ -30,7 +30,7 @@ from lightning_bpfree.demos.regression import Regressor
 from lightning_bpfree.methods.team_reinforce.baselines import leave_one_out
 from lightning_bpfree.methods.team_reinforce.layer import Layer
 from lightning_bpfree.methods.team_reinforce.settings import CREDITS
-from lightning_bpfree.training.module_state import View
+from lightning_bpfree.training.module_state import ModuleState
 
 EXACT = 1e-12  # float64, sums of some dozens of numbers of size 1
 ERRORS = 5.0  # standard errors
@@ -95,14 +95,14 @@ def vectors(rows: int = 8, features: int = 6, dtype: torch.dtype = torch.float64
 def estimate(rule: bpf.TeamReinforce, module: pl.LightningModule, batch: Any, seed: int = 3) -> dict[str, Tensor]:
     """Return what the rule makes of a batch: ascent directions by name."""
     rule.install(module)
-    view = View(module, None)
+    view = ModuleState(module, None)
     replay = Replay([view.streams, view.attributes, view.metrics], view.buffers)
     step = Step(
         module, lambda: module.training_step(batch, 0), view.slots, seed, args=(batch,), replay=replay, quiet=view.quiet
     )
     try:
         made = rule.estimate(step).resolved()
-        rule.settled(True)  # as in a fit, when no rank has failed
+        rule.on_batch_settled(True)  # as in a fit, when no rank has failed
         return {name: -gradient for name, gradient in made.items()}
     finally:
         step.finish()

@@ -34,7 +34,7 @@ class LowRankLayers:
     """The linear, convolution and embedding layers of a module whose weights can carry low-rank noise.
 
     A layer counts if it computes by the standard forward of its kind, and if nothing but this forward uses its weight;
-    that is found out by :meth:`watched`, in one evaluation. Weights of all other layers are to be replaced by those of
+    that is found out by :meth:`observed`, in one evaluation. Weights of all other layers are to be replaced by those of
     the members, one matrix for each.
 
     Args:
@@ -61,18 +61,18 @@ class LowRankLayers:
         return set(self.layers)
 
     @contextlib.contextmanager
-    def watched(self, params: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    def observed(self, params: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
         """Within an evaluation with the yielded tensors, find out which weights something else uses, and drop them.
 
         Args:
             params: the present parameters, detached.
         """
         strays: set[str] = set()
-        watched = {name: _Watched.of(params[name], partial(strays.add, name)) for name in self.layers}
+        observed = {name: _ObservedWeight.of(params[name], partial(strays.add, name)) for name in self.layers}
         with contextlib.ExitStack() as stack:
             for name, layer in self.layers.items():
                 stack.enter_context(_forward(layer, partial(_plain, layer, params[name])))
-            yield watched
+            yield observed
         for name in strays:
             del self.layers[name]
 
@@ -114,16 +114,16 @@ def _forward(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[
             layer.__dict__["forward"] = own
 
 
-class _Watched(Tensor):
+class _ObservedWeight(Tensor):
     """A weight that says so when an operation computes something from it."""
 
     _seen: Callable[[], None]
 
     @classmethod
-    def of(cls, tensor: Tensor, seen: Callable[[], None]) -> _Watched:
-        watched = tensor.as_subclass(cls)
-        watched._seen = seen
-        return watched
+    def of(cls, tensor: Tensor, seen: Callable[[], None]) -> _ObservedWeight:
+        observed = tensor.as_subclass(cls)
+        observed._seen = seen
+        return observed
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

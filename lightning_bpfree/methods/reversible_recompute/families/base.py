@@ -1,4 +1,4 @@
-"""What is known of a kind of transformer layers: how it comes apart into the two branches of a reversible block."""
+"""The interface of a family of transformer layers: how a layer splits into the two branches of a reversible block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a layer of stochastic units draws its values: the interface, and units that draw independently."""
+"""The interface of exploration in a layer of stochastic units, and units that draw independently."""
 
 from __future__ import annotations
 
