@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from lightning_bpfree.core.replay.object_graph import Place
 
 Params = dict[str, Tensor]
 
@@ -89,6 +91,7 @@ class ParameterSlots:
         chosen = _match(patterns, [name for names in aliases.values() for name in names])
         self.slots = [slot for key, slot in places.items() if not chosen.isdisjoint(aliases[key])]
         self.rest = [slot for key, slot in places.items() if chosen.isdisjoint(aliases[key])]
+        self._elsewhere: dict[str, list[Place]] = {}
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(self.slots)
@@ -97,22 +100,41 @@ class ParameterSlots:
         """Return the selected slots whose parameter requires a gradient now (freezing may change during a fit)."""
         return [slot for slot in self.slots if slot.parameter.requires_grad]
 
+    def add_places(self, modules: Iterable[nn.Module], places: Iterable[Place]) -> None:
+        """Take note of further places that hold the parameters: modules that are not registered, lists, dicts.
+
+        Args:
+            modules: all modules, registered or not.
+            places: of parameters in containers and attributes.
+        """
+        slots = {id(slot.parameter): slot for slot in self.slots}
+        for owner in modules:
+            for key, parameter in owner._parameters.items():
+                slot = slots.get(id(parameter))
+                if slot is not None and not any(o is owner and k == key for o, k in slot.places):
+                    slot.places.append((owner, key))
+        for place in places:
+            slot = slots.get(id(place.get()))
+            if slot is not None:
+                self._elsewhere.setdefault(slot.name, []).append(place)
+
     @contextlib.contextmanager
     def replaced(self, params: Mapping[str, Tensor]) -> Iterator[None]:
         """Let the module compute with ``params`` instead of its own tensors; its parameters come back untouched."""
         slots = [slot for slot in self.slots if slot.name in params]
         try:
             for slot in slots:
-                _place(slot, params[slot.name])
+                self._place(slot, params[slot.name])
             yield
         finally:
             for slot in slots:
-                _place(slot, slot.parameter)
+                self._place(slot, slot.parameter)
 
-
-def _place(slot: Slot, tensor: Tensor) -> None:
-    for owner, key in slot.places:
-        place(owner, key, tensor)
+    def _place(self, slot: Slot, tensor: Tensor) -> None:
+        for owner, key in slot.places:
+            place(owner, key, tensor)
+        for elsewhere in self._elsewhere.get(slot.name, ()):
+            elsewhere.put(tensor)
 
 
 def place(owner: nn.Module, key: str, tensor: Tensor | None) -> None:

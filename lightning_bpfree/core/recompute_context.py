@@ -15,7 +15,7 @@ class Draws(NamedTuple):
     """States of torch's global random streams: the CPU's, and those of the accelerators that hold given tensors.
 
     Taken before and after every branch, and so without Python's and NumPy's streams, whose states take ten times as
-    long (:class:`~lightning_bpfree.core.replay.RandomStreams`, of which a step takes one).
+    long (:class:`~lightning_bpfree.core.replay.random_streams.RandomStreams`, of which a step takes one).
 
     Examples:
         >>> before = Draws.now(torch.zeros(1))

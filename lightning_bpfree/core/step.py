@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_bpfree.core.exchange import ScalarExchange
 from lightning_bpfree.core.params import ParameterSlots, Params, Slot
-from lightning_bpfree.core.replay import Replay
+from lightning_bpfree.core.replay.batch import BatchCopies
+from lightning_bpfree.core.replay.replay import Replay
 
 Gradients = Params | Callable[[Tensor | None], Params]
 
@@ -68,10 +69,15 @@ class Step:
 
     Args:
         module: the module in training.
-        evaluate: runs the user's training step on this batch and returns what it returned.
+        evaluate: the user's training step, called with the arguments of this batch.
         slots: the parameters that the rule may train.
         seed: equal on all ranks, new for every batch, and the same again after a resume.
-        replay: puts random streams, buffers and metrics back between evaluations; None if the rule evaluates once.
+        args: positional arguments of the training step.
+        kwargs: its further arguments.
+        replay: puts back between evaluations what they have moved; None if the rule evaluates once.
+        copies: the batch, for a step that is evaluated several times; made of ``args`` and ``kwargs`` if None.
+        needs_graph: whether the training step differentiates within itself, for which it needs gradients enabled.
+        vectorizable: False for a training step that writes to parameters, which no vectorized pass may.
         quiet: a context in which the module logs nothing.
         exchange: how ranks agree on measured numbers; None if they do not (one device, or gradients cross instead).
         read: what the training step returned -> the scalar to minimise.
@@ -80,17 +86,23 @@ class Step:
     def __init__(
         self,
         module: nn.Module,
-        evaluate: Callable[[], Any],
+        evaluate: Callable[..., Any],
         slots: ParameterSlots,
         seed: int,
         *,
         args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
         replay: Replay | None = None,
+        copies: BatchCopies | None = None,
+        needs_graph: bool = False,
+        vectorizable: bool = True,
         quiet: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
         exchange: ScalarExchange | None = None,
         read: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        self.module, self.args, self.seed = module, args, seed
+        self.module, self.seed, self.needs_graph, self.vectorizable = module, seed, needs_graph, vectorizable
+        self._arguments = (args, dict(kwargs or {}))
+        self._copies = BatchCopies(*self._arguments) if copies is None and replay is not None else copies
         self.slots, self.exchange, self._read = slots, exchange, loss_of if read is None else read
         self._evaluate, self._replay, self._quiet = evaluate, replay, quiet
         self._trained: list[Slot] | None = None
@@ -98,6 +110,11 @@ class Step:
         self.output: Any = None
         self.recorded_loss: Tensor | None = None
         self.forward_evals = 0.0
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The positional arguments of the training step: the batch first, as it was when the step began."""
+        return self._arguments[0] if self._copies is None else self._copies.fresh()[0]
 
     @property
     def trained(self) -> list[Slot]:
@@ -135,7 +152,7 @@ class Step:
         self.rewind()
         replaced = contextlib.nullcontext() if params is None else self.slots.replaced(params)
         with replaced, contextlib.nullcontext() if recorded else self._traceless():
-            output = self._evaluate()
+            output = self._output(recorded)
         loss = self._read(output)
         if recorded:
             self._recorded, self.output, self.recorded_loss = True, output, loss
@@ -159,7 +176,14 @@ class Step:
         Buffers are copies for the time of the evaluation. Call :meth:`rewind` before the transform, not in it.
         """
         with self.slots.replaced(params), self._traceless():
-            return self._read(self._evaluate())
+            return self._read(self._output(recorded=False))
+
+    def _output(self, recorded: bool) -> Any:
+        args, kwargs = self._arguments
+        if self._copies is not None:
+            args, kwargs = self._copies.original() if recorded else self._copies.fresh()
+        with torch.enable_grad() if self.needs_graph else contextlib.nullcontext():
+            return self._evaluate(*args, **kwargs)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:

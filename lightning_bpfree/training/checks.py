@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
@@ -75,4 +76,19 @@ def _check_strategy(rule: TrainingRule, trainer: pl.Trainer) -> None:
         raise MisconfigurationException(
             f"{name} has not been tested under {strategy}. Use one device, strategy='ddp' or 'bpfree_scalar_sync', or "
             "pass allow_untested=True and compare a few steps with one device."
+        )
+
+
+def check_writes(rule: str, written: Sequence[str]) -> None:
+    """Raise MisconfigurationException if a training step writes to parameters that are trained.
+
+    Args:
+        rule: the rule's name.
+        written: names of the parameters.
+    """
+    if written:
+        raise MisconfigurationException(
+            f"{rule} evaluates the training step several times, at other parameters than the module's own, and the "
+            f"step writes to parameters that are trained: {', '.join(written[:5])}. Normalize or clamp them in "
+            "on_train_batch_start or on_before_zero_grad, which run once a batch."
         )

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, cast
 
 import lightning.pytorch as pl
-import torchmetrics
-from torch import nn
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor, nn
 
-from lightning_bpfree.core.params import ParameterSlots
-from lightning_bpfree.core.replay import Attributes, Buffers, RandomStreams
+from lightning_bpfree.core.params import ParameterSlots, Slot
+from lightning_bpfree.core.replay.batch import BatchCopies
+from lightning_bpfree.core.replay.held_state import HeldState
+from lightning_bpfree.core.replay.iterators import Iterators
+from lightning_bpfree.core.replay.object_graph import Found, Place, is_generator, walk
+from lightning_bpfree.core.replay.random_streams import RandomStreams
+from lightning_bpfree.core.replay.rehearsal import Writes, needs_graph, uninitialized
+from lightning_bpfree.core.replay.replay import Replay
+from lightning_bpfree.core.replay.tensor_copies import TensorCopies, buffer_places
 
 _LOUD: tuple[str, ...] = ("log", "log_dict")
+_SMALL = 1 << 20  # bytes of a tensor that is copied for each evaluation, whether or not a step is known to write to it
 
 
 def _say_nothing(*_args: Any, **_kwargs: Any) -> None:
@@ -21,7 +30,10 @@ def _say_nothing(*_args: Any, **_kwargs: Any) -> None:
 
 
 class SilencedLogging:
-    """Makes ``self.log`` and ``self.log_dict`` of a module, and of LightningModules within it, say nothing.
+    """A context in which a module, and LightningModules within it, log nothing.
+
+    ``self.log`` is silent in whichever way it is reached (``super().log``, a method that was kept before the fit), and
+    ``self.logger`` takes everything and passes nothing on.
 
     Examples:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -31,6 +43,7 @@ class SilencedLogging:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self.module = module
         self.loud = [part for part in module.modules() if isinstance(part, pl.LightningModule) or part is module]
 
     @contextlib.contextmanager
@@ -40,38 +53,175 @@ class SilencedLogging:
         for part in self.loud:
             part.__dict__.update(log=_say_nothing, log_dict=_say_nothing)
         try:
-            yield
+            with _silent_trainer(self.module.__dict__.get("_trainer")):
+                yield
         finally:
             for part, own in zip(self.loud, saved, strict=True):
                 for key in _LOUD:
-                    del part.__dict__[key]
+                    part.__dict__.pop(key, None)
                 part.__dict__.update(own)
 
 
-class Metrics:
-    """The states of the torchmetrics objects in a module, which an extra evaluation must not count."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.metrics = [part for part in module.modules() if isinstance(part, torchmetrics.Metric)]
-
-    def save(self) -> list[tuple[dict[str, Any], int, Any]]:
-        """Return every metric's state."""
-        return [(metric._copy_state_dict(), metric._update_count, metric._computed) for metric in self.metrics]
-
-    def load(self, state: list[tuple[dict[str, Any], int, Any]]) -> None:
-        """Put every metric's state back."""
-        for metric, (values, update_count, computed) in zip(self.metrics, state, strict=True):
-            for name, value in values.items():
-                # Copies, since updates add to tensors in place and append to lists.
-                setattr(metric, name, list(value) if isinstance(value, list) else value.clone())
-            metric._update_count, metric._computed = update_count, computed
+@contextlib.contextmanager
+def _silent_trainer(trainer: Any) -> Iterator[None]:
+    results = getattr(trainer, "_results", None)
+    if results is None:
+        yield
+        return
+    loggers = trainer.loggers
+    results.log = _say_nothing
+    if loggers:
+        trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        results.__dict__.pop("log", None)
+        if loggers:
+            trainer.loggers = loggers
 
 
 class ModuleState:
-    """The parts of a module that every step needs; collected once an epoch, for walking a large module takes time."""
+    """The parts of a module that every step needs, found by walking it.
 
-    def __init__(self, module: pl.LightningModule, params: str | Sequence[str] | None) -> None:
-        self.slots = ParameterSlots(module, params)
-        self.buffers, self.metrics, self.quiet = Buffers(module), Metrics(module), SilencedLogging(module)
-        self.streams = RandomStreams([module.device])
-        self.attributes = Attributes(part for part in module.modules() if not isinstance(part, torchmetrics.Metric))
+    Args:
+        module: the module.
+        params: patterns of the parameters that a rule trains.
+        others: further objects that a training step may change, such as the datamodule.
+        optimizers: whose parameter groups a training step may read the weights from.
+    """
+
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        params: str | Sequence[str] | None,
+        others: Iterable[Any] = (),
+        optimizers: Iterable[Any] = (),
+    ) -> None:
+        self.module, self.params, self._others, self._optimizers = module, params, list(others), list(optimizers)
+        self.quiet, self.streams = SilencedLogging(module), RandomStreams([module.device])
+        self.needs_graph = False
+        self.writes_batch_unseen = False
+        self.written: set[str] = set()
+        self._moving: set[int] = set()
+        self._steps, self._next_rehearsal = 0, 1
+        self._new_things = False
+        self._look()
+
+    def _look(self) -> None:
+        self.slots = ParameterSlots(self.module, self.params)
+        self.found = walk(self.module, [*self._others, *_generators_of(self.module)])
+        for group in (group for optimizer in self._optimizers for group in optimizer.param_groups):
+            self.found.parameters.extend(Place(group["params"], index) for index in range(len(group["params"])))
+        self.slots.add_places(self.found.modules, self.found.parameters)
+        self.held = HeldState(self.found)
+        self.buffers = TensorCopies(self._copied_places())
+        self._shape = self._shape_now()
+        self._new_things = False
+
+    def _copied_places(self) -> list[Place]:
+        plain = [p for p in self.found.tensors if p.get().nbytes <= _SMALL or id(p.get()) in self._moving]
+        arrays = [p for p in self.found.arrays if p.get().nbytes <= _SMALL or id(p.get()) in self._moving]
+        frozen = [
+            Place(owner._parameters, key)
+            for slot in self._frozen()
+            if slot.name in self.written
+            for owner, key in slot.places
+        ]
+        return [*buffer_places(self.found.modules), *plain, *arrays, *frozen]
+
+    def _frozen(self) -> list[Slot]:
+        return [*self.slots.rest, *(slot for slot in self.slots if not slot.parameter.requires_grad)]
+
+    def _shape_now(self) -> tuple[Any, ...]:
+        """Return what tells modules, parameters and names of buffers apart, at the cost of a microsecond or so."""
+        modules = self.found.modules
+        held = chain.from_iterable(d.values() for m in modules for d in (m._parameters, m._modules))
+        return (*map(id, held), *chain.from_iterable(m._buffers for m in modules))
+
+    def refresh(self) -> bool:
+        """Look again if the module has other parts than at the last look; return whether it had."""
+        if not self._new_things and self._shape == self._shape_now():
+            return False
+        self._look()
+        return True
+
+    def replay(self) -> Replay:
+        """Return what puts everything back between the evaluations of one step."""
+        parts: list[Any] = [self.streams, self.held]
+        if self.found.iterators:
+            parts.append(Iterators(self.found.iterators))
+        return Replay(parts, self.buffers, self._finished)
+
+    def _finished(self, before: list[Any], after: list[Any]) -> None:
+        self._new_things |= self.held.differs(after[1], before[1])
+
+    # --- rehearsal ---
+
+    def rehearsal_due(self) -> bool:
+        """Whether the coming step is to be rehearsed: the first, 4th, 16th, 64th and so on, should it change."""
+        self._steps += 1
+        due = self._steps == self._next_rehearsal
+        if due:
+            self._next_rehearsal *= 4
+        return due
+
+    def rehearse(self, evaluate: Callable[..., Any], batch: BatchCopies) -> None:
+        """Evaluate the step once without a trace, to find out what it writes to and whether it differentiates.
+
+        Layers that the first forward pass is to make are made by it.
+        """
+        lazy = uninitialized(self.module)
+        if lazy:
+            held = HeldState(_without(self.found, lazy))
+            self._evaluated_aside(evaluate, batch, held)
+            self._look()
+        trained = [(slot.name, slot.parameter) for slot in [*self.slots, *self.slots.rest]]
+        large = [(f"held {i}", p.get()) for i, p in enumerate(self.found.tensors) if p.get().nbytes > _SMALL]
+        arrays = [p for p in self.found.arrays if p.get().nbytes > _SMALL]
+        copies = [p.get().copy() for p in arrays]
+        with Writes([*cast("list[tuple[str, Tensor]]", trained), *large]) as writes:
+            self._evaluated_aside(evaluate, batch, self.held)
+        self.written |= writes.found
+        self._moving |= {id(tensor) for name, tensor in large if name in writes.found}
+        for place, copy in zip(arrays, copies, strict=True):
+            if (place.get() != copy).any():
+                place.get()[...] = copy
+                self._moving.add(id(place.get()))
+        self.writes_batch_unseen |= batch.was_written_unseen()
+        self.buffers = TensorCopies(self._copied_places())
+
+    def _evaluated_aside(self, evaluate: Callable[..., Any], batch: BatchCopies, held: HeldState) -> None:
+        def evaluated() -> None:
+            args, kwargs = batch.fresh()
+            replay.rewind()
+            with self.buffers.copies(), self.quiet():
+                evaluate(*args, **kwargs)
+
+        replay = Replay([self.streams, held, *self._iterators()], self.buffers)
+        try:
+            self.needs_graph = needs_graph(evaluated)
+        finally:
+            replay.finish()
+
+    def _iterators(self) -> list[Iterators]:
+        return [Iterators(self.found.iterators)] if self.found.iterators else []
+
+    def written_and_trained(self) -> list[str]:
+        """Return the names of parameters that the training step writes to, although they are trained."""
+        return [slot.name for slot in self.slots.trainable() if slot.name in self.written]
+
+
+def _without(found: Found, lazy: Sequence[nn.Module]) -> Found:
+    hidden = {id(module) for module in lazy}
+    return found._replace(modules=[module for module in found.modules if id(module) not in hidden])
+
+
+def _generators_of(module: pl.LightningModule) -> list[Any]:
+    """Return the random generators that the training step knows as variables of its file, or from around it."""
+    function = getattr(module.training_step, "__func__", module.training_step)
+    code, variables = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+    named = [variables[name] for name in getattr(code, "co_names", ()) if name in variables]
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            named.append(cell.cell_contents)
+    return [value for value in named if is_generator(value)]

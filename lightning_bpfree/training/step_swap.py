@@ -2,66 +2,89 @@
 
 from __future__ import annotations
 
-import inspect
-import types
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_bpfree.core.injection import inject, zeros
 from lightning_bpfree.core.params import Slot
 from lightning_bpfree.core.step import Estimate, Step
 
-TrainingStep = Callable[..., Any]
-
 
 class StepSwap:
-    """Puts ``run`` in the place of ``module.training_step``, on the instance, until :meth:`undo`.
+    """Runs a rule in the place of ``module.training_step`` whenever the Trainer's strategy calls it to train.
+
+    The module has another training step for the time of such a call, and only then: whoever calls
+    ``module.training_step`` otherwise (a validation step, a callback), or copies or saves the module during a fit,
+    finds the module's own.
 
     Args:
+        trainer: the Trainer.
         module: the module.
-        run: called with the original training step and its arguments.
+        rule: the callback that the swap belongs to.
+        run: called with the module's own training step and its arguments.
     """
 
-    def __init__(self, module: pl.LightningModule, run: Callable[..., Any]) -> None:
-        self.module = module
-        self.original = module.training_step
-        self._had_own = "training_step" in module.__dict__  # a compiled module has, and must get it back
-        original = self.original
-        self._swapped = _shaped_like(original, lambda *args, **kwargs: run(original, *args, **kwargs), module)
-        module.training_step = self._swapped  # type: ignore[method-assign]
+    def __init__(
+        self, trainer: pl.Trainer, module: pl.LightningModule, rule: Callback, run: Callable[..., Any]
+    ) -> None:
+        self.trainer, self.module, self.rule, self._run = trainer, module, rule, run
+        self.strategy: Any = trainer.strategy
+        _remove(self.strategy)  # one that an interrupted fit has left
+        self._strategy_step = self.strategy.training_step
+        self._call = self._training_step  # one object, by which it is known again
+        self.strategy.__dict__["training_step"] = self._call
+
+    def original(self) -> Callable[..., Any]:
+        """Return the module's own training step."""
+        return cast("Callable[..., Any]", self.module.training_step)
 
     def undo(self) -> None:
-        """Put the original back, unless someone has replaced the step since."""
-        if self.module.__dict__.get("training_step") is not self._swapped:
-            return
-        if self._had_own:
-            self.module.training_step = self.original  # type: ignore[method-assign]
-        else:
-            del self.module.__dict__["training_step"]
+        """Let the strategy call the module's own step again, unless someone has replaced the call since."""
+        if self.strategy.__dict__.get("training_step") is self._call:
+            del self.strategy.training_step
+
+    def _training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._in_charge():
+            return self._strategy_step(*args, **kwargs)
+        own = self.module.__dict__
+        before, original = own.get("training_step", _MISSING), self.module.training_step
+
+        def restore() -> None:
+            if before is _MISSING:
+                own.pop("training_step", None)
+            else:
+                own["training_step"] = before
+
+        def swapped(*step_args: Any, **step_kwargs: Any) -> Any:
+            restore()
+            return self._run(original, *step_args, **step_kwargs)
+
+        own["training_step"] = swapped
+        try:
+            return self._strategy_step(*args, **kwargs)
+        finally:
+            restore()
+
+    def _in_charge(self) -> bool:
+        """Whether the rule is among the callbacks, or a Tuner has put its own in their place for a while."""
+        callbacks: list[Any] = cast(Any, self.trainer).callbacks
+        if any(callback is self.rule for callback in callbacks):
+            return True
+        return all(".tuner." in type(callback).__module__ for callback in callbacks)
 
 
-def _shaped_like(
-    original: Callable[..., Any], run: Callable[..., Any], module: pl.LightningModule
-) -> Callable[..., Any]:
-    """Return ``run`` in the shape of ``original``: Lightning inspects the training step to know its arguments."""
-    shape = getattr(original, "__wrapped__", original)  # Lightning looks through one decorator, such as torch.compile's
-    if not inspect.ismethod(shape):
+_MISSING = object()
 
-        def function(*args: Any, **kwargs: Any) -> Any:
-            return run(*args, **kwargs)
 
-        function.__signature__ = inspect.signature(shape)  # type: ignore[attr-defined]
-        return function
-
-    def method(self: pl.LightningModule, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG001  # bound in `run` already
-        return run(*args, **kwargs)
-
-    method.__signature__ = inspect.signature(shape.__func__)  # type: ignore[attr-defined]
-    return types.MethodType(method, module)
+def _remove(strategy: Any) -> None:
+    left = getattr(strategy.__dict__.get("training_step"), "__self__", None)
+    if isinstance(left, StepSwap):
+        left.undo()
 
 
 def _padding_rows(slot: Slot) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -19,10 +20,11 @@ from torch import Tensor
 from lightning_bpfree.core.exchange import ScalarExchange
 from lightning_bpfree.core.injection import inject, zeros
 from lightning_bpfree.core.params import ParameterSlots, norm
-from lightning_bpfree.core.replay import RandomStreams, Replay
+from lightning_bpfree.core.replay.batch import BatchCopies
+from lightning_bpfree.core.replay.random_streams import RandomStreams
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.core.step import Estimate, NonFiniteLossError, SkipBatchError, Step, loss_of
-from lightning_bpfree.training.checks import check_fit
+from lightning_bpfree.training.checks import check_fit, check_writes
 from lightning_bpfree.training.module_state import ModuleState
 from lightning_bpfree.training.record import Record, banner, of_all_ranks
 from lightning_bpfree.training.step_swap import StepSwap, with_injected_gradients
@@ -133,7 +135,7 @@ class TrainingRule(Callback, ABC):
     @property
     def original_step(self) -> Callable[..., Any] | None:
         """The module's own training step while it is swapped; None outside of fit."""
-        return None if self._swap is None else self._swap.original
+        return None if self._swap is None else self._swap.original()
 
     def without(self) -> AbstractContextManager[None]:
         """Return a context in which the module computes as it does without the rule."""
@@ -147,7 +149,7 @@ class TrainingRule(Callback, ABC):
             return
         rules = callbacks_of(trainer, TrainingRule)
         check_fit(self, [type(rule).__name__ for rule in rules], trainer, pl_module)
-        self._swap = StepSwap(pl_module, partial(self._run, trainer, pl_module))
+        self._swap = StepSwap(trainer, pl_module, self, partial(self._run, trainer, pl_module))
 
     def _restore(self) -> None:
         if self._swap is not None:
@@ -167,20 +169,31 @@ class TrainingRule(Callback, ABC):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say which rule trains what; called before the data loaders draw their order."""
-        self._module_state = ModuleState(pl_module, self.params)
-        if self.record.seed is None:
-            seed = torch.initial_seed() if self.seed is None else self.seed
-            self.record.seed = int(trainer.strategy.broadcast(seed)) & ((1 << 63) - 1)
-        self.check(trainer, pl_module, self._module_state.slots)
-        self._streams = self._module_state.streams  # kept behind the fit, for checkpoints that are saved then
+        state = self._begin(trainer, pl_module)
         self._continue_streams(trainer)
-        rank_zero_info(banner(self, self._module_state.slots, trainer))
+        rank_zero_info(banner(self, state.slots, trainer))
         for logger in trainer.loggers:
             logger.log_hyperparams({"bpfree": {"rule": type(self).__name__, **self.settings()}})
 
+    def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> ModuleState:
+        """Look at the module and choose the seed; a Tuner evaluates the step before it lets callbacks begin."""
+        datamodule = getattr(trainer, "datamodule", None)
+        others = [] if datamodule is None else [datamodule]
+        self._module_state = state = ModuleState(module, self.params, others, trainer.optimizers)
+        if self.record.seed is None:
+            seed = torch.initial_seed() if self.seed is None else self.seed
+            self.record.seed = int(trainer.strategy.broadcast(seed)) & ((1 << 63) - 1)
+        self.check(trainer, module, state.slots)
+        self._streams = state.streams  # kept behind the fit, for checkpoints that are saved then
+        return state
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note whose epoch this is."""
-        self._module_state = ModuleState(pl_module, self.params)
+        if self._swap is None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} was added to the Trainer's callbacks behind their setup, so that it trains "
+                "nothing: pass it to Trainer(callbacks=[...]), or add it before trainer.fit."
+            )
         self.record.start_epoch(trainer.current_epoch, self.active(trainer.current_epoch))
 
     def on_train_batch_start(
@@ -198,13 +211,12 @@ class TrainingRule(Callback, ABC):
             self._streams.from_plain(self._resumed[trainer.global_rank])
 
     def _run(self, trainer: pl.Trainer, module: pl.LightningModule, original: Any, *args: Any, **kwargs: Any) -> Any:
-        evaluate = partial(original, *args, **kwargs)
         if not self.active(trainer.current_epoch):
             self.record.forward_evals += BACKPROP_COST
             self._log(trainer, module, {"bpfree/active": 0.0})
-            return evaluate()
+            return original(*args, **kwargs)
         observers = [observer for observer in self.observers if observer.due(trainer)]
-        step = self._step(trainer, module, evaluate, args, replayable=self.reevaluates or bool(observers))
+        step = self._step(trainer, module, original, args, kwargs, replayable=self.reevaluates or bool(observers))
         failure: NonFiniteLossError | None = None
         try:
             estimate = self.estimate(step)
@@ -231,20 +243,34 @@ class TrainingRule(Callback, ABC):
         self._estimates += estimate.informative or _gradients_cross_ranks(trainer)
         return with_injected_gradients(step, estimate, zeros_for)
 
-    def _step(self, trainer: pl.Trainer, module: Any, evaluate: Callable[[], Any], args: Any, replayable: bool) -> Step:
-        assert self._module_state is not None, "the training step ran outside of fit"
-        view = self._module_state
+    def _step(self, trainer: pl.Trainer, module: Any, evaluate: Any, args: Any, kwargs: Any, replayable: bool) -> Step:
+        state = self._looked_at(trainer, module)
+        copies = BatchCopies(args, kwargs, state.writes_batch_unseen) if replayable else None
+        if copies is not None and state.rehearsal_due():
+            state.rehearse(evaluate, copies)
+            check_writes(type(self).__name__, state.written_and_trained())
         return Step(
             module,
             evaluate,
-            view.slots,
+            state.slots,
             mix(self.record.seed or 0, self.record.batches),
             args=args,
-            replay=Replay([view.streams, view.attributes, view.metrics], view.buffers) if replayable else None,
-            quiet=view.quiet,
+            kwargs=kwargs,
+            replay=state.replay() if replayable else None,
+            copies=copies,
+            needs_graph=state.needs_graph,
+            vectorizable=not state.written,
+            quiet=state.quiet,
             exchange=trainer.strategy if isinstance(trainer.strategy, ScalarExchange) else None,
             read=self.read,
         )
+
+    def _looked_at(self, trainer: pl.Trainer, module: pl.LightningModule) -> ModuleState:
+        """Return the module's state, found anew where the module has changed since the last step."""
+        state = self._module_state or self._begin(trainer, module)
+        if state.refresh():
+            self.check(trainer, module, state.slots)
+        return state
 
     def _waited_for(self, trainer: pl.Trainer, step: Step) -> list[Tensor]:
         """Return parameters for which DDP's reducer waits although the rule does not train them."""

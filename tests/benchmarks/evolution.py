@@ -33,7 +33,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_bpfree as bpf
-from lightning_bpfree.core.replay import Replay
 from lightning_bpfree.core.step import Step
 from lightning_bpfree.methods.evolution_strategy.search.algorithm import SearchAlgorithm
 from lightning_bpfree.methods.evolution_strategy.search.openai_es import OpenAIES
@@ -142,9 +141,9 @@ def generation(rule: bpf.EvolutionStrategy, module: Searched, data: Data) -> Wor
     module.log = lambda *a, **k: None  # type: ignore[method-assign]  # there is no Trainer here
 
     def step() -> None:
-        replay = Replay([view.streams, view.attributes, view.metrics], view.buffers)
+        replay = view.replay()
         made = Step(
-            module, lambda: module.training_step(data, 0), view.slots, next(seeds), args=(data, 0), replay=replay,
+            module, module.training_step, view.slots, next(seeds), args=(data, 0), replay=replay,
             quiet=view.quiet, read=rule.read,
         )  # fmt: skip
         loss = with_injected_gradients(made, rule.estimate(made), [])

@@ -29,10 +29,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_bpfree as bpf
 from lightning_bpfree.core.directions import Directions
-from lightning_bpfree.core.params import ParameterSlots
-from lightning_bpfree.core.replay import Buffers, RandomStreams, Replay
 from lightning_bpfree.core.step import Step
-from lightning_bpfree.training.module_state import Metrics, SilencedLogging
+from lightning_bpfree.training.module_state import ModuleState
 from lightning_bpfree.training.step_swap import with_injected_gradients
 
 
@@ -108,12 +106,12 @@ def seconds(runs: dict[str, Callable[[], object]], repeats: int = 15) -> dict[st
 
 def estimator(rule: bpf.TrainingRule, module: pl.LightningModule, data: list[torch.Tensor]) -> Callable[[], None]:
     """One whole step of the rule as the Trainer runs it: estimate, hand over, backward."""
-    view = (ParameterSlots(module), Buffers(module), Metrics(module), SilencedLogging(module), RandomStreams())
+    state = ModuleState(module, None)
 
     def step() -> None:
-        slots, buffers, metrics, quiet, streams = view
-        replay = Replay([streams, metrics], buffers)
-        made = Step(module, lambda: module.training_step(data, 0), slots, 7, args=(data, 0), replay=replay, quiet=quiet)
+        state.refresh()
+        replay, args = (state.replay() if rule.reevaluates else None), (data, 0)
+        made = Step(module, module.training_step, state.slots, 7, args=args, replay=replay, quiet=state.quiet)
         loss = with_injected_gradients(made, rule.estimate(made), [])
         made.finish()
         module.zero_grad()

@@ -17,10 +17,8 @@ from run import Checkpointed, Classifier, backprop, plain_forward, row, run_part
 from torch import nn
 
 import lightning_bpfree as bpf
-from lightning_bpfree.core.params import ParameterSlots
-from lightning_bpfree.core.replay import Buffers, RandomStreams, Replay
 from lightning_bpfree.core.step import Step
-from lightning_bpfree.training.module_state import Metrics, SilencedLogging
+from lightning_bpfree.training.module_state import ModuleState
 from lightning_bpfree.training.step_swap import with_injected_gradients
 
 BATCH, WIDTHS, VARIANCES, RATES, STEPS = 128, (37, 64, 32, 2), (0.3, 1.0), (0.04, 4e-5, 4e-6), 20
@@ -115,13 +113,13 @@ GOAL = 0.2  # of the NumPy loop
 
 def estimator(rule: bpf.TeamReinforce, module: Classifier, data: list[torch.Tensor]) -> Callable[[], None]:
     """One whole step of the rule as the Trainer runs it, which replays nothing unless the rule runs parts again."""
-    slots, quiet = ParameterSlots(module), SilencedLogging(module)
-    view = ([RandomStreams(), Metrics(module)], Buffers(module))
+    state = ModuleState(module, None)
     module.log = lambda *a, **k: None  # type: ignore[method-assign]  # there is no Trainer here
 
     def step() -> None:
-        replay = Replay(*view) if rule.reevaluates else None
-        made = Step(module, lambda: module.training_step(data, 0), slots, 7, args=(data, 0), replay=replay, quiet=quiet)
+        state.refresh()
+        replay, args = (state.replay() if rule.reevaluates else None), (data, 0)
+        made = Step(module, module.training_step, state.slots, 7, args=args, replay=replay, quiet=state.quiet)
         loss = with_injected_gradients(made, rule.estimate(made), [])
         made.finish()
         rule.on_batch_settled(True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bpfree.core.params import ParameterSlots, Params
-from lightning_bpfree.core.replay import Buffers
+from lightning_bpfree.core.replay.tensor_copies import Buffers
 
 
 class Barrier(NamedTuple):

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_bpfree.core.params import ParameterSlots, Params
-from lightning_bpfree.core.replay import RandomStreams
+from lightning_bpfree.core.replay.random_streams import RandomStreams
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.lottery_ticket.masks import Masks
 from lightning_bpfree.methods.lottery_ticket.ticket import on_cpu

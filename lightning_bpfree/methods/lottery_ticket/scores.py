@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_bpfree.core.params import Params, Slot, widen
-from lightning_bpfree.core.replay import Replay
 from lightning_bpfree.core.step import SkipBatchError, loss_of
 from lightning_bpfree.methods.lottery_ticket.masks import Masks, Restricts
 from lightning_bpfree.methods.lottery_ticket.plan import Score
@@ -111,7 +110,7 @@ def snip_scores(trainer: pl.Trainer, module: pl.LightningModule, rule: TrainingR
         )
     view = ModuleState(module, None)
     slots = [slot for slot in view.slots if slot.name in names]
-    replay = Replay([view.streams, view.attributes, view.metrics], view.buffers)
+    replay = view.replay()
     replay.rewind()
     own = contextlib.nullcontext() if rule is None else rule.without()
     step = module.training_step if rule is None or rule.original_step is None else rule.original_step

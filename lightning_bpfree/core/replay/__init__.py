@@ -1,0 +1,1 @@
+"""Evaluating a training step several times as if it had been evaluated once."""

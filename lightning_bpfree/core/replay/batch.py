@@ -1,0 +1,123 @@
+"""The batch of a step, which every evaluation finds as the first one did."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_bpfree.core.replay.object_graph import attributes_of, is_array
+
+
+def rebuilt(value: Any, tensors: Callable[[Any], Any], memo: dict[int, Any] | None = None) -> Any:
+    """Return a batch in new containers.
+
+    Args:
+        value: tensors, arrays and further leaves in lists, tuples, dicts, dataclasses and objects of any depth.
+        tensors: what becomes of a tensor or an array.
+        memo: what was rebuilt already, by its id.
+    """
+    memo = {} if memo is None else memo
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, Tensor) or is_array(value):
+        made = tensors(value)
+    elif isinstance(value, tuple):
+        items = [rebuilt(item, tensors, memo) for item in value]
+        made = type(value)(*items) if hasattr(value, "_fields") else tuple(items) if type(value) is tuple else value
+    elif isinstance(value, list):
+        made = copy.copy(value)
+        memo[id(value)] = made
+        made[:] = [rebuilt(item, tensors, memo) for item in value]
+    elif isinstance(value, dict):
+        made = copy.copy(value)
+        memo[id(value)] = made
+        for key, item in value.items():
+            made[key] = rebuilt(item, tensors, memo)
+    elif isinstance(value, set | bytearray):
+        made = copy.copy(value)
+    else:
+        made = _object(value, tensors, memo)
+    memo[id(value)] = made
+    return made
+
+
+def _object(value: Any, tensors: Callable[[Any], Any], memo: dict[int, Any]) -> Any:
+    own = attributes_of(value)
+    if own is None or isinstance(value, type) or callable(value):
+        return value
+    try:
+        made = copy.copy(value)
+    except Exception:  # an object that refuses to be copied is used as it is, as any leaf
+        return value
+    theirs = attributes_of(made)
+    if made is value or theirs is None:
+        return value
+    memo[id(value)] = made
+    for key, item in list(own.items()):
+        inner = rebuilt(item, tensors, memo)
+        if inner is not theirs.get(key):
+            theirs[key] = inner
+    return made
+
+
+class BatchCopies:
+    """The arguments of a training step for one evaluation after another.
+
+    Containers are made anew for each evaluation, so that a step may take labels out of a dict. Tensors are handed out
+    as they are, until an evaluation writes to one; then all others get copies of what it was when the step began. The
+    recorded evaluation alone gets the batch itself, and may leave it changed.
+
+    Args:
+        args: of the training step.
+        kwargs: of the training step.
+        always: hand out copies whether or not an evaluation is seen to write: NumPy writes to a tensor unseen.
+
+    Examples:
+        >>> import torch
+        >>> batch = BatchCopies(({"x": torch.ones(2)},))
+        >>> (first,), _ = batch.fresh()
+        >>> _ = first.pop("x").zero_()
+        >>> batch.fresh()[0][0]["x"]
+        tensor([1., 1.])
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, always: bool = False) -> None:
+        self.args, self.kwargs, self.always = args, dict(kwargs or {}), always
+        self._kept: dict[int, tuple[Any, Any, int]] = {}  # original, its copy, its version
+        self._as_given = rebuilt((args, self.kwargs), self._keep)  # containers from which evaluations take out nothing
+
+    def _keep(self, tensor: Any) -> Any:
+        kept = tensor.detach().clone() if isinstance(tensor, Tensor) else tensor.copy()
+        self._kept[id(tensor)] = (tensor, kept, _version(tensor))
+        return tensor
+
+    def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return arguments as the step was called with, for an evaluation that is not the recorded one."""
+        args, kwargs = rebuilt(self._as_given, self._unchanged)
+        return args, kwargs
+
+    def original(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments themselves, for the recorded evaluation; what others wrote to them is undone."""
+        for tensor, kept, version in self._kept.values():
+            if isinstance(tensor, Tensor) and _version(tensor) != version:
+                tensor.detach().copy_(kept)
+        return self.args, self.kwargs
+
+    def was_written_unseen(self) -> bool:
+        """Return whether a tensor has changed without the count that torch keeps of writes."""
+        tensors = [entry for entry in self._kept.values() if isinstance(entry[0], Tensor)]
+        return any(_version(now) == version and not torch.equal(now, kept) for now, kept, version in tensors)
+
+    def _unchanged(self, tensor: Any) -> Any:
+        original, kept, version = self._kept.get(id(tensor), (tensor, tensor, -1))
+        if isinstance(original, Tensor):
+            return original if not self.always and version in (-1, _version(original)) else kept.clone()
+        return kept.copy()
+
+
+def _version(tensor: Any) -> int:
+    return tensor._version if isinstance(tensor, Tensor) and not tensor.is_inference() else 0

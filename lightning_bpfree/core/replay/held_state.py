@@ -1,0 +1,204 @@
+"""Saving and restoring what modules hold outside parameters, buffers and tensors."""
+
+from __future__ import annotations
+
+import operator
+import random
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_bpfree.core.replay.object_graph import HOOKS, Found, attributes_of
+
+_MISSING = object()
+_SIMPLE = (int, float, complex, str, bytes, bool, type(None))
+
+
+def _same(now: Mapping[Any, Any], then: Mapping[Any, Any]) -> bool:
+    """Whether two mappings have the same keys in the same order and hold the same objects."""
+    return len(now) == len(then) and all(map(operator.is_, now.values(), then.values())) and list(now) == list(then)
+
+
+class Attributes:
+    """The attributes of modules and objects: hidden states, counters, whatever a step assigns; and modules' hooks.
+
+    Hooks go back together with attributes: libraries that register hooks at the first forward pass also mark the
+    module, and one without the other would register them again.
+
+    Args:
+        modules: the modules whose attributes count.
+        objects: further objects whose attributes count.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], objects: Sequence[Any] = ()) -> None:
+        self.modules = list(modules)
+        self.owners: list[Any] = [module.__dict__ for module in modules]
+        self.owners += [own for own in map(attributes_of, objects) if own is not None]
+        self.hooks: list[dict[Any, Any]] = [m.__dict__[key] for m in modules for key in HOOKS if key in m.__dict__]
+
+    def save(self) -> tuple[list[dict[str, Any]], list[dict[Any, Any] | None]]:
+        """Return every owner's attributes, and every module's hooks."""
+        return [own.copy() for own in self.owners], [hooks.copy() if hooks else None for hooks in self.hooks]
+
+    def load(self, state: tuple[list[dict[str, Any]], list[dict[Any, Any] | None]]) -> None:
+        """Put attributes and hooks back."""
+        for own, saved in zip(self.owners, state[0], strict=True):
+            if len(own) != len(saved) or own.keys() != saved.keys():
+                for key in own.keys() - saved.keys():
+                    del own[key]
+            own.update(saved)
+        for hooks, kept in zip(self.hooks, state[1], strict=True):
+            if hooks or kept:
+                _refill(hooks, kept or {})
+
+    @staticmethod
+    def differs(a: Any, b: Any) -> bool:
+        """Whether anything but numbers and strings was assigned or registered between two states."""
+        for now, then in zip(a[0], b[0], strict=True):
+            if not _same(now, then) and any(
+                then.get(key, _MISSING) is not value and not isinstance(value, _SIMPLE) for key, value in now.items()
+            ):
+                return True
+        return False
+
+
+def _refill(mapping: Any, saved: Mapping[Any, Any]) -> None:
+    if _same(mapping, saved):
+        return
+    # Of the kind that Python brings: a class of the user's own may do more in these methods, as Counter.update does.
+    kind: Any = OrderedDict if isinstance(mapping, OrderedDict) else dict
+    kind.clear(mapping)
+    for key, value in saved.items():
+        kind.__setitem__(mapping, key, value)
+
+
+class Containers:
+    """The contents of lists, dicts, sets and deques (and of what is derived from them)."""
+
+    def __init__(self, containers: Sequence[Any]) -> None:
+        self.containers = list(containers)
+
+    def save(self) -> list[Any]:
+        """Return shallow copies of the contents."""
+        return [_contents(container) for container in self.containers]
+
+    def load(self, state: list[Any]) -> None:
+        """Put the contents back into the same objects."""
+        for container, saved in zip(self.containers, state, strict=True):
+            if isinstance(container, dict):
+                _refill(container, saved)
+            elif isinstance(container, list | bytearray):
+                if len(container) != len(saved) or not all(map(operator.is_, container, saved)):
+                    kind: Any = list if isinstance(container, list) else bytearray
+                    kind.__setitem__(container, slice(None), saved)
+            elif isinstance(container, deque):
+                if len(container) != len(saved) or not all(map(operator.is_, container, saved)):
+                    deque.clear(container)
+                    deque.extend(container, saved)
+            elif container != saved:
+                set.clear(container)
+                set.update(container, saved)
+
+    @staticmethod
+    def differs(a: list[Any], b: list[Any]) -> bool:
+        """Whether anything but numbers and strings was put into a container between two states."""
+        return any(_news(now, then) for now, then in zip(a, b, strict=True))
+
+
+def _contents(container: Any) -> Any:
+    if isinstance(container, dict):
+        return dict(container)
+    if isinstance(container, bytearray):
+        return bytes(container)
+    return set(container) if isinstance(container, set) else list(container)
+
+
+def _news(now: Any, then: Any) -> bool:
+    if isinstance(now, dict):
+        now, then = list(now.values()), list(then.values())
+    if isinstance(now, bytes):
+        return False
+    if len(now) == len(then) and all(map(operator.is_, now, then)):
+        return False
+    old = set(map(id, then))
+    return any(id(value) not in old and not isinstance(value, _SIMPLE) for value in now)
+
+
+class Generators:
+    """Random generators that modules hold: of torch, of NumPy and of Python."""
+
+    def __init__(self, generators: Sequence[Any]) -> None:
+        self.generators = list(generators)
+
+    def save(self) -> list[Any]:
+        """Return the state of every generator."""
+        return [_state_of(generator) for generator in self.generators]
+
+    def load(self, state: list[Any]) -> None:
+        """Set every generator to its state."""
+        for generator, saved in zip(self.generators, state, strict=True):
+            if isinstance(generator, torch.Generator):
+                generator.set_state(saved)
+            elif isinstance(generator, random.Random):
+                generator.setstate(saved)
+            else:
+                _bits(generator).state = saved
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    return generator.getstate() if isinstance(generator, random.Random) else _bits(generator).state
+
+
+def _bits(generator: Any) -> Any:
+    """Return NumPy's bit generator, which has the state of a Generator; a RandomState keeps a normal number beside."""
+    if hasattr(generator, "get_state") and hasattr(generator, "bit_generator") is False:
+        return _Legacy(generator)
+    return getattr(generator, "bit_generator", generator)
+
+
+class _Legacy:
+    """A ``numpy.random.RandomState`` with a property ``state``, as bit generators have."""
+
+    def __init__(self, generator: Any) -> None:
+        self.generator = generator
+
+    @property
+    def state(self) -> Any:
+        return self.generator.get_state(legacy=False)
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.generator.set_state(value)
+
+
+class HeldState:
+    """What modules hold outside parameters, buffers and tensors, saved and restored as one.
+
+    Args:
+        found: what a walk has found.
+    """
+
+    def __init__(self, found: Found) -> None:
+        self.parts: tuple[Any, ...] = (
+            Attributes(found.modules, found.objects),
+            Containers(found.containers),
+            Generators(found.generators),
+        )
+
+    def save(self) -> list[Any]:
+        """Return the present state."""
+        return [part.save() for part in self.parts]
+
+    def load(self, state: list[Any]) -> None:
+        """Put ``state`` back."""
+        for part, saved in zip(self.parts, state, strict=True):
+            part.load(saved)
+
+    def differs(self, a: list[Any], b: list[Any]) -> bool:
+        """Whether between two states something new came in, into which a walk should look."""
+        return bool(self.parts[0].differs(a[0], b[0]) or self.parts[1].differs(a[1], b[1]))

@@ -1,0 +1,74 @@
+"""Copies of tensors that a step changes in place: buffers, tensors that modules hold, frozen parameters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bpfree.core.replay.object_graph import Place, is_array
+
+
+class TensorCopies:
+    """Tensors and arrays of which evaluations other than the recorded one see copies.
+
+    The recorded evaluation of a step moves the tensors themselves; all others work on copies of what the tensors were
+    when the step began. Nothing is copied back, for that would spoil graphs that hold one of them.
+
+    Args:
+        places: where the tensors are.
+
+    Examples:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> buffers = Buffers(norm)
+        >>> buffers.remember()
+        >>> with buffers.copies():
+        ...     _ = norm(torch.randn(8, 2))
+        >>> int(norm.num_batches_tracked)
+        0
+    """
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self.places = list(places)
+        self._values: list[Any] = []
+
+    def remember(self) -> None:
+        """Take the present values as those from which evaluations start."""
+        self._values = [copied(place.get()) for place in self.places]
+
+    @contextlib.contextmanager
+    def copies(self) -> Iterator[None]:
+        """Put fresh copies of the remembered values in place of the tensors."""
+        own = [place.get() for place in self.places]
+        for place, value in zip(self.places, self._values, strict=True):
+            place.put(copied(value))
+        try:
+            yield
+        finally:
+            for place, tensor in zip(self.places, own, strict=True):
+                place.put(tensor)
+
+
+class Buffers(TensorCopies):
+    """The registered buffers of a module: running statistics, counters, power-iteration vectors."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(buffer_places(module.modules()))
+
+
+def buffer_places(modules: Any) -> list[Place]:
+    """Return the places of the registered buffers of some modules."""
+    return [Place(owner._buffers, key) for owner in modules for key in owner._buffers]
+
+
+def copied(value: Any) -> Any:
+    """Return a copy of a tensor or an array that shares nothing with it; other values as they are."""
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
+    if isinstance(value, Tensor):
+        with torch.no_grad():
+            return value.detach().clone().requires_grad_(value.requires_grad and value.is_leaf)
+    return value.copy() if is_array(value) else value
