@@ -24,7 +24,7 @@ from lightning_bpfree.demos.modules import MLP, Classifier
 from lightning_bpfree.methods.lottery_ticket.connectivity import loss_barrier
 from lightning_bpfree.methods.lottery_ticket.pruning import num_kept
 
-pytestmark = pytest.mark.slow  # each trains several levels
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("study_of_tickets")]  # each trains several levels
 
 
 POINTS = 5  # on a line, for speed

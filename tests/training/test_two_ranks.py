@@ -12,7 +12,7 @@ import torch
 import worker
 from ranks import outcomes, run_ranks
 
-pytestmark = pytest.mark.slow  # processes that import torch and lightning
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two_processes")]  # processes that import torch and lightning
 
 K = 4  # directions of every rule of `worker.RULES` that has any
 SCALAR_RULES = [rule for rule in worker.RULES if rule != "backprop"]
