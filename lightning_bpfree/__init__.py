@@ -35,6 +35,7 @@ from lightning_bpfree.methods.team_reinforce.units.stochastic import Gaussian as
 from lightning_bpfree.methods.team_reinforce.units.stochastic import Softmax as Softmax
 from lightning_bpfree.methods.zeroth_order.rule import ZerothOrder as ZerothOrder
 from lightning_bpfree.training.gradient_alignment import GradientAlignment as GradientAlignment
+from lightning_bpfree.training.network_rule import NetworkRule as NetworkRule
 from lightning_bpfree.training.scalar_sync import ScalarSyncStrategy as ScalarSyncStrategy
 from lightning_bpfree.training.training_rule import TrainingRule as TrainingRule
 
