@@ -17,6 +17,7 @@ from lightning.pytorch.demos.lstm import LightningLSTM, SimpleLSTM
 from lightning.pytorch.demos.transformer import LightningTransformer, Transformer
 from lightning.pytorch.utilities import CombinedLoader
 from problems import fitted
+from shipped import cases
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -27,11 +28,7 @@ from lightning_bpfree.core.params import dot, norm
 
 STEPS = 3
 
-RULES: dict[str, Callable[[], bpf.TrainingRule]] = {
-    "forward_gradient": lambda: bpf.ForwardGradient(2),
-    "one_by_one": lambda: bpf.ForwardGradient(2, chunk_size=1),
-    "zeroth_order": lambda: bpf.ZerothOrder(2),
-}
+RULES: dict[str, Callable[[], bpf.TrainingRule]] = cases("ANY_MODULE")
 every_rule = pytest.mark.parametrize("rule", RULES)
 
 
