@@ -8,6 +8,7 @@ what it refuses on purpose) is said in a module of its own beside its tests,
     VARIANTS     names among them that are nearly another one, and wait for the slow set
     EXCEPTIONS   (name, property) -> why the rule does otherwise
     ANY_MODULE   rules that train modules of any structure, for `tests/foreign`
+    KILLED       (rule, settings of the Trainer) that `tests/resume_worker.py` kills inside an epoch
     RANKS, LOCAL_RANKS, SHARED_RANKS, POPULATION_RANKS   rules that `tests/training/worker.py` runs on two ranks
 
 Each of these is optional but RULES.

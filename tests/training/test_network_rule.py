@@ -208,6 +208,28 @@ def test_the_network_is_replaced_in_the_rules_epochs_alone():
     assert turns.seen == [(0, False), (1, True), (2, False)]
 
 
+def test_the_network_is_itself_in_the_sanity_check_of_a_rule_that_comes_later():
+    seen: list[bool] = []
+
+    class Validates(Problem):
+        def validation_step(self, batch, index):
+            seen.append("forward" in self.net.__dict__)
+
+    for start_epoch in (0, 1):
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            logger=False,
+            max_epochs=1,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            num_sanity_val_steps=1,
+            limit_val_batches=1,
+            callbacks=[Halving(start_epoch=start_epoch)],
+        )
+        trainer.fit(Validates(chain()), loader(), loader())
+    assert seen == [True, True, False, False]
+
+
 class Stops(pl.Callback):
     def __init__(self, path: str) -> None:
         self.path = path

@@ -12,3 +12,4 @@ LOCAL_RANKS = {
     "feedback direct": DirectFeedbackAlignment,
     "feedback layerwise": partial(DirectFeedbackAlignment, feedback="layerwise"),
 }
+KILLED = {"feedback": (DirectFeedbackAlignment, {})}

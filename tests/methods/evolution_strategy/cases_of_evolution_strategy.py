@@ -30,3 +30,10 @@ POPULATION_RANKS = {
     "pgpe": partial(EvolutionStrategy, "pgpe", 8, chunk_size=1),
     "low_rank": partial(EvolutionStrategy, population_size=8, rank=1),
 }
+KILLED = {
+    "openai_es": (partial(EvolutionStrategy, population_size=8, rank=1), {}),
+    "snes": (partial(EvolutionStrategy, "snes", 8, chunk_size=1), {}),
+    "pgpe": (partial(EvolutionStrategy, "pgpe", 8), {}),
+    "sep_cma_es": (partial(EvolutionStrategy, "sep_cma_es", 8), {"accumulate_grad_batches": 2}),
+    "des": (partial(EvolutionStrategy, "des", 8), {}),
+}

@@ -30,3 +30,7 @@ LOCAL_RANKS = {
     "embedding": partial(ForwardForward, negatives=next_label, label="embedding"),
     "peers": partial(ForwardForward, negatives=next_label, peer_normalization=0.03),
 }
+KILLED = {
+    "forward_forward": (partial(ForwardForward, label="embedding", peer_normalization=0.03), {}),
+    "readout": (partial(ForwardForward, prediction="readout", negatives="hard", schedule="greedy"), {}),
+}

@@ -40,3 +40,9 @@ LOCAL_RANKS = {
         ForwardGradient, guess=LocalLoss("mlp", optimizer="sgd", lr=0.1), target="local", space="activations"
     ),
 }
+KILLED = {
+    "forward_gradient": (ForwardGradient, {}),
+    "four_directions": (partial(ForwardGradient, 4, chunk_size=1), {}),
+    "local_guess": (partial(ForwardGradient, guess=LocalLoss("mlp", lr=0.01)), {}),
+    "stopped_rule": (partial(ForwardGradient, 2, chunk_size=1, stop_epoch=2), {}),
+}

@@ -16,3 +16,9 @@ EXCEPTIONS = {
     ("team_critic", "accumulation_is_the_mean_of_micro_batches"): "its critic learns when the optimizer steps",
     ("team_boltzmann", "random_streams_move_as_in_a_plain_step"): "its draws of an input are rows of the batch",
 }
+
+MAP = {"unit": "gaussian", "credit": "map_propagation", "baseline": "critic", "num_samples": 1}
+KILLED = {
+    "team_boltzmann": (partial(TeamReinforce, exploration="boltzmann", baseline="per_layer"), {}),
+    "team_map": (partial(TeamReinforce, **MAP, learning_rates=(1.0, 0.1)), {}),
+}

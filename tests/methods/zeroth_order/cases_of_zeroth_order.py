@@ -16,3 +16,7 @@ SHARED_RANKS = {
     **{f"zeroth{num}": partial(ZerothOrder, num) for num in (4, 3, 1)},
     "forward_scheme3": partial(ZerothOrder, 3, scheme="forward"),
 }
+KILLED = {
+    "zeroth_order": (partial(ZerothOrder, 2), {}),
+    "accumulated": (partial(ZerothOrder, 2), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
+}
