@@ -77,7 +77,7 @@ class GoodnessNetwork(ForwardOverride):
         self.network, self.parts, self.settings = network, parts, settings
         self.num_classes = settings.num_classes or _last_width(network, parts)
         self.label_embedding = None if own is None else _Embedding(own, self.num_classes, record)
-        self.training_pass: TrainingPass | None = None
+        self.training_pass: TrainingPass | None
 
     def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the scores, as the network's callers see them."""

@@ -9,15 +9,16 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_bpfree.core.block_hooks import leaving
 from lightning_bpfree.core.blocks import Blocks, Cut, cut, find_network
 from lightning_bpfree.core.directions import Distribution
 from lightning_bpfree.core.labels import LabelsOf
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.step import Estimate, Step
-from lightning_bpfree.methods.forward_gradient.block_hooks import leaving
-from lightning_bpfree.methods.forward_gradient.block_passes import DUAL_COST, LOCAL_BACKWARD, NetworkInBlocks
+from lightning_bpfree.methods.forward_gradient.block_passes import DUAL_COST
 from lightning_bpfree.methods.forward_gradient.local_loss import Heads, LocalLoss
 from lightning_bpfree.methods.forward_gradient.projection import BlockProjection, ProjectionSettings, Role, Scope, Space
+from lightning_bpfree.training.network_in_blocks import LOCAL_BACKWARD, NetworkInBlocks
 
 
 class LocalGuesses:
@@ -99,7 +100,9 @@ class LocalGuesses:
         assert self._cut is not None, "estimate before check"
         assert self._module is not None
         trained = frozenset(slot.name for slot in step.trained)
-        parts = NetworkInBlocks.of(step, self._module, self._cut.blocks, inspect=trained != self._inspected)
+        parts = NetworkInBlocks.of(
+            "ForwardGradient", step, self._module, self._cut.blocks, inspect=trained != self._inspected
+        )
         if self.heads and parts.active and not self._num_classes:
             self._num_classes = _width_of_output(parts)
         rank = int(getattr(step.module, "global_rank", 0))

@@ -68,7 +68,7 @@ class TeamNetwork(ForwardOverride):
         super().__init__(network)
         self.network, self.settings, self.lateral, self.seed = network, settings, lateral, seed
         self.units, self.output, self.exploration = settings.units, settings.output, settings.exploration
-        self.training_pass: TrainingPass | None = None
+        self.training_pass: TrainingPass | None
         self.generator: torch.Generator | None = None
         self.noted: dict[str, Tensor] | None = None
         """What an evaluation has returned by means and by draws, if that is noted."""
@@ -80,6 +80,12 @@ class TeamNetwork(ForwardOverride):
         self._linears: dict[int, tuple[nn.Linear, Tensor, Tensor, int]] = {}
 
     # --- in the network's place ---
+
+    def set_rule(self, rule: str) -> None:
+        """Name the rule that computes in this way, here and in the place of the activations."""
+        super().set_rule(rule)
+        for site in self.sites:
+            site.set_rule(rule)
 
     def install(self) -> None:
         """Take the place of the forward passes of network and activations."""
