@@ -12,6 +12,7 @@ import difflib
 import functools
 import inspect
 import math
+import re
 import types
 import typing
 from collections import abc
@@ -54,9 +55,8 @@ class Range:
         )
 
     def __str__(self) -> str:
-        low = f"of at least {self.ge:g}" if self.ge is not None else f"above {self.gt:g}" if self.gt is not None else ""
-        high = f"at most {self.le:.12g}" if self.le is not None else f"below {self.lt:.12g}" if self.lt is not None else ""
-        return " and ".join(part for part in (low, high) if part)
+        bounds = {"of at least": self.ge, "above": self.gt, "at most": self.le, "below": self.lt}
+        return " and ".join(f"{word} {bound:.12g}" for word, bound in bounds.items() if bound is not None)
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,6 @@ class NonEmpty:
 
     def __contains__(self, value: Any) -> bool:
         return len(value) > 0
-
-    def __str__(self) -> str:
-        return "that is not empty"
 
 
 PositiveInt = Annotated[int, Range(ge=1)]
@@ -82,7 +79,7 @@ FractionBelowOne = Annotated[float, Range(ge=0, lt=1)]
 PositiveFraction = Annotated[float, Range(gt=0, le=1)]
 OpenFraction = Annotated[float, Range(gt=0, lt=1)]
 Name = Annotated[str, NonEmpty()]
-Patterns = Union[Name, Annotated[abc.Sequence[Name], NonEmpty()]]
+Patterns = Name | Annotated[abc.Sequence[Name], NonEmpty()]
 """Shell-style patterns of names: one, or several."""
 
 
@@ -262,7 +259,10 @@ def _alternatives(hint: Any) -> Iterator[str]:
     elif origin is Literal:
         yield from map(repr, args)
     elif origin is Annotated:
-        yield " ".join([described(args[0]), *(str(m) for m in hint.__metadata__ if isinstance(m, Range | NonEmpty))])
+        said = described(args[0])
+        if any(isinstance(limit, NonEmpty) for limit in hint.__metadata__):
+            said = said.replace("a string", "a non-empty string").replace("a list of", "a list of one or more")
+        yield " ".join([said, *(str(limit) for limit in hint.__metadata__ if isinstance(limit, Range))])
     else:
         yield _word(hint, origin, args)
 
@@ -277,10 +277,15 @@ def _word(hint: Any, origin: Any, args: tuple[Any, ...]) -> str:
     if origin is tuple and args[-1] is not Ellipsis:
         return f"a list of {len(args)} ({', '.join(described(arg) for arg in args)})"
     if origin in (abc.Sequence, abc.Iterable, abc.Collection, list, tuple):
-        return f"a list of {described(args[0])}"
+        return f"a list of {_several(args[0])}"
     if origin is not None and issubclass(origin, abc.Mapping):
         return f"a dict of {described(args[1])} by name"
     return f"a {getattr(hint, '__name__', str(hint))}"
+
+
+def _several(hint: Any) -> str:
+    kinds = [re.sub(r"^an? (non-empty |whole )?([\w.]+)", r"\1\2s", said) for said in _alternatives(hint)]
+    return " or ".join(dict.fromkeys(kinds))
 
 
 def _is_choice(hint: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -13,6 +13,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import (
+    FractionBelowOne,
+    NonEmpty,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    checked,
+)
 from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
 from lightning_bpfree.core.blocks import find_network
 from lightning_bpfree.core.forward_ad import compiled_parts
@@ -29,7 +37,14 @@ from lightning_bpfree.methods.team_reinforce.evaluation_report import Evaluation
 from lightning_bpfree.methods.team_reinforce.layer_rates import LayerRates
 from lightning_bpfree.methods.team_reinforce.network import TeamNetwork
 from lightning_bpfree.methods.team_reinforce.rewards import Reward, Rewards, take_action
-from lightning_bpfree.methods.team_reinforce.settings import TeamSettings
+from lightning_bpfree.methods.team_reinforce.settings import (
+    CreditName,
+    ExplorationName,
+    OutputName,
+    TeamArguments,
+    TeamSettings,
+    UnitName,
+)
 from lightning_bpfree.methods.team_reinforce.training_pass import TeamPass
 from lightning_bpfree.methods.team_reinforce.units.exploration import Exploration
 from lightning_bpfree.methods.team_reinforce.units.stochastic import StochasticUnit
@@ -101,25 +116,26 @@ class TeamReinforce(TrainingRule):
     )
     estimates_user_loss: ClassVar[bool] = False
 
+    @checked
     def __init__(
         self,
         units: Units | None = None,
         network: str | None = None,
         *,
-        unit: str | StochasticUnit | Sequence[str | StochasticUnit] = "bernoulli",
-        output: str | StochasticUnit | None = "softmax",
-        exploration: Literal["independent", "boltzmann", "recurrent"] | Exploration = "independent",
-        credit: Literal["reward", "weight_max", "map_propagation", "ste", "pathwise"] | Credit = "reward",
-        num_samples: int = 4,
+        unit: UnitName | StochasticUnit | Annotated[Sequence[UnitName | StochasticUnit], NonEmpty()] = "bernoulli",
+        output: OutputName | StochasticUnit | None = "softmax",
+        exploration: ExplorationName | Exploration = "independent",
+        credit: CreditName | Credit = "reward",
+        num_samples: PositiveInt = 4,
         baseline: Baseline = "leave_one_out",
         negative_phase: bool = False,
         reward: Reward = "class",
-        trace_decay: float | None = None,
-        lateral_lr: float = 1e-3,
-        critic_lr: float = 1e-3,
-        learning_rates: Sequence[float] | float | None = None,
+        trace_decay: FractionBelowOne | None = None,
+        lateral_lr: PositiveFloat = 1e-3,
+        critic_lr: PositiveFloat = 1e-3,
+        learning_rates: Annotated[Sequence[NonNegativeFloat], NonEmpty()] | NonNegativeFloat | None = None,
         evaluation: Literal["mean", "samples"] = "mean",
-        eval_samples: int = 16,
+        eval_samples: PositiveInt = 16,
         labels: LabelsOf | None = None,
         **settings: Any,
     ) -> None:
@@ -129,15 +145,37 @@ class TeamReinforce(TrainingRule):
         self.negative_phase, self.reward, self.trace_decay = negative_phase, reward, trace_decay
         self.lateral_lr, self.critic_lr, self.learning_rates = lateral_lr, critic_lr, learning_rates
         self.evaluation, self.eval_samples, self.labels = evaluation, eval_samples, labels
-        self._team = TeamSettings.of(self)
-        self.reevaluates = self._team.runs_again
         self._rewards, self._baselines = Rewards(reward, labels), Baselines(baseline, critic_lr)
         self._lateral = AuxiliaryModules("adam", lateral_lr)
-        self._traces = None if trace_decay is None else Traces(trace_decay)
-        self._rates = None if learning_rates is None else LayerRates(learning_rates)
+        self._traces: Traces | None = None
+        self._rates: LayerRates | None = None
+        self._arguments: TeamArguments | None = None
         self._network: TeamNetwork | None = None
         self._rank, self._loaded = 0, False
         self._report = EvaluationReport(labels)
+        self.resolve()
+
+    def resolve(self) -> None:
+        """Make the settings of the team; lateral weights, critics and traces stay."""
+        super().resolve()
+        arguments = TeamArguments(**{name: getattr(self, name) for name in TeamArguments._fields})
+        if arguments != self._arguments:
+            self._team, self._arguments = TeamSettings.of(arguments), arguments
+        self.reevaluates = self._team.runs_again
+        self._rewards.reward, self._rewards.labels, self._report.labels = self.reward, self.labels, self.labels
+        self._baselines.kind = self.baseline
+        self._baselines.own.configure("adam", self.critic_lr)
+        self._lateral.configure("adam", self.lateral_lr)
+        if self.trace_decay is None:
+            self._traces = None
+        else:
+            self._traces = Traces(self.trace_decay) if self._traces is None else self._traces
+            self._traces.decay = self.trace_decay
+        if self._rates is not None and self._rates.given != self.learning_rates:
+            self._rates.detach()
+            self._rates = None
+        if self._rates is None and self.learning_rates is not None:
+            self._rates = LayerRates(self.learning_rates)
 
     # --- the network's forward pass ---
 
@@ -151,11 +189,14 @@ class TeamReinforce(TrainingRule):
             module: the LightningModule, or a module that holds the network under the same name.
         """
         name, network = find_network(module, self.network)
-        if self._network is None or self._network.network is not network:
+        self.resolve()  # attributes may have been set
+        same = self._network is not None and self._network.network is network
+        if not same or self._made_of != (self._team, self.units):
             self.uninstall(module)
+            self._made_of = self._team, self.units
             sites = find_sites(network, name, self.units)
             self._team.check_units([site for site in sites.values() if isinstance(site, StochasticUnit)])
-            if self._network is not None and not self._loaded:  # another network: it starts afresh
+            if self._network is not None and not same and not self._loaded:  # another network: it starts afresh
                 self._lateral = AuxiliaryModules("adam", self.lateral_lr)
                 self._baselines = Baselines(self.baseline, self.critic_lr)
                 self._traces = None if self.trace_decay is None else Traces(self.trace_decay)
@@ -339,6 +380,7 @@ class TeamReinforce(TrainingRule):
 
     def load_rule_state(self, state: dict[str, Any]) -> None:
         """Take lateral weights, critics and traces back."""
+        self.resolve()
         self._loaded = True
         self._lateral.load_state_dict(state["lateral"])
         self._baselines.own.load_state_dict(state["critics"])
