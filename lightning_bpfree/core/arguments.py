@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import torch
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_C = TypeVar("_C", bound=type)
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,11 @@ class Range:
         )
 
     def __str__(self) -> str:
-        bounds = {"of at least": self.ge, "above": self.gt, "at most": self.le, "below": self.lt}
-        return " and ".join(f"{word} {bound:.12g}" for word, bound in bounds.items() if bound is not None)
+        low, high = self.gt if self.ge is None else self.ge, self.lt if self.le is None else self.le
+        if low is not None and high is not None:
+            return f"in {'(' if self.ge is None else '['}{low:.12g}, {high:.12g}{')' if self.le is None else ']'}"
+        bounds = {"of at least": self.ge, "above": self.gt, "of at most": self.le, "below": self.lt}
+        return " ".join(f"{word} {bound:.12g}" for word, bound in bounds.items() if bound is not None)
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,13 @@ def checked(function: _F) -> _F:
     return typing.cast("_F", wrapper)
 
 
+def checked_class(kind: _C) -> _C:
+    """Return a dataclass whose constructor checks its arguments."""
+    constructor: Any = checked(kind.__init__)
+    kind.__init__ = constructor  # type: ignore[misc]  # of the class, not of an object
+    return kind
+
+
 def check(owner: str, name: str, value: Any, hint: Any) -> None:
     """Raise ValueError if a value is not of the annotated type and range.
 
@@ -136,9 +147,9 @@ def check(owner: str, name: str, value: Any, hint: Any) -> None:
 def check_attributes(holder: Any) -> None:
     """Check the attributes of an object that are named like arguments of its constructors; they may have been set."""
     for name, hint in _arguments(type(holder)).items():
-        value = getattr(holder, name, None)
-        if not hasattr(holder, name):
+        if not hasattr(holder, name) or callable(getattr(type(holder), name, None)):  # a method of this name
             continue
+        value = getattr(holder, name)
         check(type(holder).__name__, name, value, hint)
         for part in value if isinstance(value, list | tuple) else [value]:
             if not isinstance(part, type) and getattr(type(part).__init__, "__checked__", False):
@@ -175,6 +186,8 @@ def accepts(hint: Any, value: Any) -> bool:
         (False, True, False, True)
     """
     origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
     if origin is Annotated:
         limits = [limit for limit in hint.__metadata__ if isinstance(limit, Range | NonEmpty)]
         return accepts(args[0], value) and all(value in limit for limit in limits)
@@ -245,7 +258,7 @@ def described(hint: Any) -> str:
 
     Examples:
         >>> described(PositiveInt | Literal["auto", "fastest"]), described(PositiveFloat | None)
-        ("a whole number of at least 1, 'auto' or 'fastest'", 'a number above 0 or None')
+        ("a whole number of at least 1, 'auto' or 'fastest'", 'a positive number or None')
     """
     said = list(dict.fromkeys(_alternatives(hint)))
     return said[0] if len(said) == 1 else f"{', '.join(said[:-1])} or {said[-1]}"
@@ -261,8 +274,9 @@ def _alternatives(hint: Any) -> Iterator[str]:
     elif origin is Annotated:
         said = described(args[0])
         if any(isinstance(limit, NonEmpty) for limit in hint.__metadata__):
-            said = said.replace("a string", "a non-empty string").replace("a list of", "a list of one or more")
-        yield " ".join([said, *(str(limit) for limit in hint.__metadata__ if isinstance(limit, Range))])
+            said = "a non-empty string" if args[0] is str else f"{said} (at least one)"
+        limits = [str(limit) for limit in hint.__metadata__ if isinstance(limit, Range)]
+        yield "a positive number" if (said, limits) == ("a number", ["above 0"]) else " ".join([said, *limits])
     else:
         yield _word(hint, origin, args)
 
@@ -279,7 +293,7 @@ def _word(hint: Any, origin: Any, args: tuple[Any, ...]) -> str:
     if origin in (abc.Sequence, abc.Iterable, abc.Collection, list, tuple):
         return f"a list of {_several(args[0])}"
     if origin is not None and issubclass(origin, abc.Mapping):
-        return f"a dict of {described(args[1])} by name"
+        return f"a dict of {_several(args[1])} by name"
     return f"a {getattr(hint, '__name__', str(hint))}"
 
 

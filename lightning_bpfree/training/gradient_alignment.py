@@ -131,6 +131,7 @@ class GradientAlignment(Callback):
         self.measured, self.mean_cosine = state_dict["measured"], state_dict["mean_cosine"]
 
 
+@checked
 def cosine(a: Params, b: Params) -> Tensor:
     """Return the cosine between two named gradients, a scalar; 0 if one of them vanishes.
 

@@ -233,8 +233,8 @@ def local_guesses(
         )
     if space == "activations" and (scope == "tensor" or (scope == "network" and local is not None)):
         raise ValueError(
-            f"ForwardGradient: scope={scope!r} with space='activations'{' and a local target' if local else ''}: nothing "
-            "there lies in such groups. Use scope='block'."
+            f"ForwardGradient: scope={scope!r} with space='activations'{' and a local target' if local else ''}: "
+            "nothing there lies in such groups. Use scope='block'."
         )
     where = [loss for loss in (guess, local) if loss is not None]
     cut_by, of = _one_cut(where, blocks, network)

@@ -162,13 +162,13 @@ def _check_together(
     lateral = exploration.has_lateral_weights
     if lateral and type(credit) is not GlobalReward:
         raise ValueError(
-            f"TeamReinforce: exploration={type(exploration).__name__} with credit={type(credit).__name__}: lateral weights learn from "
-            "the reward alone. Use credit='reward', or exploration='independent'."
+            f"TeamReinforce: exploration={type(exploration).__name__} with credit={type(credit).__name__}: lateral "
+            "weights learn from the reward alone. Use credit='reward', or exploration='independent'."
         )
     if lateral and given.baseline == "none" and not given.negative_phase:
         raise ValueError(
-            f"TeamReinforce: exploration={type(exploration).__name__} with baseline='none' and negative_phase=False: what is learned "
-            "would have no more to do with the gradient. Choose a baseline, or negative_phase=True."
+            f"TeamReinforce: exploration={type(exploration).__name__} with baseline='none' and "
+            "negative_phase=False: what is learned would have no more to do with the gradient. Choose a baseline, or negative_phase=True."
         )
     joint = isinstance(exploration, Boltzmann) and exploration.whole_network
     if joint and not isinstance(output, Softmax):
@@ -182,8 +182,8 @@ def _check_together(
         )
     if given.reward == "step" and given.num_samples != 1:
         raise ValueError(
-            f"TeamReinforce: reward='step' with num_samples={given.num_samples}: the training step acts once. Use num_samples=1, and "
-            "baseline='none' if the reward is a temporal-difference error."
+            f"TeamReinforce: reward='step' with num_samples={given.num_samples}: the training step acts once. "
+            "Use num_samples=1, and baseline='none' if the reward is a temporal-difference error."
         )
     if given.trace_decay is not None:
         _check_traces(given, exploration, credit)
@@ -195,8 +195,8 @@ def _check_traces(given: TeamArguments, exploration: Exploration, credit: Credit
     biased = isinstance(credit, TopDown) and not isinstance(credit, WeightMax)
     if given.num_samples != 1 or exploration.has_lateral_weights or gated or exact or biased or given.output is None:
         raise ValueError(
-            "TeamReinforce: trace_decay: traces are of one draw of independent units, with credit='reward', 'weight_max' or "
-            "'map_propagation' (no gate, not exact) and an output that is drawn."
+            "TeamReinforce: trace_decay: traces are of one draw of independent units, with credit='reward', "
+            "'weight_max' or 'map_propagation' (no gate, not exact) and an output that is drawn."
         )
     if isinstance(credit, StraightThrough):
         raise ValueError("TeamReinforce: trace_decay: not defined for credit='ste'.")
