@@ -16,7 +16,7 @@ import re
 import types
 import typing
 from collections import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -79,6 +79,9 @@ Seed32 = Annotated[int, Range(ge=0, le=(1 << 32) - 1)]
 PositiveFloat = Annotated[float, Range(gt=0)]
 NonNegativeFloat = Annotated[float, Range(ge=0)]
 Fraction = Annotated[float, Range(ge=0, le=1)]
+ImageShape = tuple[PositiveInt, PositiveInt, PositiveInt]
+"""Channels, height and width."""
+PositiveInts = Annotated[abc.Sequence[PositiveInt], NonEmpty()]
 FractionBelowOne = Annotated[float, Range(ge=0, lt=1)]
 PositiveFraction = Annotated[float, Range(gt=0, le=1)]
 OpenFraction = Annotated[float, Range(gt=0, lt=1)]
@@ -123,10 +126,26 @@ def checked(function: _F) -> _F:
     return typing.cast("_F", wrapper)
 
 
+def check_arguments(kind: type, given: Mapping[str, Any]) -> None:
+    """Check the arguments of a constructor from within, where a wrapper is in the way.
+
+    Lightning's ``save_hyperparameters`` looks for constructors in the frames of the call, and stops at others.
+
+    Args:
+        kind: the class whose constructor it is.
+        given: what it was given, ``locals()``.
+    """
+    constructor = vars(kind)["__init__"]
+    parameters = inspect.signature(constructor).parameters
+    for name, hint in _hints(constructor).items():
+        if given[name] is not parameters[name].default:
+            check(type(given["self"]).__name__, name, given[name], hint)
+
+
 def checked_class(kind: _C) -> _C:
     """Return a dataclass whose constructor checks its arguments."""
-    constructor: Any = checked(kind.__init__)
-    kind.__init__ = constructor  # type: ignore[misc]  # of the class, not of an object
+    constructor: Any = checked(vars(kind)["__init__"])
+    setattr(kind, "__init__", constructor)  # noqa: B010  # of the class, not of an object
     return kind
 
 
@@ -146,7 +165,8 @@ def check(owner: str, name: str, value: Any, hint: Any) -> None:
 
 def check_attributes(holder: Any) -> None:
     """Check the attributes of an object that are named like arguments of its constructors; they may have been set."""
-    for name, hint in _arguments(type(holder)).items():
+    kind: Any = type(holder)
+    for name, hint in _arguments(kind).items():
         if not hasattr(holder, name) or callable(getattr(type(holder), name, None)):  # a method of this name
             continue
         value = getattr(holder, name)
@@ -339,7 +359,7 @@ def _arguments(kind: type) -> dict[str, Any]:
     """Return the annotations of the arguments of all checked constructors of a class; its own come first."""
     found: dict[str, Any] = {}
     for base in kind.__mro__:
-        constructor = vars(base).get("__init__")
+        constructor: Any = vars(base).get("__init__")
         if getattr(constructor, "__checked__", False):
             found = {**_hints(inspect.unwrap(constructor)), **found}
     return found

@@ -84,8 +84,9 @@ class Plan:
         kept = [num_kept(masks.total, sparsity) for sparsity in sparsities]
         if max(kept) > masks.kept:
             raise ValueError(
-                f"LotteryTicket: sparsities={list(sparsities)!r}: the ticket of init_from has {masks.sparsity:.6g} of its "
-                "weights pruned already, and none come back. Give sparsities of at least that, or none."
+                f"LotteryTicket: sparsities={list(sparsities)!r}: the ticket of init_from has "
+                f"{masks.sparsity:.6g} of its weights pruned already, and none come back. "
+                "Give sparsities of at least that, or none."
             )
         if score == "snr" and kept[0] < masks.kept:
             raise ValueError(early_snr(sparsities))
@@ -119,7 +120,8 @@ def early_snr(sparsities: Sequence[float]) -> str:
     """Return what is wrong with pruning by deviations before any training."""
     return (
         f"LotteryTicket: sparsities={list(sparsities)!r} prunes before the first level, when no weight has a "
-        "deviation yet: begin with 0.0 (or the sparsity of the ticket that init_from gives), or take score='magnitude', 'random' or 'snip'."
+        "deviation yet: begin with 0.0 (or the sparsity of the ticket that init_from gives), or take "
+        "score='magnitude', 'random' or 'snip'."
     )
 
 

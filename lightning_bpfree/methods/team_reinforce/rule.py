@@ -151,6 +151,7 @@ class TeamReinforce(TrainingRule):
         self._rates: LayerRates | None = None
         self._arguments: TeamArguments | None = None
         self._network: TeamNetwork | None = None
+        self._made_of: tuple[TeamSettings, Units | None] | None = None
         self._rank, self._loaded = 0, False
         self._report = EvaluationReport(labels)
         self.resolve()
@@ -201,6 +202,7 @@ class TeamReinforce(TrainingRule):
                 self._baselines = Baselines(self.baseline, self.critic_lr)
                 self._traces = None if self.trace_decay is None else Traces(self.trace_decay)
             self._network, self._loaded = TeamNetwork(network, sites, self._team, self._lateral, self._own_seed), False
+        assert self._network is not None
         self._network.install()
 
     def _own_seed(self) -> int:

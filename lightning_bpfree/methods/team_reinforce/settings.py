@@ -168,7 +168,8 @@ def _check_together(
     if lateral and given.baseline == "none" and not given.negative_phase:
         raise ValueError(
             f"TeamReinforce: exploration={type(exploration).__name__} with baseline='none' and "
-            "negative_phase=False: what is learned would have no more to do with the gradient. Choose a baseline, or negative_phase=True."
+            "negative_phase=False: what is learned would have no more to do with the "
+            "gradient. Choose a baseline, or negative_phase=True."
         )
     joint = isinstance(exploration, Boltzmann) and exploration.whole_network
     if joint and not isinstance(output, Softmax):
