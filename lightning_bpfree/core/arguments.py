@@ -105,21 +105,20 @@ def checked(function: _F) -> _F:
         ValueError: draw: num=0: give a whole number of at least 1.
     """
     parameters = inspect.signature(function).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    defaults = {name: p.default for name, p in parameters.items()}
     is_constructor = function.__name__ == "__init__"
     order = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         owner = type(args[0]).__name__ if is_constructor and args else function.__name__
-        hints = _hints(function)
+        hints, takes_any = _hints(function)
         for name, value in [*zip(order, args, strict=False), *kwargs.items()]:
             if name in hints:
-                if value is not parameters[name].default:
+                if value is not defaults.get(name, parameters):
                     check(owner, name, value, hints[name])
             elif name not in parameters and not takes_any:
-                known = keywords(type(args[0])) if is_constructor else [*parameters]
-                raise TypeError(unknown(owner, name, value, known))
+                raise TypeError(unknown(owner, name, value, keywords(type(args[0])) if is_constructor else [*hints]))
         return function(*args, **kwargs)
 
     wrapper.__checked__ = True  # type: ignore[attr-defined]
@@ -137,7 +136,7 @@ def check_arguments(kind: type, given: Mapping[str, Any]) -> None:
     """
     constructor = vars(kind)["__init__"]
     parameters = inspect.signature(constructor).parameters
-    for name, hint in _hints(constructor).items():
+    for name, hint in _hints(constructor)[0].items():
         if given[name] is not parameters[name].default:
             check(type(given["self"]).__name__, name, given[name], hint)
 
@@ -347,11 +346,22 @@ def shown(value: Any) -> str:
 
 
 @functools.cache
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the annotations of a function's arguments by name, those of ``*args`` and ``**kwargs`` left out."""
-    parameters = inspect.signature(function).parameters.values()
-    named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    return {name: hint for name, hint in get_type_hints(function, include_extras=True).items() if name in named}
+def _hints(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
+    """Return the annotations of a function's arguments by name, and whether it takes other keywords as well.
+
+    Keywords that are typed by a ``TypedDict``, as in ``**options: Unpack[Options]``, are arguments like the others.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    takes_any = False
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            options = getattr(hints.pop(name, None), "__args__", (None,))[0]
+            takes_any = not typing.is_typeddict(options)
+            hints.update({} if takes_any else get_type_hints(options, include_extras=True))
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            hints.pop(name, None)
+    hints.pop("return", None)
+    return hints, takes_any
 
 
 @functools.cache
@@ -361,5 +371,5 @@ def _arguments(kind: type) -> dict[str, Any]:
     for base in kind.__mro__:
         constructor: Any = vars(base).get("__init__")
         if getattr(constructor, "__checked__", False):
-            found = {**_hints(inspect.unwrap(constructor)), **found}
+            found = {**_hints(inspect.unwrap(constructor))[0], **found}
     return found

@@ -99,6 +99,7 @@ def directional_derivatives(
     return losses[0], slopes
 
 
+@checked
 @contextlib.contextmanager
 def supported_kernels(module: nn.Module) -> Iterator[None]:
     """Choose kernels that have a forward derivative.

@@ -72,7 +72,8 @@ class ReversibleSequential(nn.Module):
         for index, block in enumerate(blocks):
             if not isinstance(block, ReversibleBlock):
                 raise ValueError(
-                    f"ReversibleSequential: blocks: block {index} is a {type(block).__name__}; give ReversibleBlock(f, g). The layers of an existing "
+                    f"ReversibleSequential: blocks: block {index} is a {type(block).__name__}; give "
+                    "ReversibleBlock(f, g). The layers of an existing "
                     "model are converted by convert_to_reversible or the ReversibleRecompute callback."
                 )
             self.add_module(str(index), block)

@@ -73,8 +73,8 @@ class StreamFusion(nn.Module):
         if mode == "concat_linear":
             if channels is None or dim != -1:
                 raise ValueError(
-                    f"StreamFusion: fusion='concat_linear' with channels={channels} and dim={dim}: give the channels of one stream, "
-                    "which must be the last dimension."
+                    f"StreamFusion: fusion='concat_linear' with channels={channels} and dim={dim}: give the "
+                    "channels of one stream, which must be the last dimension."
                 )
             self.mlp = nn.Sequential(
                 nn.Linear(2 * channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 from torch import nn
+from typing_extensions import Unpack  # torch needs it too
 
 from lightning_bpfree.core.arguments import NonNegativeInt, PositiveFloat, PositiveInt, checked
 from lightning_bpfree.methods.reversible_recompute.conversion import Scale, convert_to_reversible
@@ -16,9 +17,6 @@ from lightning_bpfree.methods.reversible_recompute.layer_stack import Reversible
 from lightning_bpfree.methods.reversible_recompute.recomputation import Schedule
 from lightning_bpfree.methods.reversible_recompute.sequential import ReversibleSequential
 from lightning_bpfree.methods.reversible_recompute.stream_fusion import Fusion, FusionOfOneWidth
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 RobertaHead = Literal["masked_lm", "sequence_classification", "causal_lm"]
 _ROBERTA: dict[RobertaHead, str] = {
@@ -297,11 +295,6 @@ def _config(kind: Any, config: Any) -> Any:
 
 
 def _converted(model: Any, recompute: Any, **options: Any) -> nn.Module:
-    unknown = [key for key in recompute if key not in Recompute.__annotations__]
-    if unknown:
-        raise TypeError(
-            f"{', '.join(unknown)}: no option of recomputation; there are {', '.join(Recompute.__annotations__)}."
-        )
     # Nothing is trained yet, so no function is lost.
     convert_to_reversible(model, warn=False, **recompute, **options)
     return cast(nn.Module, model)

@@ -251,5 +251,6 @@ def _check_shapes(in_shape: Sequence[int], depths: Sequence[int], patch: int) ->
     if len(depths) > most:
         raise ValueError(
             f"ReversibleMViT: depths={depths!r} asks for {len(depths)} stages, but patch={patch} leaves {side} "
-            f"tokens on the longer side, which can be halved {most - 1} times: give at most {most} stages, or smaller patches."
+            f"tokens on the longer side, which can be halved {most - 1} times: give at most "
+            f"{most} stages, or smaller patches."
         )
