@@ -158,14 +158,23 @@ def check(owner: str, name: str, value: Any, hint: Any) -> None:
         hint: the annotation.
     """
     if not accepts(hint, value):
-        verb = "choose" if _is_choice(hint) else "give"
-        raise ValueError(f"{owner}: {name}={shown(value)}: {verb} {described(hint)}.")
+        raise ValueError(f"{owner}: {name}={shown(value)}: {cure(hint)}.")
+
+
+def cure(hint: Any) -> str:
+    """Return what to do instead of a value that an annotation does not allow.
+
+    Examples:
+        >>> cure(Literal["sum", "mean"]), cure(PositiveInt)
+        ("choose 'sum' or 'mean'", 'give a whole number of at least 1')
+    """
+    return f"{'choose' if _is_choice(hint) else 'give'} {described(hint)}"
 
 
 def check_attributes(holder: Any) -> None:
     """Check the attributes of an object that are named like arguments of its constructors; they may have been set."""
     kind: Any = type(holder)
-    for name, hint in _arguments(kind).items():
+    for name, hint in annotations(kind).items():
         if not hasattr(holder, name) or callable(getattr(type(holder), name, None)):  # a method of this name
             continue
         value = getattr(holder, name)
@@ -365,11 +374,12 @@ def _hints(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
 
 
 @functools.cache
-def _arguments(kind: type) -> dict[str, Any]:
-    """Return the annotations of the arguments of all checked constructors of a class; its own come first."""
+def annotations(kind: type) -> dict[str, Any]:
+    """Return the annotations of the arguments of a class and of its bases by name, of those that are checked or ours."""
     found: dict[str, Any] = {}
     for base in kind.__mro__:
         constructor: Any = vars(base).get("__init__")
-        if getattr(constructor, "__checked__", False):
+        ours = base.__module__.startswith("lightning_bpfree.") or hasattr(constructor, "__checked__")
+        if constructor is not None and ours:
             found = {**_hints(inspect.unwrap(constructor))[0], **found}
     return found
