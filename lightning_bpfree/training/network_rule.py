@@ -77,6 +77,7 @@ class NetworkRule(TrainingRule):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self._found: nn.Module | None = None  # the network
+        self._made_of: Any = None
         self._parts: Any = None
         self._override: ForwardOverride | None = None
         self._factors: LearningRateFactors | None = None
@@ -102,6 +103,10 @@ class NetworkRule(TrainingRule):
                 f"({', '.join(block.name for block in parts.blocks)})."
             )
         return parts
+
+    def made_of(self) -> Any:
+        """Return the settings that parts and override follow from: where they have changed, both are made anew."""
+        return self.blocks
 
     def override(self, network: nn.Module, parts: Any) -> ForwardOverride | None:
         """Return what computes in the place of the network's forward pass; None leaves it alone.
@@ -158,10 +163,12 @@ class NetworkRule(TrainingRule):
             module: the LightningModule, or a module that holds the network under the same name.
         """
         name, network = find_network(module, self.network)
-        if self._found is not network:
-            parts = self.find_parts(name, network)
+        self.resolve()  # attributes may have been set
+        another = self._found is not network
+        if another or self._made_of != self.made_of():
+            parts, self._made_of = self.find_parts(name, network), self.made_of()
             self.uninstall(module)
-            if self._found is not None and not self._loaded:
+            if another and self._found is not None and not self._loaded:
                 self.start_over()
             self._found = None  # until everything has succeeded
             made = self.override(network, parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,9 @@ from lightning_bpfree.core.forward_override import Call, ForwardOverride
 from lightning_bpfree.methods.forward_forward.goodness import goodness, rescaled
 from lightning_bpfree.methods.forward_forward.label_embedding import LabelEmbedding
 from lightning_bpfree.methods.forward_forward.negatives import overlaid
+from lightning_bpfree.methods.forward_forward.settings import GoodnessSettings
 from lightning_bpfree.training.record import Record
 
-if TYPE_CHECKING:
-    from lightning_bpfree.methods.forward_forward.settings import GoodnessSettings
-
-LabelInput = Callable[[Tensor, Tensor | None], Tensor]
-Negatives = Callable[[Tensor, Tensor], Tensor]
 TrainingPass = Callable[["GoodnessNetwork", Tensor, "Call"], Tensor]
 
 EMBEDDING = "label_embedding"

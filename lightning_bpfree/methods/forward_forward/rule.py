@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_bpfree.core.arguments import (
+    AtLeastTwo,
+    NonEmpty,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Patterns,
+    PositiveFloat,
+    PositiveInt,
+    checked,
+)
 from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
 from lightning_bpfree.core.blocks import Blocks, Cut
 from lightning_bpfree.core.labels import LabelsOf
@@ -18,7 +28,15 @@ from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.step import Estimate, Step
 from lightning_bpfree.methods.forward_forward.goodness import Goodness, Length
 from lightning_bpfree.methods.forward_forward.network import EMBEDDING, GoodnessNetwork
-from lightning_bpfree.methods.forward_forward.settings import GoodnessSettings
+from lightning_bpfree.methods.forward_forward.settings import (
+    GoodnessSettings,
+    LabelInput,
+    LabelKind,
+    Negatives,
+    NegativesKind,
+    Prediction,
+    Schedule,
+)
 from lightning_bpfree.methods.forward_forward.training_pass import GoodnessPass, PeerNormalization
 from lightning_bpfree.training.network_rule import NetworkRule
 
@@ -83,27 +101,28 @@ class ForwardForward(NetworkRule):
     )
     estimates_user_loss: ClassVar[bool] = False
 
+    @checked
     def __init__(
         self,
         blocks: Blocks = 1,
         network: str | None = None,
         *,
-        prediction: Literal["goodness", "readout"] = "goodness",
+        prediction: Prediction = "goodness",
         goodness: Goodness = "sum",
-        threshold: float = 1.0,
-        temperature: float = 1.0,
+        threshold: PositiveFloat = 1.0,
+        temperature: PositiveFloat = 1.0,
         length: Length = "rms",
-        negatives: Literal["wrong_label", "hard", "hybrid"] | Callable[[Tensor, Tensor], Tensor] = "wrong_label",
-        label: Literal["overlay", "embedding", "none"] | Callable[[Tensor, Tensor | None], Tensor] = "overlay",
-        first_block: int = 0,
-        schedule: Literal["simultaneous", "greedy"] = "simultaneous",
-        epochs_per_block: int | None = None,
-        learning_rates: Sequence[float] | None = None,
-        peer_normalization: float = 0.0,
-        embedding_lr: float = 0.01,
-        num_classes: int | None = None,
+        negatives: NegativesKind | Negatives = "wrong_label",
+        label: LabelKind | LabelInput = "overlay",
+        first_block: NonNegativeInt = 0,
+        schedule: Schedule = "simultaneous",
+        epochs_per_block: PositiveInt | None = None,
+        learning_rates: Annotated[Sequence[NonNegativeFloat], NonEmpty()] | None = None,
+        peer_normalization: NonNegativeFloat = 0.0,
+        embedding_lr: PositiveFloat = 0.01,
+        num_classes: AtLeastTwo | None = None,
         labels: LabelsOf | None = None,
-        params: str | Sequence[str] | None = None,
+        params: Patterns | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(params=params, **settings)
@@ -112,16 +131,37 @@ class ForwardForward(NetworkRule):
         self.negatives, self.label, self.first_block = negatives, label, first_block
         self.schedule, self.epochs_per_block, self.learning_rates = schedule, epochs_per_block, learning_rates
         self.peer_normalization, self.num_classes, self.labels = peer_normalization, num_classes, labels
-        fields = [field.name for field in dataclasses.fields(GoodnessSettings)]
-        self._settings = GoodnessSettings(**{name: getattr(self, name) for name in fields})
-        self.reevaluates = prediction == "readout" or negatives == "hard"
-        self._peers = PeerNormalization(peer_normalization) if peer_normalization else None
         self.embedding_lr = embedding_lr
-        self._own = AuxiliaryModules("adam", embedding_lr) if label == "embedding" else None
+        self._peers: PeerNormalization | None = None
+        self._own: AuxiliaryModules | None = None
         self._rank, self._greedy = 0, 0
         self._learned: set[int] = set()  # ids of parameters with a gradient since the last step of the optimizer
+        self.resolve()
+
+    def resolve(self) -> None:
+        """Make the settings of the network and of a step; running means and label embedding stay."""
+        super().resolve()
+        fields = [field.name for field in dataclasses.fields(GoodnessSettings)]
+        self._settings = GoodnessSettings(**{name: getattr(self, name) for name in fields})
+        self.reevaluates = self.prediction == "readout" or self.negatives == "hard"
+        if not self.peer_normalization:
+            self._peers = None
+        elif self._peers is None:
+            self._peers = PeerNormalization(self.peer_normalization)
+        else:
+            self._peers.strength = self.peer_normalization
+        if self.label != "embedding":
+            self._own = None
+        elif self._own is None:
+            self._own = AuxiliaryModules("adam", self.embedding_lr)
+        else:
+            self._own.configure("adam", self.embedding_lr)
 
     # --- the network's forward pass ---
+
+    def made_of(self) -> Any:
+        """Return the settings that the network's forward pass follows from."""
+        return self._settings, super().made_of()
 
     def find_parts(self, name: str, network: nn.Module) -> Cut:
         """Cut the network into blocks."""
@@ -231,6 +271,7 @@ class ForwardForward(NetworkRule):
 
     def load_rule_state(self, state: dict[str, Any]) -> None:
         """Take running means and label embedding back."""
+        self.resolve()
         super().load_rule_state(state)
         if self._peers is not None:
             self._peers.means = dict(state["peers"])

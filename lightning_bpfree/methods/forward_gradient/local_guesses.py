@@ -43,7 +43,7 @@ class LocalGuesses:
         self.blocks, self.network, self.settings = blocks, network, settings
         losses: dict[Role, LocalLoss | None] = {"guess": guess, "target": None if settings.same else target}
         self.heads: dict[Role, Heads] = {role: Heads(loss) for role, loss in losses.items() if loss is not None}
-        self._num_classes = max((heads.loss.num_classes or 0 for heads in self.heads.values()), default=0)
+        self._num_classes = self._given_classes
         self._cut: Cut | None = None
         self._module: nn.Module | None = None
         self._inspected: frozenset[str] | None = None
@@ -52,6 +52,18 @@ class LocalGuesses:
     def uses_tangents(self) -> bool:
         """Whether estimates take forward-mode differentiation; local losses that guess themselves do not."""
         return not self.settings.same
+
+    @property
+    def _given_classes(self) -> int:
+        return max((heads.loss.num_classes or 0 for heads in self.heads.values()), default=0)
+
+    def go_on_with(self, before: LocalGuesses) -> None:
+        """Take over what another one has learned, as far as it has the same heads."""
+        self._num_classes = self._given_classes or before._num_classes
+        for role, heads in self.heads.items():
+            if role in before.heads and heads.loss is before.heads[role].loss:
+                heads.own = before.heads[role].own
+                heads.own.configure(heads.loss.optimizer, heads.loss.lr)
 
     # --- before the first batch ---
 
@@ -204,13 +216,13 @@ def local_guesses(
     Raises:
         ValueError: for arguments that are unknown or contradict each other.
     """
-    for name, value, choices in (("space", space, ("weights", "activations")), ("scope", scope, _SCOPES)):
-        if value not in choices:
-            raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}.")
-    if isinstance(target, str) and target not in ("global", "local"):
-        raise ValueError(f"target={target!r}: choose 'global', 'local', or give a LocalLoss.")
     plain = (guess, target, space, blocks, network) == (None, "global", "weights", None, None)
     if plain and scope in (None, "network"):
+        if labels is not None:
+            raise ValueError(
+                "ForwardGradient: labels are for local losses, and neither guess nor target asks for one: leave labels "
+                "out."
+            )
         return None
     local = target if isinstance(target, LocalLoss) else guess
     if target == "local" and guess is None:
@@ -219,13 +231,13 @@ def local_guesses(
         local = None
     if guess is not None and (num != 1 or distribution != "gaussian"):
         raise ValueError(
-            f"num_directions={num}, directions={distribution!r} beside guess={guess!r}: a guess is one direction a "
-            "batch. Leave them out, or use guess=None."
+            f"ForwardGradient: num_directions={num}, directions={distribution!r} beside guess={guess!r}: a guess is "
+            "one direction a batch. Leave them out, or use guess=None."
         )
     if space == "activations" and (scope == "tensor" or (scope == "network" and local is not None)):
         raise ValueError(
-            f"scope={scope!r} with space='activations'{' and a local target' if local else ''}: nothing there lies in "
-            "such groups. Use scope='block'."
+            f"ForwardGradient: scope={scope!r} with space='activations'{' and a local target' if local else ''}: "
+            "nothing there lies in such groups. Use scope='block'."
         )
     where = [loss for loss in (guess, local) if loss is not None]
     cut_by, of = _one_cut(where, blocks, network)
@@ -244,14 +256,11 @@ def local_guesses(
 def _one_cut(where: list[LocalLoss], blocks: Blocks | None, network: str | None) -> tuple[Blocks, str | None]:
     """Return blocks and network, on which the local losses and the rule itself must agree."""
     cuts: list[tuple[Blocks | None, str | None]] = [(loss.blocks, loss.network) for loss in where]
-    cuts += [(blocks, network)] if blocks is not None or (network is not None and not cuts) else []
+    cuts += [(blocks, network)] if (blocks, network) != (None, None) else []
     if any(one != cuts[0] for one in cuts):
         raise ValueError(
-            f"blocks and network differ: {', '.join(map(repr, cuts))}. Guess and target must cut the network in the "
-            "same way; beside a LocalLoss, leave blocks and network of the rule out."
+            f"ForwardGradient: blocks and network differ: {', '.join(map(repr, cuts))}. Guess and target must cut the "
+            "network in the same way; beside a LocalLoss, leave blocks and network of the rule out."
         )
     cut_by, of = cuts[0] if cuts else (None, None)
     return 1 if cut_by is None else cut_by, of
-
-
-_SCOPES = (None, "network", "block", "tensor")

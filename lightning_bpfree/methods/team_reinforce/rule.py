@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import (
+    FractionBelowOne,
+    NonEmpty,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    checked,
+)
 from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
 from lightning_bpfree.core.labels import LabelsOf
 from lightning_bpfree.core.params import ParameterSlots
@@ -23,7 +31,14 @@ from lightning_bpfree.methods.team_reinforce.evaluation_report import Evaluation
 from lightning_bpfree.methods.team_reinforce.layer_rates import LayerRates
 from lightning_bpfree.methods.team_reinforce.network import TeamNetwork
 from lightning_bpfree.methods.team_reinforce.rewards import Reward, Rewards, take_action
-from lightning_bpfree.methods.team_reinforce.settings import TeamSettings
+from lightning_bpfree.methods.team_reinforce.settings import (
+    CreditName,
+    ExplorationName,
+    OutputName,
+    TeamArguments,
+    TeamSettings,
+    UnitName,
+)
 from lightning_bpfree.methods.team_reinforce.training_pass import TeamPass
 from lightning_bpfree.methods.team_reinforce.units.exploration import Exploration
 from lightning_bpfree.methods.team_reinforce.units.stochastic import StochasticUnit
@@ -95,25 +110,26 @@ class TeamReinforce(NetworkRule):
     )
     estimates_user_loss: ClassVar[bool] = False
 
+    @checked
     def __init__(
         self,
         units: Units | None = None,
         network: str | None = None,
         *,
-        unit: str | StochasticUnit | Sequence[str | StochasticUnit] = "bernoulli",
-        output: str | StochasticUnit | None = "softmax",
-        exploration: Literal["independent", "boltzmann", "recurrent"] | Exploration = "independent",
-        credit: Literal["reward", "weight_max", "map_propagation", "ste", "pathwise"] | Credit = "reward",
-        num_samples: int = 4,
+        unit: UnitName | StochasticUnit | Annotated[Sequence[UnitName | StochasticUnit], NonEmpty()] = "bernoulli",
+        output: OutputName | StochasticUnit | None = "softmax",
+        exploration: ExplorationName | Exploration = "independent",
+        credit: CreditName | Credit = "reward",
+        num_samples: PositiveInt = 4,
         baseline: Baseline = "leave_one_out",
         negative_phase: bool = False,
         reward: Reward = "class",
-        trace_decay: float | None = None,
-        lateral_lr: float = 1e-3,
-        critic_lr: float = 1e-3,
-        learning_rates: Sequence[float] | float | None = None,
+        trace_decay: FractionBelowOne | None = None,
+        lateral_lr: PositiveFloat = 1e-3,
+        critic_lr: PositiveFloat = 1e-3,
+        learning_rates: Annotated[Sequence[NonNegativeFloat], NonEmpty()] | NonNegativeFloat | None = None,
         evaluation: Literal["mean", "samples"] = "mean",
-        eval_samples: int = 16,
+        eval_samples: PositiveInt = 16,
         labels: LabelsOf | None = None,
         **settings: Any,
     ) -> None:
@@ -123,14 +139,31 @@ class TeamReinforce(NetworkRule):
         self.negative_phase, self.reward, self.trace_decay = negative_phase, reward, trace_decay
         self.lateral_lr, self.critic_lr, self.learning_rates = lateral_lr, critic_lr, learning_rates
         self.evaluation, self.eval_samples, self.labels = evaluation, eval_samples, labels
-        self._team = TeamSettings.of(self)
-        self.reevaluates = self._team.runs_again
         self._rewards, self._baselines = Rewards(reward, labels), Baselines(baseline, critic_lr)
         self._lateral = AuxiliaryModules("adam", lateral_lr)
-        self._traces = None if trace_decay is None else Traces(trace_decay)
-        self.learning_rate_factors()  # looks at the numbers
+        self._traces: Traces | None = None
+        self._arguments: TeamArguments | None = None
         self._rank = 0
         self._report = EvaluationReport(labels)
+        self.resolve()
+
+    def resolve(self) -> None:
+        """Make the settings of the team; lateral weights, critics and traces stay."""
+        super().resolve()
+        arguments = TeamArguments(**{name: getattr(self, name) for name in TeamArguments._fields})
+        if arguments != self._arguments:
+            self._team, self._arguments = TeamSettings.of(arguments), arguments
+        self.reevaluates = self._team.runs_again
+        self._rewards.reward, self._rewards.labels, self._report.labels = self.reward, self.labels, self.labels
+        self._baselines.kind = self.baseline
+        self._baselines.own.configure("adam", self.critic_lr)
+        self._lateral.configure("adam", self.lateral_lr)
+        if self.trace_decay is None:
+            self._traces = None
+        else:
+            self._traces = Traces(self.trace_decay) if self._traces is None else self._traces
+            self._traces.decay = self.trace_decay
+        self.learning_rate_factors()  # looks at the numbers
 
     # --- the network's forward pass ---
 
@@ -143,6 +176,10 @@ class TeamReinforce(NetworkRule):
     def override(self, network: nn.Module, parts: dict[str, nn.Module]) -> TeamNetwork:
         """Return the network with stochastic units."""
         return TeamNetwork(network, parts, self._team, self._lateral, self._own_seed)
+
+    def made_of(self) -> Any:
+        """Return the settings that the network's forward pass follows from."""
+        return self._team, self.units
 
     def start_over(self) -> None:
         """Begin with new lateral weights, critics and traces."""
@@ -272,6 +309,7 @@ class TeamReinforce(NetworkRule):
 
     def load_rule_state(self, state: dict[str, Any]) -> None:
         """Take lateral weights, critics and traces back."""
+        self.resolve()
         super().load_rule_state(state)
         if self._traces is not None:
             self._traces.sums = dict(state["traces"])
