@@ -174,7 +174,7 @@ def cure(hint: Any) -> str:
 def check_attributes(holder: Any) -> None:
     """Check the attributes of an object that are named like arguments of its constructors; they may have been set."""
     kind: Any = type(holder)
-    for name, hint in annotations(kind).items():
+    for name, hint in declared_annotations(kind).items():
         if not hasattr(holder, name) or callable(getattr(type(holder), name, None)):  # a method of this name
             continue
         value = getattr(holder, name)
@@ -374,7 +374,7 @@ def _hints(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
 
 
 @functools.cache
-def annotations(kind: type) -> dict[str, Any]:
+def declared_annotations(kind: type) -> dict[str, Any]:
     """Return the annotations of the arguments of a class and of its bases by name, of those that are checked or ours."""
     found: dict[str, Any] = {}
     for base in kind.__mro__:
