@@ -21,7 +21,7 @@ from conformance_problem import Case, ConformanceProblem, MakeRule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel
-from problems import fitted
+from problems import Problem, fitted, loader
 
 from lightning_bpfree import Backprop
 
@@ -34,6 +34,16 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert not different, f"differ: {different}"
+
+
+def run(
+    make_rule: MakeRule | None, *, lr: float = 0.1, seed: int = 0, module: Problem | None = None, data=None, **settings
+):
+    """Fit a problem for a test of one rule; returns module and Trainer. Equal seeds give equal weights and dropout."""
+    torch.manual_seed(seed)
+    module = Problem(lr=lr) if module is None else module
+    trainer = fitted(module, loader() if data is None else data, *([make_rule()] if make_rule else []), **settings)
+    return module, trainer
 
 
 # --- evaluating leaves no trace -----------------------------------------------------------------------------------
