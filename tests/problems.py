@@ -92,6 +92,20 @@ class Problem(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
+class CallsTwice(Problem):
+    """Calls its network twice in a step."""
+
+    def training_step(self, batch: list[torch.Tensor], index: int):
+        return self.net(batch[0]).sum() + self.net(batch[0]).sum()
+
+
+class NeverCalls(Problem):
+    """Goes past its network to the layers."""
+
+    def training_step(self, batch: list[torch.Tensor], index: int):
+        return self.net.layers(batch[0]).square().mean()
+
+
 def loader(rows: int = 64, batch_size: int = 16, shuffle: bool = False, seed: int = 0) -> DataLoader:
     """A learnable problem: three classes by the largest of three random projections."""
     generator = torch.Generator().manual_seed(seed)

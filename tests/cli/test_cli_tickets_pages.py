@@ -6,18 +6,13 @@ import importlib.util
 import itertools
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from result_pages import make_results, pages_in
 from ticket_problems import by_hand
 
 from lightning_bpfree.cli.tickets import results as tickets_results
 from lightning_bpfree.cli.tickets.results import figures
-
-pytestmark = pytest.mark.slow  # each trains several levels
-
-
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_plots_have_labelled_axes() -> None:
@@ -67,20 +62,8 @@ def test_a_study_of_one_level_has_no_lines_between_levels(tmp_path: Path) -> Non
     assert axes.get_title() == "between two trainings of a ticket"
 
 
-def pages() -> Any:
-    specification = importlib.util.spec_from_file_location("make_results", DOCS / "make_results.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
 def test_pages_show_what_a_study_has_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, docs = pages(), tmp_path / "docs"
-    for name, folder in {"DOCS": docs, "RESULTS": docs / "results", "IMAGES": docs / "img"}.items():
-        folder.mkdir(exist_ok=True)
-        monkeypatch.setattr(made, name, folder)
+    made, docs = pages_in(tmp_path, monkeypatch)
     (tmp_path / "README.md").write_text("<!-- results:es_study -->\n<!-- /results -->\n")
     (docs / "results/es_study.json").write_text(json.dumps(by_hand()))
     assert made.main(["--check"]) == 1
@@ -113,7 +96,7 @@ def test_images_are_named_as_they_are_drawn(change: str) -> None:
     if change == "a metric without a loss":
         for entry in study["barriers"]:
             del entry["loss"]
-    made = pages()
+    made = make_results()
     path = Path("es_study.json")
     captions = made.images(path, study)
     assert sorted(captions) == sorted(name for name, _ in importlib.import_module("studies").drawings(path, study))

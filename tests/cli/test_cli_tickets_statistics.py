@@ -18,8 +18,6 @@ from lightning_bpfree.cli.tickets import results as tickets_results
 from lightning_bpfree.cli.tickets.results import barrier_rows, cells, differences, table_rows, written
 from lightning_bpfree.methods.lottery_ticket.connectivity import loss_barrier
 
-pytestmark = pytest.mark.slow  # each trains several levels
-
 
 def test_statistics_by_hand() -> None:
     study = by_hand()

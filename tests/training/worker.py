@@ -1,9 +1,9 @@
-"""What each of two ranks does; `test_two_ranks.py` runs this file once per strategy, and compares what the ranks wrote.
+"""What each of two ranks does; `test_two_ranks.py` runs this file, and compares what the ranks wrote.
 
-    python worker.py ddp|local|data|directions|evolution|drift OUT_DIR
+    python worker.py PART[,PART ...] OUT_DIR    # of ddp, local, data, directions, evolution and drift
 
-Lightning starts rank 1 by running the file again. Every case writes `<case>.rank<r>.pt`: final parameters, losses, and
-the rule's counters, or the error that stopped it.
+Lightning starts rank 1 by running the file again. Every case writes `<part>/<case>.rank<r>.pt`: final parameters,
+losses, and the rule's counters, or the error that stopped it.
 """
 
 from __future__ import annotations
@@ -362,8 +362,9 @@ CASES = {
 }
 
 
-def main(strategy: str, out: Path) -> None:
-    for name, case in CASES[strategy]().items():
+def main(part: str, out: Path) -> None:
+    out.mkdir(exist_ok=True)
+    for name, case in CASES[part]().items():
         try:
             outcome = case()
         except Exception as error:
@@ -372,4 +373,5 @@ def main(strategy: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    for part in sys.argv[1].split(","):
+        main(part, Path(sys.argv[2]) / part)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from forward_forward_problems import problem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from problems import Problem, fitted, loader
+from problems import CallsTwice, NeverCalls, Problem, fitted, loader
 from torch import nn
 
 import lightning_bpfree as bpf
@@ -212,15 +212,7 @@ def test_greedy_needs_an_end():
 
 
 def test_one_call_a_step():
-    class Twice(Problem):
-        def training_step(self, batch, index):
-            return self.net(batch[0]).sum() + self.net(batch[0]).sum()
-
-    class Never(Problem):
-        def training_step(self, batch, index):
-            return self.net.layers(batch[0]).square().mean()
-
-    for kind, said in ((Twice, "more than once.*torch.cat"), (Never, "never called")):
+    for kind, said in ((CallsTwice, "more than once.*torch.cat"), (NeverCalls, "never called")):
         with pytest.raises(MisconfigurationException, match=said):
             fitted(kind(MLP(6, [8], 3)), loader(), bpf.ForwardForward())
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from enumerated import network
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from problems import Problem, fitted, loader
+from problems import CallsTwice, NeverCalls, Problem, fitted, loader
 from team_problems import Acts, Between, Plain, estimate, images, problem, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -201,18 +201,10 @@ def test_a_networks_own_units_are_refused_as_others_are(own, settings, said):
 
 
 def test_a_reward_is_of_one_call():
-    class Twice(Problem):
-        def training_step(self, batch, index):
-            return self.net(batch[0]).sum() + self.net(batch[0]).sum()
-
-    class Never(Problem):
-        def training_step(self, batch, index):
-            return self.net.layers(batch[0]).square().mean()
-
     with pytest.raises(ValueError, match=r"calls its network twice.*Join the batches, or name the part that is"):
-        fitted(Twice(MLP(6, [8], 3)), loader(), bpf.TeamReinforce())
+        fitted(CallsTwice(MLP(6, [8], 3)), loader(), bpf.TeamReinforce())
     with pytest.raises(MisconfigurationException, match=r"never called.*network="):
-        fitted(Never(MLP(6, [8], 3)), loader(), bpf.TeamReinforce())
+        fitted(NeverCalls(MLP(6, [8], 3)), loader(), bpf.TeamReinforce())
 
 
 def test_an_error_in_a_step_leaves_no_pass_behind():
