@@ -315,14 +315,16 @@ def _word(hint: Any, origin: Any, args: tuple[Any, ...]) -> str:
     if abc.Callable in (hint, origin):
         return "a function"
     if origin is type:
-        return f"a class that is a {getattr(args[0], '__name__', args[0])}"
+        return f"a class of {getattr(args[0], '__name__', args[0])}"
     if origin is tuple and args[-1] is not Ellipsis:
-        return f"a list of {len(args)} ({', '.join(described(arg) for arg in args)})"
+        kinds = list(dict.fromkeys(map(_several, args)))
+        return f"a list of {len(args)} {' and '.join(kinds)}"
     if origin in (abc.Sequence, abc.Iterable, abc.Collection, list, tuple):
         return f"a list of {_several(args[0])}"
     if origin is not None and issubclass(origin, abc.Mapping):
         return f"a dict of {_several(args[1])} by name"
-    return f"a {getattr(hint, '__name__', str(hint))}"
+    name = getattr(hint, "__name__", str(hint))
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 def _several(hint: Any) -> str:
