@@ -361,7 +361,7 @@ def shared() -> ActorCritic:
         (lambda: cartpole(gamma=1.5), r"gamma=1\.5: give a number in \[0"),
         (lambda: cartpole(lr=0.0), r"lr=0\.0: give a positive number"),
         (lambda: cartpole(critic_lr=-1.0), r"critic_lr=-1\.0: give a positive number"),
-        (lambda: cartpole(optimizer="lion"), "optimizer='lion': choose 'sgd' or 'adam'"),
+        (lambda: cartpole(optimizer="lion"), "optimizer='lion': choose 'sgd'"),
         (lambda: cartpole(max_steps=0), "max_steps=0: give a whole number of at least 1"),
         (shared, "critic shares parameters with actor; give it a network of its own"),
         (
