@@ -211,21 +211,18 @@ def allowed(hint: Any, value: Any) -> bool | None:
 
 def _allows(hint: Any, value: Any) -> bool | None:
     origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return None
     if origin is Annotated:
         inner = _allows(args[0], value)
         return inner and all(value in limit for limit in args[1:])
     if origin is Literal:
         return isinstance(value, str) and value in args
-    if hint is type(None):
-        return value is None
-    if hint is int:
-        return type(value) is int
-    if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    if hint in (bool, str):
-        return type(value) is hint
+    if hint in (int, float, bool, str, type(None)):
+        number = type(value) in (int, float) and math.isfinite(value)
+        return number if hint is float else type(value) is hint
+    return None if hint is Any else _of_others(hint, origin, args, value)
+
+
+def _of_others(hint: Any, origin: Any, args: tuple[Any, ...], value: Any) -> bool | None:
     if abc.Callable in (hint, origin):
         return callable(value)
     if origin in (abc.Sequence, list, tuple, abc.Iterable):

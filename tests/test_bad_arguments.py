@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 from bad_arguments import Case, arguments, cases, evaluated, good, public
 
+from lightning_bpfree.cli.main import main
 from lightning_bpfree.core.arguments import shown
 
 TARGETS = public()
@@ -49,3 +50,34 @@ def test_bad_arguments_are_named(name):
 
 def test_there_are_many():
     assert sum(1 for name, target in TARGETS.items() for _ in cases(name, target)) > 815
+
+
+RULE = """
+trainer:
+  callbacks:
+    - class_path: lightning_bpfree.{rule}
+      init_args: {{{given}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("rule", "given", "said"),
+    [
+        ("ForwardGradient", "num_directions: 0", "num_directions=0: give a whole number of at least 1."),
+        ("ForwardGradient", "num_directions: many", "num_directions='many': give a whole number of at least 1."),
+        ("ForwardGradient", "num_direction: 2", "num_direction: there is no such argument; nearest: num_directions"),
+        ("ForwardGradient", "guess: null, target: null", "target=None: give 'global', 'local' or a LocalLoss."),
+        ("ZerothOrder", "sigma: .nan", "sigma=nan: give a positive number or None."),
+        ("ZerothOrder", "scheme: forwrad", "scheme='forwrad': choose 'central' or 'forward'."),
+        ("EvolutionStrategy", "maximize: perhaps", "maximize='perhaps': give True or False."),
+        ("ForwardForward", "start_epoch: -1", "start_epoch=-1: give a whole number of at least 0."),
+        ("LotteryTicket", "keep: 1.5", "keep=1.5: give a number in (0, 1)."),
+    ],
+)
+def test_the_command_line_says_it_in_one_line(rule, given, said, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("jsonargparse")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rule.yaml").write_text(RULE.format(rule=rule, given=given))
+    assert main(["fit", "-c", "quickstart", "-c", "rule.yaml"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bpfree")]
+    assert line.startswith(f"bpfree fit: error: {rule}: {said}")

@@ -174,7 +174,7 @@ def cure(hint: Any) -> str:
 def check_attributes(holder: Any) -> None:
     """Check the attributes of an object that are named like arguments of its constructors; they may have been set."""
     kind: Any = type(holder)
-    for name, hint in declared_annotations(kind).items():
+    for name, hint in argument_types(kind).items():
         if not hasattr(holder, name) or callable(getattr(type(holder), name, None)):  # a method of this name
             continue
         value = getattr(holder, name)
@@ -315,14 +315,16 @@ def _word(hint: Any, origin: Any, args: tuple[Any, ...]) -> str:
     if abc.Callable in (hint, origin):
         return "a function"
     if origin is type:
-        return f"a class that is a {getattr(args[0], '__name__', args[0])}"
+        return f"a class of {getattr(args[0], '__name__', args[0])}"
     if origin is tuple and args[-1] is not Ellipsis:
-        return f"a list of {len(args)} ({', '.join(described(arg) for arg in args)})"
+        kinds = list(dict.fromkeys(map(_several, args)))
+        return f"a list of {len(args)} {' and '.join(kinds)}"
     if origin in (abc.Sequence, abc.Iterable, abc.Collection, list, tuple):
         return f"a list of {_several(args[0])}"
     if origin is not None and issubclass(origin, abc.Mapping):
         return f"a dict of {_several(args[1])} by name"
-    return f"a {getattr(hint, '__name__', str(hint))}"
+    name = getattr(hint, "__name__", str(hint))
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 def _several(hint: Any) -> str:
@@ -347,7 +349,11 @@ def shown(value: Any) -> str:
         return f"{type(value).__name__}{tuple(value.shape)}"
     if isinstance(value, torch.nn.Module):
         return f"{type(value).__name__}(...)"
-    text = getattr(value, "__qualname__", None) or repr(value)
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        text = ", ".join(map(shown, value))
+        text = f"[{text}]" if isinstance(value, list) else f"({text}{',' * (len(value) == 1)})"
+    else:
+        text = " ".join((getattr(value, "__qualname__", None) or repr(value)).split())
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
@@ -374,8 +380,8 @@ def _hints(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
 
 
 @functools.cache
-def declared_annotations(kind: type) -> dict[str, Any]:
-    """Return the annotations of the arguments of a class and of its bases by name, of those that are checked or ours."""
+def argument_types(kind: type) -> dict[str, Any]:
+    """Return the annotations of a class's arguments by name, those of its bases included that are checked or ours."""
     found: dict[str, Any] = {}
     for base in kind.__mro__:
         constructor: Any = vars(base).get("__init__")

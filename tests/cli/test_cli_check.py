@@ -161,7 +161,7 @@ def test_obstacles_are_a_report_not_a_failure(digits: str, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--model.init_args.lr=-1"], "lr is -1"),
+        (["--model.init_args.lr=-1"], "lr=-1"),
         (["--data.init_args.train_size=100000"], "train_size is 100000"),
         (["--model.init_args.nonsense=1"], "nonsense"),
         (["--repeats", "0"], "--repeats"),

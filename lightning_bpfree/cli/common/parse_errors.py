@@ -6,7 +6,7 @@ import difflib
 import re
 from importlib import import_module
 
-from lightning_bpfree.core.arguments import annotations, cure, keywords
+from lightning_bpfree.core.arguments import argument_types, cure, keywords
 
 _PLACE = re.compile(
     r"Problem with given class_path '(?P<path>[\w.]+)':\s+"
@@ -36,6 +36,6 @@ def in_one_line(message: str) -> str:
         near = difflib.get_close_matches(option, keywords(kind), n=3, cutoff=0.0)
         return f"{name}: {option}: there is no such argument; nearest: {', '.join(near)}."
     key, value = places[-1]["key"], _VALUE.search(message, places[-1].end())
-    if key not in annotations(kind) or value is None:
+    if key not in argument_types(kind) or value is None:
         return message
-    return f"{name}: {key}={value['value'].strip()!r}: {cure(annotations(kind)[key])}."
+    return f"{name}: {key}={value['value'].strip()!r}: {cure(argument_types(kind)[key])}."

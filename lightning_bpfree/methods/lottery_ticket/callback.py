@@ -138,7 +138,8 @@ class LotteryTicket(Callback):
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments, as plain values that loggers take."""
-        return self._given().settings(self._levels.plan)
+        given = self._given()
+        return given.settings(given.plan if self.init_from is None else self._levels.plan)
 
     # --- one fit ---
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_bpfree.core.arguments import NonNegativeFloat, PositiveFloat, PositiveFraction, checked
+from lightning_bpfree.core.arguments import NonNegativeFloat, PositiveFloat, PositiveFraction, PositiveInt, checked
 from lightning_bpfree.core.params import Params
 from lightning_bpfree.methods.evolution_strategy.population.low_rank_population import LowRankPopulation
 from lightning_bpfree.methods.evolution_strategy.population.noise import NoiseKind
@@ -128,6 +128,7 @@ class SearchAlgorithm(ABC):
         """The standard deviation: shape ``(dim,)``, or ``()`` where one number serves all coordinates."""
         return torch.tensor(self.sigma, dtype=torch.float64) if self._std is None else self._std
 
+    @checked
     def ask(
         self,
         params: Mapping[str, Tensor],
@@ -135,7 +136,7 @@ class SearchAlgorithm(ABC):
         seed: int,
         *,
         mirrored: bool | None = None,
-        rank: int | None = None,
+        rank: PositiveInt | None = None,
         masks: Mapping[str, Tensor] | None = None,
         noise: NoiseKind = "table",
     ) -> Population:
