@@ -28,6 +28,28 @@ class Tied(nn.Module):
         return self.head(self.drop(self.act(self.again(self.norm(self.frozen(self.inner(x)))))))
 
 
+class Shared(nn.Module):
+    """One layer for those who cut a network: two tied matrices with a frozen one between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.again = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.again.weight = self.inner.weight
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.again(self.frozen(self.inner(x)))
+
+
+class Chain(nn.Sequential):
+    """The same difficulties as in `Tied`, in a network that can be cut into blocks by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.act, self.drop = Shared(), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3)
+        self.second, self.again, self.head = nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)
+
+
 class Problem(pl.LightningModule):
     """A classifier that logs its loss, counts a metric, and can return its loss in several shapes."""
 
@@ -35,11 +57,14 @@ class Problem(pl.LightningModule):
         self, net: nn.Module | None = None, lr: float = 0.1, optimizer: str = "sgd", returns: str = "tensor"
     ) -> None:
         super().__init__()
-        self.net = Tied(dropout=0.3) if net is None else net
+        self.net = self.make_net() if net is None else net
         self.lr, self.optimizer, self.returns = lr, optimizer, returns
         self.accuracy = MulticlassAccuracy(3, average="micro")
         self.gradients: list[dict[str, torch.Tensor]] = []  # as the optimizer gets them, before clipping
         self.calls: list[int] = []  # grows in place: what a step assigns anew is put back after extra evaluations
+
+    def make_net(self) -> nn.Module:
+        return Tied(dropout=0.3)
 
     def training_step(self, batch: list[torch.Tensor], index: int):
         self.calls.append(index)
@@ -65,6 +90,20 @@ class Problem(pl.LightningModule):
         if self.optimizer == "adamw":
             return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.1)
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+class CallsTwice(Problem):
+    """Calls its network twice in a step."""
+
+    def training_step(self, batch: list[torch.Tensor], index: int):
+        return self.net(batch[0]).sum() + self.net(batch[0]).sum()
+
+
+class NeverCalls(Problem):
+    """Goes past its network to the layers."""
+
+    def training_step(self, batch: list[torch.Tensor], index: int):
+        return self.net.layers(batch[0]).square().mean()
 
 
 def loader(rows: int = 64, batch_size: int = 16, shuffle: bool = False, seed: int = 0) -> DataLoader:

@@ -31,7 +31,7 @@ def run_ranks(worker: str, what: str, out: Path, limit: float) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        done = sorted(path.name for path in out.iterdir())
+        done = sorted(path.name for path in out.rglob("*.pt"))
         pytest.fail(f"the ranks of {what} hang; written so far: {done}\n{output[-3000:]}")
     assert process.returncode == 0, output[-3000:]
 

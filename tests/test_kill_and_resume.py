@@ -11,7 +11,7 @@ import pytest
 import resume_worker
 import torch
 
-pytestmark = pytest.mark.slow  # fifteen trainings in processes of their own
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("killed")]  # fifteen trainings in processes of their own
 
 
 @pytest.fixture(scope="module")

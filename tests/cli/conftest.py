@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ticket_problems import write_parts
 
 Overlay = Callable[..., str]
 
@@ -69,3 +70,9 @@ def overlay(folder: Path) -> Overlay:
         return name
 
     return write
+
+
+@pytest.fixture
+def parts(folder: Path) -> None:
+    """A study of tickets and an overlay in the current folder."""
+    write_parts()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 from comparing import run_in_process, written
+from result_pages import pages_in
 
 from lightning_bpfree.cli import main
 from lightning_bpfree.cli.common.configured import Blueprint
@@ -21,7 +21,6 @@ from lightning_bpfree.cli.compare.runs import train
 
 Overlay = Callable[..., str]
 
-DOCS = Path(__file__).parents[2] / "docs"
 LR = "model.init_args.lr"
 SIZE = "data.init_args.batch_size"
 
@@ -279,15 +278,7 @@ def test_mistakes_are_found_before_anything_is_written(
 
 
 def test_pages_show_what_curves_reach_and_how_rules_were_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    specification = importlib.util.spec_from_file_location("make_results", DOCS / "make_results.py")
-    assert specification is not None
-    assert specification.loader is not None
-    pages = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(pages)
-    docs = tmp_path / "docs"
-    for name, folder in {"DOCS": docs, "RESULTS": docs / "results", "IMAGES": docs / "img"}.items():
-        folder.mkdir(exist_ok=True)
-        monkeypatch.setattr(pages, name, folder)
+    pages, docs = pages_in(tmp_path, monkeypatch)
     (tmp_path / "README.md").write_text("<!-- results:reward_comparison -->\n<!-- /results -->\n")
     found = noted("val_acc", {label: RISING[label] for label in ("backprop", "partly", "early")}, [0.8], larger=True)
     plain, own = {LR: ["0.1", "0.2"]}, {LR: ["0.1"], SIZE: ["16", "32"]}

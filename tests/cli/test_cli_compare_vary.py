@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 from comparing import run_in_process, written
+from result_pages import pages_in
 
 from lightning_bpfree.cli import main
 from lightning_bpfree.cli.common.configured import Blueprint
@@ -27,7 +27,6 @@ pytestmark = pytest.mark.slow  # each compares under several conditions
 Overlay = Callable[..., str]
 
 KEY = "data.init_args.corruption"
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture
@@ -207,15 +206,7 @@ def test_the_figure_has_a_line_for_each_rule(values: list[str], scale: str, tick
 
 
 def test_pages_show_what_a_varied_comparison_has_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    specification = importlib.util.spec_from_file_location("make_results", DOCS / "make_results.py")
-    assert specification is not None
-    assert specification.loader is not None
-    pages = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(pages)
-    docs = tmp_path / "docs"
-    for name, folder in {"DOCS": docs, "RESULTS": docs / "results", "IMAGES": docs / "img"}.items():
-        folder.mkdir(exist_ok=True)
-        monkeypatch.setattr(pages, name, folder)
+    pages, docs = pages_in(tmp_path, monkeypatch)
     (tmp_path / "README.md").write_text("<!-- results:comparisons -->\n<!-- /results -->\n")
     found = varied_results(["none", "paper"])
     (docs / "results/noise_comparison.json").write_text(json.dumps(found))

@@ -1,81 +1,33 @@
-"""Errors of temporal differences are those worked out by hand; episodes run on and begin anew; backprop learns."""
+"""Errors of temporal differences are those worked out by hand; backprop learns."""
 
 from __future__ import annotations
 
-import copy
-import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
-import numpy as np
 import pytest
 import torch
+from counting_episodes import BATCH, cartpole, counting_critic, counting_worlds
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from problems import fitted
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_bpfree.demos import episodes
 from lightning_bpfree.demos.actor_critic import ActorCritic, OnlineSteps
 from lightning_bpfree.demos.control import EpisodeSeeds
 from lightning_bpfree.demos.episodes import RunningEpisodes
 from lightning_bpfree.demos.modules import MLP
 
 
-class Counting(gym.Env[Any, Any]):
-    """Shows (seed % 100, steps so far); step t is rewarded by 10 t + action, and the episode ends after `length`."""
-
-    observation_space = gym.spaces.Box(-1e3, 1e3, (2,), np.float32)
-    action_space = gym.spaces.Discrete(3, start=5)
-
-    def __init__(self, length: int = 3, truncates: bool = False) -> None:
-        self.length, self.truncates = length, truncates
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        assert seed is not None, "every episode begins from a seed of its own"
-        super().reset(seed=seed)
-        self.start, self.t = seed % 100, 0
-        return self.seen(), {}
-
-    def seen(self) -> Any:
-        return np.array([self.start, self.t], np.float32)
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        assert self.action_space.contains(action)
-        assert self.t < self.length, "an episode that has ended is not stepped"
-        self.t += 1
-        end = self.t == self.length
-        return self.seen(), 10.0 * self.t + float(action), end and not self.truncates, end and self.truncates, {}
-
-
 @pytest.fixture(autouse=True)
 def _worlds() -> Iterator[None]:
-    gym.register("Ends-v0", Counting, max_episode_steps=100)
-    gym.register("CutOff-v0", Counting, kwargs={"truncates": True}, max_episode_steps=100)
-    yield
-    for name in ("Ends-v0", "CutOff-v0"):
-        del gym.registry[name]
+    with counting_worlds():
+        yield
 
 
-def counting_critic() -> nn.Linear:
-    """V(start, t) = 2 start + 3 t + 1."""
-    critic = nn.Linear(2, 1)
-    with torch.no_grad():
-        critic.weight.copy_(torch.tensor([[2.0, 3.0]]))
-        critic.bias.fill_(1.0)
-    return critic
-
-
-def cartpole(**settings: Any) -> ActorCritic:
-    return ActorCritic(MLP(4, [16], 2, "tanh"), MLP(4, [16], 1, "tanh"), **settings)
-
-
-BATCH = torch.zeros(1)
-
-# --- the training step ---
+# --- the training step -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("env_id", ["Ends-v0", "CutOff-v0"])
@@ -146,119 +98,7 @@ def test_the_actor_is_called_once() -> None:
     assert len(calls) == 3
 
 
-# --- running episodes ---
-
-
-def singles(env_id: str, seeds: list[int], actions: Tensor, max_steps: int) -> Iterator[list[Any]]:
-    """Each step of episodes of single environments that begin from these seeds, one after the other."""
-    envs = [gym.make(env_id, max_episode_steps=max_steps) for _ in range(actions.shape[1])]
-    left = iter(seeds)
-    seen = [env.reset(seed=next(left))[0] for env in envs]
-    for row in actions.tolist():
-        steps = [env.step(action) for env, action in zip(envs, row, strict=True)]
-        seen = [step[0] for step in steps]
-        yield [[step[i] for step in steps] for i in range(4)]
-        for i, step in enumerate(steps):
-            if step[2] or step[3]:
-                seen[i] = envs[i].reset(seed=next(left))[0]
-
-
-@pytest.mark.parametrize("in_one_array", [True, False])
-def test_cartpole_runs_as_single_environments_do(in_one_array: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not in_one_array:
-        monkeypatch.setattr(episodes, "_CARTPOLE_VECTOR", "none")
-    running, actions = RunningEpisodes("CartPole-v1", 3, max_steps=12), torch.randint(2, (60, 3))
-    left, ends = list(range(100, 200)), torch.zeros(2, dtype=torch.int64)
-    running.begin([left.pop(0) for _ in range(3)])
-    for row, want in zip(actions, singles("CartPole-v1", list(range(100, 200)), actions, 12), strict=True):
-        step = running.step(row)
-        np.testing.assert_allclose(step.observations, np.stack(want[0]), rtol=1e-5, atol=1e-6)
-        assert [step.rewards.tolist(), step.terminated.tolist()] == want[1:3]
-        assert step.done.tolist() == [a or b for a, b in zip(want[2], want[3], strict=True)]
-        ends += torch.stack([step.terminated.sum(), (step.done & ~step.terminated).sum()])
-        if step.returns:
-            running.renew([left.pop(0) for _ in step.returns])
-    assert ends.min() > 2  # episodes of both kinds: fallen, and cut off
-
-
-def test_returns_are_the_sums_of_the_rewards() -> None:
-    running = RunningEpisodes("Ends-v0", 2)
-    running.begin([1, 2])
-    returns = []
-    for i in range(6):
-        step = running.step(torch.tensor([0, 2]))
-        returns.append(step.returns)
-        if step.returns:
-            running.renew([3 + i, 4 + i])
-    assert returns == [[], [], [60 + 3 * 5, 60 + 3 * 7]] * 2
-
-
-def test_copies_hold_no_environment_and_begin_anew() -> None:
-    module = cartpole(num_envs=3, max_steps=5)
-    module.training_step(BATCH, 0)
-    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert other.running.observations is None
-        assert other.training_step(BATCH, 0)["action"].shape == (3,)
-
-
-# --- seeds ---
-
-
-def test_a_run_is_decided_by_the_global_seed() -> None:
-    runs = []
-    for seed in (3, 3, 4):
-        seed_everything(seed, verbose=False)
-        module = cartpole(max_steps=10)
-        fitted(module, OnlineSteps(30, 2))
-        runs.append(torch.cat([parameter.flatten() for parameter in module.parameters()]))
-    assert torch.equal(runs[0], runs[1])
-    assert not torch.equal(runs[0], runs[2])
-
-
-def test_training_meets_no_seed_of_validation_or_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = cartpole(num_envs=2)
-    assert min(module._new_seeds(1000)) >= 1 << 21
-    torch.manual_seed(5)
-    first = module._new_seeds(4)
-    monkeypatch.setattr(ActorCritic, "global_rank", 1)
-    torch.manual_seed(5)
-    assert set(module._new_seeds(4)).isdisjoint(first)
-
-
-def test_the_return_is_a_function_of_the_seeds() -> None:
-    module = cartpole()
-    torch.manual_seed(1)
-    first, state = module.mean_return(torch.arange(7, 12)), torch.get_rng_state()
-    torch.rand(3)
-    module.training_step(BATCH, 0)
-    assert module.mean_return(torch.arange(7, 12)) == first
-    assert not torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(1)
-    module.mean_return(torch.arange(7, 12))
-    assert torch.equal(torch.get_rng_state(), torch.manual_seed(1).get_state())  # it draws from no global generator
-
-
-def test_actions_of_evaluation_are_drawn_from_the_softmax() -> None:
-    actor = nn.Linear(2, 3)
-    with torch.no_grad():
-        actor.weight.zero_()
-        actor.bias.copy_(torch.tensor([0.5, 0.3, 0.2]).log())
-    module = ActorCritic(actor, counting_critic(), "Ends-v0")
-    # three actions with a mean of 5 + 0.3 + 2 * 0.2 and a variance of 0.3 + 4 * 0.2 - 0.7**2
-    want, error = 60 + 3 * 5.7, (3 * 0.61 / 2000) ** 0.5
-    assert abs(float(module.mean_return(torch.arange(2000))) - want) < 4 * error
-
-
-def test_validation_between_steps_leaves_the_running_episodes_alone() -> None:
-    module = ActorCritic(nn.Linear(2, 3), counting_critic(), "Ends-v0", num_envs=2)
-    module.training_step(BATCH, 0)
-    before = module.running.observations.copy()
-    module.mean_return(torch.tensor([1, 2]))  # as many episodes as run
-    module.training_step(BATCH, 1)
-    assert (module.running.observations - before).tolist() == [[0, 1], [0, 1]]
-
-
-# --- training ---
+# --- training --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -340,7 +180,7 @@ def test_steps_are_numbers_and_seeds_are_those_of_control() -> None:
         assert torch.equal(torch.cat(list(ours)), torch.cat(list(theirs)))
 
 
-# --- bad input ---
+# --- bad input -------------------------------------------------------------------------------------------------------
 
 
 def step_of(actor: nn.Module, critic: nn.Module) -> Any:
@@ -357,12 +197,12 @@ def shared() -> ActorCritic:
     [
         (lambda: cartpole(env_id="CartPoole-v1"), "env_id is 'CartPoole-v1'"),
         (lambda: cartpole(env_id="Pendulum-v1"), "'Pendulum-v1', whose actions are Box.*with Discrete actions"),
-        (lambda: cartpole(num_envs=0), "num_envs is 0; give 1"),
-        (lambda: cartpole(gamma=1.5), "gamma is 1.5; give a discount from 0 to 1"),
-        (lambda: cartpole(lr=0.0), "lr is 0.0"),
-        (lambda: cartpole(critic_lr=-1.0), "critic_lr is -1.0"),
-        (lambda: cartpole(optimizer="lion"), "optimizer is 'lion'"),
-        (lambda: cartpole(max_steps=0), "max_steps is 0"),
+        (lambda: cartpole(num_envs=0), "num_envs=0: give a whole number of at least 1"),
+        (lambda: cartpole(gamma=1.5), r"gamma=1\.5: give a number in \[0"),
+        (lambda: cartpole(lr=0.0), r"lr=0\.0: give a positive number"),
+        (lambda: cartpole(critic_lr=-1.0), r"critic_lr=-1\.0: give a positive number"),
+        (lambda: cartpole(optimizer="lion"), "optimizer='lion': choose 'sgd'"),
+        (lambda: cartpole(max_steps=0), "max_steps=0: give a whole number of at least 1"),
         (shared, "critic shares parameters with actor; give it a network of its own"),
         (
             lambda: step_of(nn.Linear(4, 3), nn.Linear(4, 1)),
@@ -371,8 +211,8 @@ def shared() -> ActorCritic:
         (lambda: step_of(nn.Linear(4, 2), nn.Linear(4, 2)), r"critic gives values of shape \(3, 2\) for 3 obs"),
         (lambda: cartpole().mean_return(torch.zeros(2)), r"seeds are \(2,\), torch.float32; give an integer"),
         (lambda: cartpole().mean_return(torch.tensor([-1])), "seeds go down to -1"),
-        (lambda: OnlineSteps(0), "steps_per_epoch is 0"),
-        (lambda: OnlineSteps(val_episodes=0), "val_episodes is 0"),
+        (lambda: OnlineSteps(0), "steps_per_epoch=0: give a whole number of at least 1"),
+        (lambda: OnlineSteps(val_episodes=0), r"val_episodes=0: give a whole number in \[1"),
         (lambda: RunningEpisodes("CartPole-v1", 2).begin([1]), "There are 1 seeds for 2 episodes; give one for each"),
     ],
 )

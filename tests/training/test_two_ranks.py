@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,17 +11,20 @@ import torch
 import worker
 from ranks import outcomes, run_ranks
 
-pytestmark = pytest.mark.slow  # processes that import torch and lightning
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two_processes")]  # processes that import torch and lightning
 
 K = 4  # directions of every rule of `worker.RULES` that has any
 SCALAR_RULES = [rule for rule in worker.RULES if rule != "backprop"]
-LIMIT = 120  # seconds; a run takes ten, unless the ranks wait for each other
+LIMIT = 240  # seconds; a run takes ten, unless the ranks wait for each other
+
+Outcomes = Callable[[str], list[dict[str, Any]]]  # of the two ranks, by the name of a case
 
 
-def run(strategy: str, out: Path) -> Callable[[str], list[dict[str, Any]]]:
-    """Run the worker; returns a function from the name of a case to what the two ranks wrote."""
-    run_ranks(worker.__file__, strategy, out, LIMIT)
-    return partial(outcomes, out)
+def run(tmp_path_factory: pytest.TempPathFactory, *parts: str) -> dict[str, Outcomes]:
+    """Run parts of the worker in one pair of processes; each gives what the two ranks wrote of a case."""
+    out = tmp_path_factory.mktemp("ranks")
+    run_ranks(worker.__file__, ",".join(parts), out, LIMIT)
+    return {part: partial(outcomes, out / part) for part in parts}
 
 
 def finished(both: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -34,33 +36,43 @@ def finished(both: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def ddp(tmp_path_factory):
-    return run("ddp", tmp_path_factory.mktemp("ddp"))
+def with_ddp(tmp_path_factory) -> dict[str, Outcomes]:
+    return run(tmp_path_factory, "ddp", "local")
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory):
-    return run("local", tmp_path_factory.mktemp("local"))
+def ddp(with_ddp) -> Outcomes:
+    return with_ddp["ddp"]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return run("data", tmp_path_factory.mktemp("data"))
+def local(with_ddp) -> Outcomes:
+    return with_ddp["local"]
 
 
 @pytest.fixture(scope="module")
-def directions(tmp_path_factory):
-    return run("directions", tmp_path_factory.mktemp("directions"))
+def scalar_sync(tmp_path_factory) -> dict[str, Outcomes]:
+    return run(tmp_path_factory, "data", "directions", "evolution", "drift")
 
 
 @pytest.fixture(scope="module")
-def drift(tmp_path_factory):
-    return run("drift", tmp_path_factory.mktemp("drift"))
+def data(scalar_sync) -> Outcomes:
+    return scalar_sync["data"]
 
 
 @pytest.fixture(scope="module")
-def evolution(tmp_path_factory):
-    return run("evolution", tmp_path_factory.mktemp("evolution"))
+def directions(scalar_sync) -> Outcomes:
+    return scalar_sync["directions"]
+
+
+@pytest.fixture(scope="module")
+def evolution(scalar_sync) -> Outcomes:
+    return scalar_sync["evolution"]
+
+
+@pytest.fixture(scope="module")
+def drift(scalar_sync) -> Outcomes:
+    return scalar_sync["drift"]
 
 
 UNDER = [("ddp", rule) for rule in worker.RULES] + [("data", rule) for rule in SCALAR_RULES]
@@ -68,7 +80,7 @@ under_all = pytest.mark.parametrize(("strategy", "rule"), UNDER)
 
 
 @pytest.fixture
-def both(strategy: str, request) -> Callable[[str], list[dict[str, Any]]]:
+def both(strategy: str, request) -> Outcomes:
     return request.getfixturevalue(strategy)
 
 

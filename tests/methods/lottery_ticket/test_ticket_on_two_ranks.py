@@ -73,6 +73,7 @@ def train(case: str, folder: Path) -> None:
 
 
 @pytest.mark.slow  # processes that import torch and lightning
+@pytest.mark.xdist_group("two_processes")
 def test_ranks_agree_and_average_their_gradients(tmp_path):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PL_") and not k.endswith(("_RANK", "WORLD_SIZE"))}
     done = subprocess.run(

@@ -14,7 +14,7 @@ import torch
 
 pytestmark = pytest.mark.slow  # trains small models, one in a process of its own
 
-SCRIPT = Path(__file__).parent / "benchmarks" / "reversible_gpu.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "reversible_gpu.py"
 KEYS = {"command", "date", "seed", "device", "versions", "rows", "checks", "points"}
 
 

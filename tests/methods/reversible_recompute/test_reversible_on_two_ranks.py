@@ -10,6 +10,7 @@ from reversible_worker import MODES, SCHEDULES, train
 
 
 @pytest.mark.slow  # processes that import torch and lightning
+@pytest.mark.xdist_group("two_processes")
 def test_three_modes_of_ddp_train_as_one_rank_does(tmp_path):
     run_ranks(reversible_worker.__file__, "ranks", tmp_path, limit=240)
     # Samples are dealt out in turns, so a batch of both ranks is a batch of one rank in another order.

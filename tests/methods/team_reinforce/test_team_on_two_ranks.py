@@ -10,7 +10,7 @@ import team_worker
 import torch
 from ranks import outcomes, run_ranks
 
-pytestmark = pytest.mark.slow  # processes that import torch and lightning
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two_processes")]  # processes that import torch and lightning
 
 
 @pytest.fixture(scope="module")
