@@ -32,8 +32,8 @@ HOOKS = (
 _OPAQUE_PACKAGES = frozenset(
     {
         "torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_bpfree", "numpy", "logging",
-        "threading", "wandb", "matplotlib", "tensorboard", "multiprocessing", "concurrent", "asyncio", "queue", "jsonargparse", "re",
-        "inspect", "typing", "functools", "pathlib", "datetime", "decimal", "fractions", "uuid",
+        "threading", "wandb", "matplotlib", "tensorboard", "multiprocessing", "concurrent", "asyncio", "queue",
+        "jsonargparse", "re", "inspect", "typing", "functools", "pathlib", "datetime", "decimal", "fractions", "uuid",
     }
 )  # fmt: skip
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type, types.FunctionType, types.BuiltinFunctionType,

@@ -21,7 +21,6 @@ from lightning_bpfree.core.arguments import (
     check_attributes,
     checked,
 )
-from lightning_bpfree.core.peak_memory import peak_mib, reset_peak
 from lightning_bpfree.methods.reversible_recompute.conversion import (
     Scale,
     convert_to_reversible,
@@ -34,6 +33,7 @@ from lightning_bpfree.methods.reversible_recompute.recomputation import Schedule
 from lightning_bpfree.methods.reversible_recompute.sequential import ReversibleSequential
 from lightning_bpfree.methods.reversible_recompute.stream_fusion import FusionOfOneWidth
 from lightning_bpfree.training.checks import TESTED_STRATEGIES
+from lightning_bpfree.training.peak_memory import peak_mib, reset_peak
 from lightning_bpfree.training.trainer_attributes import log_every_n_steps
 
 Stack = ReversibleSequential | ReversibleLayers

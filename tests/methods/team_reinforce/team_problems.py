@@ -12,7 +12,6 @@ from problems import Problem, loader
 from torch import Tensor, nn
 
 import lightning_bpfree as bpf
-from lightning_bpfree.core.replay import Replay
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.core.step import Step
 from lightning_bpfree.demos.modules import MLP
@@ -83,9 +82,15 @@ def estimate(rule: bpf.TeamReinforce, module: pl.LightningModule, batch: Any, se
     """Return what the rule makes of a batch: ascent directions by name."""
     rule.install(module)
     view = ModuleState(module, None)
-    replay = Replay([view.streams, view.attributes, view.metrics], view.buffers)
+    replay = view.replay()
     step = Step(
-        module, lambda: module.training_step(batch, 0), view.slots, seed, args=(batch,), replay=replay, quiet=view.quiet
+        module,
+        lambda batch: module.training_step(batch, 0),
+        view.slots,
+        seed,
+        args=(batch,),
+        replay=replay,
+        quiet=view.quiet,
     )
     try:
         made = rule.estimate(step).resolved()
