@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_bpfree.core.replay.object_graph import Place, is_array
@@ -69,6 +68,7 @@ def copied(value: Any) -> Any:
     if isinstance(value, nn.Parameter):
         return nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
     if isinstance(value, Tensor):
-        with torch.no_grad():
-            return value.detach().clone().requires_grad_(value.requires_grad and value.is_leaf)
+        copy = value.detach().clone()
+        # Not set where it is off: inside a transform of torch.func it may not be.
+        return copy.requires_grad_() if value.requires_grad and value.is_leaf else copy
     return value.copy() if is_array(value) else value
