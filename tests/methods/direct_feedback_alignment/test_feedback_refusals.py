@@ -19,7 +19,7 @@ def chain() -> nn.Sequential:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"feedback": "random"}, "feedback='random': give 'direct' or 'layerwise'"),
+        ({"feedback": "random"}, "feedback='random': choose 'direct' or 'layerwise'"),
         ({"scale": 0.0}, "scale=0.0"),
         ({"scale": float("nan")}, "scale=nan"),
     ],
