@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import lightning.pytorch as pl
 import torch
@@ -67,6 +67,7 @@ class NetworkRule(TrainingRule):
         ['0..1']
     """
 
+    rehearses: ClassVar[bool] = False  # what runs several times is the network, or parts of it
     network: str | None = None
     """Name of the submodule that maps inputs to outputs; see :func:`lightning_bpfree.core.blocks.find_network`."""
     blocks: Blocks | None = None

@@ -71,6 +71,8 @@ class TrainingRule(Callback, ABC):
     """Whether the estimate is a function of the numbers on which ranks agree by ``Step.measure``."""
     reevaluates: bool = True
     """Whether the rule evaluates the training step more than once a batch."""
+    rehearses: ClassVar[bool] = True
+    """Whether the whole step is evaluated several times, and not parts of the network alone: it is rehearsed then."""
     estimates_user_loss: ClassVar[bool] = True
     """Whether the estimate is one of the gradient of the user's loss; rules with losses of their own say False."""
 
@@ -230,7 +232,7 @@ class TrainingRule(Callback, ABC):
             self._log(trainer, module, {"bpfree/active": 0.0})
             return original(*args, **kwargs)
         observers = [observer for observer in self.observers if observer.due(trainer)]
-        step = self._step(trainer, module, original, args, kwargs, replayable=self.reevaluates or bool(observers))
+        step = self._step(trainer, module, original, args, kwargs, observed=bool(observers))
         failure: NonFiniteLossError | None = None
         try:
             estimate = self.estimate(step)
@@ -257,10 +259,10 @@ class TrainingRule(Callback, ABC):
         self._estimates += estimate.informative or _gradients_cross_ranks(trainer)
         return with_injected_gradients(step, estimate, zeros_for)
 
-    def _step(self, trainer: pl.Trainer, module: Any, evaluate: Any, args: Any, kwargs: Any, replayable: bool) -> Step:
-        state = self._looked_at(trainer, module)
+    def _step(self, trainer: pl.Trainer, module: Any, evaluate: Any, args: Any, kwargs: Any, observed: bool) -> Step:
+        state, replayable = self._looked_at(trainer, module), self.reevaluates or observed
         copies = BatchCopies(args, kwargs, state.writes_batch_unseen) if replayable else None
-        if copies is not None and state.rehearsal_due():
+        if copies is not None and (self.rehearses or observed) and state.rehearsal_due():
             state.rehearse(evaluate, copies)
             check_writes(type(self).__name__, state.written_and_trained())
         return Step(
