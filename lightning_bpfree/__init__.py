@@ -6,6 +6,9 @@
 """
 
 from lightning_bpfree.methods.backprop.rule import Backprop as Backprop
+from lightning_bpfree.methods.direct_feedback_alignment.rule import (
+    DirectFeedbackAlignment as DirectFeedbackAlignment,
+)
 from lightning_bpfree.methods.evolution_strategy.rule import EvolutionStrategy as EvolutionStrategy
 from lightning_bpfree.methods.evolution_strategy.search.des import DES as DES
 from lightning_bpfree.methods.evolution_strategy.search.openai_es import OpenAIES as OpenAIES
@@ -35,6 +38,7 @@ from lightning_bpfree.methods.team_reinforce.units.stochastic import Gaussian as
 from lightning_bpfree.methods.team_reinforce.units.stochastic import Softmax as Softmax
 from lightning_bpfree.methods.zeroth_order.rule import ZerothOrder as ZerothOrder
 from lightning_bpfree.training.gradient_alignment import GradientAlignment as GradientAlignment
+from lightning_bpfree.training.network_rule import NetworkRule as NetworkRule
 from lightning_bpfree.training.scalar_sync import ScalarSyncStrategy as ScalarSyncStrategy
 from lightning_bpfree.training.training_rule import TrainingRule as TrainingRule
 

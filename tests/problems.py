@@ -28,6 +28,28 @@ class Tied(nn.Module):
         return self.head(self.drop(self.act(self.again(self.norm(self.frozen(self.inner(x)))))))
 
 
+class Shared(nn.Module):
+    """One layer for those who cut a network: two tied matrices with a frozen one between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.again = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.again.weight = self.inner.weight
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.again(self.frozen(self.inner(x)))
+
+
+class Chain(nn.Sequential):
+    """The same difficulties as in `Tied`, in a network that can be cut into blocks by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.act, self.drop = Shared(), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3)
+        self.second, self.again, self.head = nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)
+
+
 class Problem(pl.LightningModule):
     """A classifier that logs its loss, counts a metric, and can return its loss in several shapes."""
 
@@ -35,11 +57,14 @@ class Problem(pl.LightningModule):
         self, net: nn.Module | None = None, lr: float = 0.1, optimizer: str = "sgd", returns: str = "tensor"
     ) -> None:
         super().__init__()
-        self.net = Tied(dropout=0.3) if net is None else net
+        self.net = self.make_net() if net is None else net
         self.lr, self.optimizer, self.returns = lr, optimizer, returns
         self.accuracy = MulticlassAccuracy(3, average="micro")
         self.gradients: list[dict[str, torch.Tensor]] = []  # as the optimizer gets them, before clipping
         self.calls: list[int] = []  # grows in place: what a step assigns anew is put back after extra evaluations
+
+    def make_net(self) -> nn.Module:
+        return Tied(dropout=0.3)
 
     def training_step(self, batch: list[torch.Tensor], index: int):
         self.calls.append(index)

@@ -13,7 +13,6 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
+from shipped import cases
 from torch import nn
 
 import lightning_bpfree as bpf
@@ -29,33 +29,7 @@ import lightning_bpfree as bpf
 BATCHES, EPOCHS, EVERY = 7, 3, 3  # batches of an epoch, epochs, optimizer steps between checkpoints
 KILLED_AT = (1, 5)  # epoch, batch; the last checkpoint before it lies in the same epoch
 
-CASES: dict[str, tuple[Callable[[], bpf.TrainingRule], dict[str, Any]]] = {
-    "forward_gradient": (bpf.ForwardGradient, {}),
-    "four_directions": (partial(bpf.ForwardGradient, 4, chunk_size=1), {}),
-    "zeroth_order": (partial(bpf.ZerothOrder, 2), {}),
-    "accumulated": (partial(bpf.ZerothOrder, 2), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
-    "forward_forward": (partial(bpf.ForwardForward, label="embedding", peer_normalization=0.03), {}),
-    "readout": (partial(bpf.ForwardForward, prediction="readout", negatives="hard", schedule="greedy"), {}),
-    "local_guess": (partial(bpf.ForwardGradient, guess=bpf.LocalLoss("mlp", lr=0.01)), {}),
-    "openai_es": (partial(bpf.EvolutionStrategy, population_size=8, rank=1), {}),
-    "snes": (partial(bpf.EvolutionStrategy, "snes", 8, chunk_size=1), {}),
-    "pgpe": (partial(bpf.EvolutionStrategy, "pgpe", 8), {}),
-    "sep_cma_es": (partial(bpf.EvolutionStrategy, "sep_cma_es", 8), {"accumulate_grad_batches": 2}),
-    "des": (partial(bpf.EvolutionStrategy, "des", 8), {}),
-    "team_boltzmann": (partial(bpf.TeamReinforce, exploration="boltzmann", baseline="per_layer"), {}),
-    "team_map": (
-        partial(
-            bpf.TeamReinforce,
-            unit="gaussian",
-            credit="map_propagation",
-            baseline="critic",
-            num_samples=1,
-            learning_rates=(1.0, 0.1),
-        ),
-        {},
-    ),
-    "stopped_rule": (partial(bpf.ForwardGradient, 2, chunk_size=1, stop_epoch=2), {}),
-}
+CASES: dict[str, tuple[Callable[[], bpf.TrainingRule], dict[str, Any]]] = cases("KILLED")
 
 
 class Batches:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import PositiveFloat, checked
 from lightning_bpfree.core.params import added
 
 Build = Callable[[], nn.Module]
@@ -81,17 +82,26 @@ class AuxiliaryModules:
         1.0
     """
 
-    def __init__(self, optimizer: AuxiliaryOptimizer = "adam", lr: float = 1e-3) -> None:
-        if optimizer not in _OPTIMIZERS:
-            raise ValueError(f"optimizer={optimizer!r}: choose 'adam' or 'sgd'.")
-        if not 0 < lr < float("inf"):
-            raise ValueError(f"lr={lr!r}: give a positive learning rate, such as 1e-3.")
+    @checked
+    def __init__(self, optimizer: AuxiliaryOptimizer = "adam", lr: PositiveFloat = 1e-3) -> None:
         self.optimizer, self.lr = optimizer, lr
         self._modules: dict[str, nn.Module] = {}
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._sums: dict[str, tuple[list[Tensor | None], int]] = {}
         self._saved: dict[str, dict[str, Any]] = {}
         self._proposed: dict[str, Sequence[Tensor | None]] = {}
+
+    def configure(self, optimizer: AuxiliaryOptimizer, lr: float) -> None:
+        """Take another optimizer or learning rate for modules that were made already as well; they stay as they are."""
+        if (optimizer, lr) == (self.optimizer, self.lr):
+            return
+        if optimizer != self.optimizer:
+            self._optimizers.clear()
+            self._saved = {key: {**saved, "optimizer": None} for key, saved in self._saved.items()}
+        self.optimizer, self.lr = optimizer, lr
+        for made_already in self._optimizers.values():
+            for group in made_already.param_groups:
+                group["lr"] = lr
 
     def __contains__(self, key: str) -> bool:
         return key in self._modules

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -77,6 +77,35 @@ def block_hooks(blocks: Sequence[Block], *, enter: Look, leave: Look) -> Iterato
             handles.append(first.register_forward_pre_hook(partial(before, index), with_kwargs=True))
             handles.append(last.register_forward_hook(partial(after, index)))
         yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def leaving(
+    modules: Mapping[int, nn.Module], look: Look, *, others: Callable[[Tensor], Tensor] = _same
+) -> Iterator[None]:
+    """Let ``look(j, z)`` change the first tensor that leaves ``modules[j]``, whenever it runs.
+
+    Args:
+        modules: the modules, by a number each; of a block, its last one.
+        look: called with the number and the first tensor; returns what goes on in its place.
+        others: applied to all other tensors that leave; ``torch.Tensor.detach`` ends their graphs.
+
+    Examples:
+        >>> half = nn.Linear(2, 2)
+        >>> with leaving({0: half}, lambda j, z: torch.zeros_like(z)):
+        ...     half(torch.ones(1, 2)).tolist()
+        [[0.0, 0.0]]
+    """
+
+    def after(j: int, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  # a hook's signature
+        return on_first_tensor(partial(look, j), output, f"leaves {type(module).__name__}", others=others)
+
+    handles = [module.register_forward_hook(partial(after, j)) for j, module in modules.items()]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -5,11 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from torch import nn
 
-Blocks = int | Sequence[int] | Sequence[str | Sequence[str]] | Callable[[nn.Module], Sequence[Sequence[nn.Module]]]
+from lightning_bpfree.core.arguments import NonEmpty, Patterns, PositiveInt, checked
+
+Blocks = (
+    PositiveInt
+    | Annotated[Sequence[PositiveInt], NonEmpty()]
+    | Annotated[Sequence[Patterns], NonEmpty()]
+    | Callable[[nn.Module], Sequence[Sequence[nn.Module]]]
+)
 
 
 class Block(NamedTuple):
@@ -39,6 +46,7 @@ class Cut(NamedTuple):
     rest: dict[str, nn.Parameter]
 
 
+@checked
 def cut(network: nn.Module, blocks: Blocks = 1) -> Cut:
     """Cut ``network`` into blocks.
 
@@ -71,8 +79,6 @@ def cut(network: nn.Module, blocks: Blocks = 1) -> Cut:
         found = [_block(list(modules), [], names) for modules in blocks(network)]
     elif isinstance(blocks, int):
         found = _automatic(network, blocks, names)
-    elif isinstance(blocks, str) or not len(blocks):
-        raise ValueError(f"blocks={blocks!r}: give a number, or a list of numbers or of patterns of module names.")
     elif all(isinstance(size, int) for size in blocks):
         found = _by_sizes(network, [int(size) for size in blocks], names)  # type: ignore[arg-type]
     else:
@@ -135,8 +141,6 @@ def _joined(modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
 
 
 def _automatic(network: nn.Module, size: int, names: dict[int, str]) -> list[Block]:
-    if size < 1:
-        raise ValueError(f"blocks={size}: a block has at least one layer.")
     layers = _layers(network)
     if len(layers) < 2:
         raise ValueError(
@@ -149,7 +153,7 @@ def _automatic(network: nn.Module, size: int, names: dict[int, str]) -> list[Blo
 
 def _by_sizes(network: nn.Module, sizes: list[int], names: dict[int, str]) -> list[Block]:
     layers = _layers(network)
-    if min(sizes) < 1 or sum(sizes) not in (len(layers) - 1, len(layers)):
+    if sum(sizes) not in (len(layers) - 1, len(layers)):
         raise ValueError(
             f"blocks={sizes} asks for {sum(sizes)} layers, and {type(network).__name__} has {len(layers)}: give sizes "
             f"of at least 1 that sum to {len(layers) - 1} (without the last layer) or {len(layers)}."

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import PositiveInt, checked
 from lightning_bpfree.core.params import Params, widen
 from lightning_bpfree.core.seeds import mix
 
@@ -36,10 +37,10 @@ class Directions:
         True
     """
 
+    @checked
     def __init__(
-        self, like: Mapping[str, Tensor], num: int, seed: int, distribution: Distribution = "gaussian"
+        self, like: Mapping[str, Tensor], num: PositiveInt, seed: int, distribution: Distribution = "gaussian"
     ) -> None:
-        check_directions(num, distribution)
         self.like, self.num, self.seed, self.distribution = like, num, seed, distribution
 
     def __len__(self) -> int:
@@ -140,11 +141,3 @@ def _signs(num: int, device: torch.device, generator: torch.Generator) -> Tensor
     byte = torch.arange(256, device=device)
     table = ((byte.unsqueeze(1) >> torch.arange(8, device=device)) & 1).float().mul_(2).sub_(1)
     return table.index_select(0, words.view(torch.uint8).int()).flatten()[:num]
-
-
-def check_directions(num_directions: int, distribution: str) -> None:
-    """Raise ValueError if the number of directions or their distribution cannot be used."""
-    if isinstance(num_directions, bool) or not isinstance(num_directions, int) or num_directions < 1:
-        raise ValueError(f"num_directions={num_directions!r}: give a whole number of at least 1.")
-    if distribution not in ("gaussian", "rademacher"):
-        raise ValueError(f"directions={distribution!r}: choose 'gaussian' or 'rademacher'.")

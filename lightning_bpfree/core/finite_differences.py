@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import PositiveFloat, checked
 from lightning_bpfree.core.combination import Combination
 from lightning_bpfree.core.directions import Directions
 from lightning_bpfree.core.params import Params, widen
@@ -14,11 +15,12 @@ from lightning_bpfree.core.params import Params, widen
 LossFunction = Callable[[Params], Tensor]
 
 
+@checked
 def difference_quotients(
     loss_fn: LossFunction,
     params: Mapping[str, Tensor],
     directions: Directions,
-    sigma: float,
+    sigma: PositiveFloat,
     *,
     base_loss: Tensor | None = None,
     ks: Sequence[int] | None = None,

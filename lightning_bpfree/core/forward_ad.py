@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_bpfree.core.arguments import checked
 from lightning_bpfree.core.params import Params
 
 LossFunction = Callable[[Params], Tensor]
@@ -22,6 +23,7 @@ class NoForwardDerivativeError(Exception):
     """The loss has no forward-mode derivative; the message names the layer and the cure."""
 
 
+@checked
 def directional_derivative(
     loss_fn: LossFunction, params: Mapping[str, Tensor], direction: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -58,6 +60,7 @@ def _unpacked(dual: Tensor) -> tuple[Tensor, Tensor]:
     return loss, slope
 
 
+@checked
 def directional_derivatives(
     loss_fn: LossFunction, params: Mapping[str, Tensor], directions: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -96,6 +99,7 @@ def directional_derivatives(
     return losses[0], slopes
 
 
+@checked
 @contextlib.contextmanager
 def supported_kernels(module: nn.Module) -> Iterator[None]:
     """Choose kernels that have a forward derivative.

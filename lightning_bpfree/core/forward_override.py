@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -38,11 +38,13 @@ class ForwardOverride:
         module: the module.
     """
 
-    rule: ClassVar[str]
+    rule: str = ""
     """Name of the rule that computes in this way."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.training_pass: Any = None
+        """What is called in a training step, in the way that the subclass says; None outside of one."""
         before = module.__dict__.get("forward")
         self._own: Any = before._own if isinstance(before, ForwardOverride) else before
 
@@ -58,6 +60,19 @@ class ForwardOverride:
             del self.module.__dict__["forward"]
         else:
             self.module.forward = self._own
+
+    def set_rule(self, rule: str) -> None:
+        """Name the rule that computes in this way."""
+        self.rule = rule
+
+    @contextlib.contextmanager
+    def in_training(self, training_pass: Any) -> Iterator[None]:
+        """Let calls of the module go to ``training_pass`` in this context."""
+        self.training_pass = training_pass
+        try:
+            yield
+        finally:
+            self.training_pass = None
 
     @property
     def installed(self) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import checked
+
 GradientSource = Callable[[Tensor], Iterable[Tensor]]
 
 
@@ -23,6 +25,7 @@ class _Inject(torch.autograd.Function):
         return (None, None, *ctx.gradients(scale))
 
 
+@checked
 def inject(loss: Tensor, parameters: Sequence[Tensor], gradients: GradientSource) -> Tensor:
     """Return a scalar with the value of ``loss`` whose backward pass puts ``gradients`` into ``parameters``.
 

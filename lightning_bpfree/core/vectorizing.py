@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 
+from lightning_bpfree.core.arguments import PositiveInt
+
 T = TypeVar("T")
+ChunkSize = PositiveInt | Literal["auto", "fastest"]
 
 # Measured on CPUs: vmapped convolutions with a weight for each evaluation turn into slow grouped ones, and recurrent
 # kernels do not batch over weights.
 _LOOPED = (nn.modules.conv._ConvNd, nn.RNNBase)
-
-
-def check_chunk_size(chunk_size: int | str) -> None:
-    """Raise ValueError unless ``chunk_size`` is a whole number of at least 1, ``"auto"`` or ``"fastest"``."""
-    whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1
-    if not whole and chunk_size not in ("auto", "fastest"):
-        raise ValueError(f"chunk_size={chunk_size!r}: give a whole number of at least 1, 'auto' or 'fastest'.")
 
 
 def vectorises_badly(module: nn.Module) -> bool:

@@ -14,10 +14,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_bpfree.demos.control import _SEEDS, _TRAINING_SEEDS, EpisodeSeeds, SeedDataset
+from lightning_bpfree.core.arguments import Fraction, Name, PositiveFloat, PositiveInt, check_arguments, checked
+from lightning_bpfree.demos.control import _SEEDS, _TRAINING_SEEDS, EpisodeSeeds, NumEpisodes, SeedDataset
 from lightning_bpfree.demos.episodes import Episodes, RunningEpisodes, check_seeds
 from lightning_bpfree.demos.in_memory import pass_through
-from lightning_bpfree.demos.nets import check_at_least, check_choice
 
 __all__ = ["ActorCritic", "OnlineSteps"]
 
@@ -73,24 +73,18 @@ class ActorCritic(LightningModule):
         self,
         actor: nn.Module,
         critic: nn.Module,
-        env_id: str = "CartPole-v1",
-        num_envs: int = 4,
-        gamma: float = 0.98,
-        lr: float = 1e-3,
-        critic_lr: float | None = None,
+        env_id: Name = "CartPole-v1",
+        num_envs: PositiveInt = 4,
+        gamma: Fraction = 0.98,
+        lr: PositiveFloat = 1e-3,
+        critic_lr: PositiveFloat | None = None,
         optimizer: Literal["sgd", "adam"] = "adam",
-        max_steps: int | None = None,
+        max_steps: PositiveInt | None = None,
     ) -> None:
+        check_arguments(ActorCritic, locals())
         super().__init__()
-        check_choice("optimizer", optimizer, ("sgd", "adam"))
-        check_at_least(1, num_envs=num_envs)
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma is {gamma}; give a discount from 0 to 1.")
-        for name, value in (("lr", lr), ("critic_lr", lr if critic_lr is None else critic_lr)):
-            if not value > 0:
-                raise ValueError(f"{name} is {value}; give a learning rate above 0.")
         if {*actor.parameters()} & {*critic.parameters()}:
-            raise ValueError("critic shares parameters with actor; give it a network of its own.")
+            raise ValueError("ActorCritic: critic shares parameters with actor; give it a network of its own.")
         self.save_hyperparameters(ignore=["actor", "critic"])
         self.actor, self.critic = actor, critic
         self.running = RunningEpisodes(env_id, num_envs, max_steps)
@@ -218,8 +212,13 @@ class OnlineSteps(EpisodeSeeds):
         [tensor([0]), tensor([1]), tensor([2])]
     """
 
-    def __init__(self, steps_per_epoch: int = 1000, val_episodes: int = 20, test_episodes: int = 100) -> None:
-        check_at_least(1, steps_per_epoch=steps_per_epoch)
+    @checked
+    def __init__(
+        self,
+        steps_per_epoch: PositiveInt = 1000,
+        val_episodes: NumEpisodes = 20,
+        test_episodes: NumEpisodes = 100,
+    ) -> None:
         super().__init__(1, steps_per_epoch, val_episodes, test_episodes)
         self.steps_per_epoch = steps_per_epoch
 

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightning_bpfree.core.arguments import Name, PositiveFloat, PositiveInt, Range, check_arguments, checked
 from lightning_bpfree.demos.episodes import Episodes, check_seeds
 from lightning_bpfree.demos.in_memory import pass_through
-from lightning_bpfree.demos.nets import check_at_least, check_choice
 
 __all__ = ["ControlModule", "EpisodeSeeds"]
 
 _SEEDS = 1 << 20  # seeds set apart for testing, and as many for validation; training has those from twice that on
 _TRAINING_SEEDS = 1 << 30
+NumEpisodes = Annotated[int, Range(ge=1, le=_SEEDS)]
 _EVAL_BATCH = 100  # episodes at once in validation and test
 
 
@@ -61,15 +62,13 @@ class ControlModule(LightningModule):
     def __init__(
         self,
         net: nn.Module,
-        env_id: str = "CartPole-v1",
-        lr: float = 0.01,
+        env_id: Name = "CartPole-v1",
+        lr: PositiveFloat = 0.01,
         optimizer: Literal["sgd", "adam"] = "adam",
-        max_steps: int | None = None,
+        max_steps: PositiveInt | None = None,
     ) -> None:
+        check_arguments(ControlModule, locals())
         super().__init__()
-        check_choice("optimizer", optimizer, ("sgd", "adam"))
-        if not lr > 0:
-            raise ValueError(f"lr is {lr}; give a learning rate above 0.")
         self.save_hyperparameters(ignore=["net"])
         self.net = net
         self.episodes = Episodes(env_id, max_steps)
@@ -189,14 +188,15 @@ class EpisodeSeeds(LightningDataModule):
         [tensor([0, 1])]
     """
 
+    @checked
     def __init__(
-        self, batch_size: int = 8, batches_per_epoch: int = 10, val_episodes: int = 20, test_episodes: int = 100
+        self,
+        batch_size: PositiveInt = 8,
+        batches_per_epoch: PositiveInt = 10,
+        val_episodes: NumEpisodes = 20,
+        test_episodes: NumEpisodes = 100,
     ) -> None:
         super().__init__()
-        check_at_least(1, batch_size=batch_size, batches_per_epoch=batches_per_epoch)
-        for name, value in (("val_episodes", val_episodes), ("test_episodes", test_episodes)):
-            if not 1 <= value <= _SEEDS:
-                raise ValueError(f"{name} is {value}; give 1 to {_SEEDS} episodes.")
         self.batch_size, self.batches_per_epoch = batch_size, batches_per_epoch
         self.val_episodes, self.test_episodes = val_episodes, test_episodes
 

@@ -14,6 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import (
+    Fraction,
+    NonNegativeFloat,
+    OpenFraction,
+    Seed32,
+    checked,
+    checked_class,
+)
+
 CorruptionName = Literal["none", "gaussian", "missing_rows", "random_images", "random_labels", "paper"]
 
 
@@ -31,6 +40,7 @@ class Pixels(NamedTuple):
     mean: float
 
 
+@checked_class
 @dataclass(frozen=True)
 class Corruption:
     """What is done to the training set; each share is of the training samples in use, to the nearest sample.
@@ -61,32 +71,20 @@ class Corruption:
         (80, 20)
     """
 
-    gaussian: float = 0.0
-    missing_rows: float = 0.0
-    random_images: float = 0.0
-    random_labels: float = 0.0
-    noise_std: float = 0.1
-    missing_height: float | None = None
-    seed: int = 0
+    gaussian: Fraction = 0.0
+    missing_rows: Fraction = 0.0
+    random_images: Fraction = 0.0
+    random_labels: Fraction = 0.0
+    noise_std: NonNegativeFloat = 0.1
+    missing_height: OpenFraction | None = None
+    seed: Seed32 = 0
 
     def __post_init__(self) -> None:
-        for name in ("gaussian", "missing_rows", "random_images", "random_labels"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a share from 0 (none) to 1 (all).")
         if self.gaussian + self.missing_rows > 1 + 1e-9:
             raise ValueError(
-                f"gaussian is {self.gaussian} and missing_rows {self.missing_rows}, together more than all images, and "
-                "no image gets both; choose shares whose sum is at most 1."
+                f"Corruption: gaussian is {self.gaussian} and missing_rows {self.missing_rows}, together more than "
+                "all images, and no image gets both; choose shares whose sum is at most 1."
             )
-        if not 0 <= self.noise_std < float("inf"):
-            raise ValueError(f"noise_std is {self.noise_std}; give 0 or more, such as 0.1 of the range of the pixels.")
-        if self.missing_height is not None and not 0 < self.missing_height < 1:
-            raise ValueError(
-                f"missing_height is {self.missing_height}; give a share of the height between 0 and 1, both excluded, "
-                "or None to draw it for each image."
-            )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}; give a whole number from 0 to 2**32 - 1.")
 
     def added(self, n: int) -> int:
         """How many images come to ``n`` training samples."""
@@ -151,6 +149,7 @@ CORRUPTIONS: dict[CorruptionName, Corruption] = {
 }
 
 
+@checked
 def chosen_corruption(choice: CorruptionName | Corruption | None) -> Corruption:
     """The corruption of that name, or the corruption given; None is none.
 
@@ -163,7 +162,4 @@ def chosen_corruption(choice: CorruptionName | Corruption | None) -> Corruption:
     """
     if isinstance(choice, Corruption):
         return choice
-    name = choice or "none"
-    if name not in CORRUPTIONS:
-        raise ValueError(f"corruption is {choice!r}; give a Corruption, or one of {', '.join(map(repr, CORRUPTIONS))}.")
-    return CORRUPTIONS[name]
+    return CORRUPTIONS[choice or "none"]

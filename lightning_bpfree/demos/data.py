@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import random
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
+from lightning_bpfree.core.arguments import Range, Seed32, checked
 from lightning_bpfree.demos.idx import FASHION_MNIST, MNIST, fetch, load_splits
 from lightning_bpfree.demos.in_memory import Arrays, InMemoryDataModule, stratified_split
 
@@ -80,7 +82,8 @@ class FashionMNISTDataModule(InMemoryDataModule):
 
     in_shape = (1, 28, 28)
 
-    def __init__(self, data_dir: str = "data", download: bool = True, **kwargs: Any) -> None:
+    @checked
+    def __init__(self, data_dir: str | Path = "data", download: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.data_dir, self.download = data_dir, download
 
@@ -110,7 +113,8 @@ class MNISTDataModule(InMemoryDataModule):
 
     in_shape = (1, 28, 28)
 
-    def __init__(self, data_dir: str = "data", download: bool = True, **kwargs: Any) -> None:
+    @checked
+    def __init__(self, data_dir: str | Path = "data", download: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.data_dir, self.download = data_dir, download
 
@@ -160,10 +164,13 @@ class MNIST1DDataModule(InMemoryDataModule):
 
     in_shape = (1, 1, 40)
 
-    def __init__(self, num_samples: int = 5000, data_seed: int = 42, **kwargs: Any) -> None:
+    @checked
+    def __init__(
+        self, num_samples: Annotated[int, Range(ge=100)] = 5000, data_seed: Seed32 = 42, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        if num_samples < 100 or num_samples % 10:
-            raise ValueError(f"num_samples is {num_samples}; give a multiple of 10 (the classes), at least 100.")
+        if num_samples % 10:
+            raise ValueError(f"MNIST1DDataModule: num_samples={num_samples}: give a multiple of 10 (the classes).")
         self.num_samples, self.data_seed = num_samples, data_seed
 
     def load(self) -> Arrays:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_bpfree.demos.nets import check_at_least
+from lightning_bpfree.core.arguments import Name, PositiveInt, checked
 
 # The only environment of gymnasium's own that runs many episodes in one array; no other one is written so in NumPy.
 _CARTPOLE_VECTOR = "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv"
@@ -61,7 +61,8 @@ class Episodes:
         ValueError: An argument is out of range, or the environment is of another kind.
     """
 
-    def __init__(self, env_id: str, max_steps: int | None = None) -> None:
+    @checked
+    def __init__(self, env_id: Name, max_steps: PositiveInt | None = None) -> None:
         gym = _gymnasium()
         try:
             spec = gym.spec(env_id)
@@ -69,9 +70,7 @@ class Episodes:
             raise ValueError(
                 f"env_id is {env_id!r}: {error} Give the id of a registered environment, such as 'CartPole-v1'."
             ) from error
-        if max_steps is not None:
-            check_at_least(1, max_steps=max_steps)
-        elif spec.max_episode_steps is None:
+        if max_steps is None and spec.max_episode_steps is None:
             raise ValueError(f"env_id is {env_id!r}, whose episodes may never end; give max_steps, such as 1000.")
         self.env_id, self.max_steps = env_id, max_steps
         self._in_one_array = spec.vector_entry_point == _CARTPOLE_VECTOR
@@ -197,8 +196,8 @@ class RunningEpisodes:
         >>> running.renew([7, 8])
     """
 
-    def __init__(self, env_id: str, num: int, max_steps: int | None = None) -> None:
-        check_at_least(1, num=num)
+    @checked
+    def __init__(self, env_id: Name, num: PositiveInt, max_steps: PositiveInt | None = None) -> None:
         self._episodes = Episodes(env_id, max_steps)
         space = self._episodes._action_space
         if not hasattr(space, "n"):

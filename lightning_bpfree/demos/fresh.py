@@ -10,9 +10,9 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_bpfree.core.arguments import PositiveInt, checked
 from lightning_bpfree.demos.control import FreshSampler
 from lightning_bpfree.demos.in_memory import BatchDataset, pass_through
-from lightning_bpfree.demos.nets import check_at_least
 
 __all__ = ["Batch", "FreshBatches", "FreshDataModule"]
 
@@ -70,9 +70,11 @@ class FreshDataModule(LightningDataModule):
         ValueError: An argument is out of range.
     """
 
-    def __init__(self, batch_size: int = 32, batches_per_epoch: int = 500, eval_samples: int = 4096) -> None:
+    @checked
+    def __init__(
+        self, batch_size: PositiveInt = 32, batches_per_epoch: PositiveInt = 500, eval_samples: PositiveInt = 4096
+    ) -> None:
         super().__init__()
-        check_at_least(1, batch_size=batch_size, batches_per_epoch=batches_per_epoch, eval_samples=eval_samples)
         self.batch_size, self.batches_per_epoch, self.eval_samples = batch_size, batches_per_epoch, eval_samples
 
     def draw(self, num: int, state: np.random.RandomState) -> Batch:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_bpfree.core.arguments import NonNegativeInt, OpenFraction, PositiveInt, Seed32, checked
 from lightning_bpfree.demos.corruption import Corruption, CorruptionName, Pixels, chosen_corruption
 
 _T = TypeVar("_T")
@@ -39,7 +40,8 @@ def pass_through(batch: _T) -> _T:
     return batch
 
 
-def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+@checked
+def stratified_split(labels: Tensor, fraction: OpenFraction, seed: Seed32) -> tuple[Tensor, Tensor]:
     """Split indices so that each class gives the same fraction (to the nearest sample) to the second part.
 
     Args:
@@ -97,28 +99,19 @@ class InMemoryDataModule(LightningDataModule):
     num_classes: int = 10
     in_shape: tuple[int, int, int]
 
+    @checked
     def __init__(
         self,
-        batch_size: int = 64,
-        val_fraction: float = 0.1,
-        seed: int = 0,
+        batch_size: PositiveInt = 64,
+        val_fraction: OpenFraction = 0.1,
+        seed: Seed32 = 0,
         flatten: bool = False,
         drop_last: bool = False,
-        num_workers: int = 0,
-        train_size: int | None = None,
+        num_workers: NonNegativeInt = 0,
+        train_size: PositiveInt | None = None,
         corruption: CorruptionName | Corruption | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; give 1 or more samples a batch.")
-        if not 0 < val_fraction < 1:
-            raise ValueError(
-                f"val_fraction is {val_fraction}; give a share between 0 and 1, both excluded, such as 0.1."
-            )
-        if train_size is not None and train_size < 1:
-            raise ValueError(f"train_size is {train_size}; give 1 or more samples, or None for all.")
-        if num_workers < 0:
-            raise ValueError(f"num_workers is {num_workers}; give 0 (load in the main process) or more.")
         self.batch_size, self.val_fraction, self.seed, self.flatten = batch_size, val_fraction, seed, flatten
         self.drop_last, self.num_workers, self.train_size = drop_last, num_workers, train_size
         self.corruption = chosen_corruption(corruption)

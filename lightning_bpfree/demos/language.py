@@ -8,9 +8,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import AtLeastTwo, check_arguments
 from lightning_bpfree.demos.masking import IGNORED, VOCABULARY
 from lightning_bpfree.demos.modules import Classifier
-from lightning_bpfree.demos.nets import check_at_least
 
 __all__ = ["LanguageModel"]
 
@@ -39,8 +39,8 @@ class LanguageModel(Classifier):
         torch.Size([2, 5, 129])
     """
 
-    def __init__(self, net: nn.Module, vocab_size: int = VOCABULARY, **kwargs: Any) -> None:
-        check_at_least(2, vocab_size=vocab_size)
+    def __init__(self, net: nn.Module, vocab_size: AtLeastTwo = VOCABULARY, **kwargs: Any) -> None:
+        check_arguments(LanguageModel, locals())
         super().__init__(net, vocab_size, **kwargs)
         self.hparams.pop("num_classes", None)  # load_from_checkpoint would give it to this class
         self.vocab_size = vocab_size

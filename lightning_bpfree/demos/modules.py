@@ -16,7 +16,16 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_bpfree.demos.nets import MLP, SmallCNN, SmallTransformer, check_at_least, check_choice
+from lightning_bpfree.core.arguments import (
+    AtLeastTwo,
+    Fraction,
+    FractionBelowOne,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    check_arguments,
+)
+from lightning_bpfree.demos.nets import MLP, SmallCNN, SmallTransformer
 from lightning_bpfree.training.trainer_attributes import is_dry_run
 
 __all__ = ["MLP", "Classifier", "SmallCNN", "SmallTransformer"]
@@ -52,26 +61,17 @@ class Classifier(LightningModule):
     def __init__(
         self,
         net: nn.Module,
-        num_classes: int = 10,
-        lr: float = 0.01,
+        num_classes: AtLeastTwo = 10,
+        lr: PositiveFloat = 0.01,
         optimizer: Literal["sgd", "adam", "adamw"] = "sgd",
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
+        momentum: FractionBelowOne = 0.0,
+        weight_decay: NonNegativeFloat = 0.0,
         lr_schedule: Literal["constant", "cosine"] = "constant",
-        warmup_steps: int = 0,
-        label_smoothing: float = 0.0,
+        warmup_steps: NonNegativeInt = 0,
+        label_smoothing: Fraction = 0.0,
     ) -> None:
+        check_arguments(Classifier, locals())
         super().__init__()
-        check_choice("optimizer", optimizer, ("sgd", "adam", "adamw"))
-        check_choice("lr_schedule", lr_schedule, ("constant", "cosine"))
-        check_at_least(2, num_classes=num_classes)
-        check_at_least(0, weight_decay=weight_decay, warmup_steps=warmup_steps)
-        if not lr > 0:
-            raise ValueError(f"lr is {lr}; give a learning rate above 0.")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum is {momentum}; give a value from 0 up to, but not including, 1.")
-        if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"label_smoothing is {label_smoothing}; give a share from 0 to 1.")
         self.save_hyperparameters(ignore=["net"])
         self.net = net
         # validate_args looks at the values, which would make a GPU wait at each step; cross_entropy refuses a label out

@@ -8,13 +8,14 @@ trains networks with 64 and 32 hidden units on it with k = 5, in batches of 128.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import PositiveInt, Range, checked
 from lightning_bpfree.demos.fresh import Batch, FreshDataModule
 from lightning_bpfree.demos.in_memory import BatchDataset
 from lightning_bpfree.demos.modules import Classifier
@@ -62,12 +63,15 @@ class MultiplexerDataModule(FreshDataModule):
 
     num_classes: int = 2
 
+    @checked
     def __init__(
-        self, k: int = 3, batch_size: int = 32, batches_per_epoch: int = 500, eval_samples: int = 4096
+        self,
+        k: Annotated[int, Range(ge=1, le=_MOST_ADDRESS_BITS)] = 3,
+        batch_size: PositiveInt = 32,
+        batches_per_epoch: PositiveInt = 500,
+        eval_samples: PositiveInt = 4096,
     ) -> None:
         super().__init__(batch_size, batches_per_epoch, eval_samples)
-        if not 1 <= k <= _MOST_ADDRESS_BITS:
-            raise ValueError(f"k is {k}; give 1 to {_MOST_ADDRESS_BITS} address bits.")
         self.k, self.num_features = k, k + 2**k
 
     def label(self, inputs: Tensor) -> Tensor:

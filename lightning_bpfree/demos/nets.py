@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import FractionBelowOne, ImageShape, PositiveInt, PositiveInts, checked
+
 Activation = Literal["relu", "gelu", "tanh", "hardswish"]
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -19,31 +21,12 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 _POOL = 4  # SmallCNN pools each side to this many cells at most
 
 
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise ValueError if ``value`` is not among ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; give one of {', '.join(map(repr, allowed))}.")
-
-
-def check_at_least(least: float, **values: float) -> None:
-    """Raise ValueError for a value below ``least``."""
-    for name, value in values.items():
-        if not value >= least:
-            raise ValueError(f"{name} is {value}; give {least} or more.")
-
-
 def _check_input(net: nn.Module, x: Tensor, shape: tuple[int, ...]) -> None:
     if x.shape[1:] != shape:
         raise ValueError(
             f"{type(net).__name__} was built for inputs of shape {('B', *shape)}, got {tuple(x.shape)}; "
             "build it with the data's shape, or feed it such inputs."
         )
-
-
-def _image_shape(in_shape: Sequence[int]) -> tuple[int, int, int]:
-    if len(in_shape) != 3 or min(in_shape) < 1:
-        raise ValueError(f"in_shape is {tuple(in_shape)}; give channels, height and width, each 1 or more.")
-    return in_shape[0], in_shape[1], in_shape[2]
 
 
 class MLP(nn.Module):
@@ -64,19 +47,16 @@ class MLP(nn.Module):
         torch.Size([5, 10])
     """
 
+    @checked
     def __init__(
         self,
-        in_features: int = 64,
-        hidden: Sequence[int] = (128,),
-        num_classes: int = 10,
+        in_features: PositiveInt = 64,
+        hidden: Sequence[PositiveInt] = (128,),
+        num_classes: PositiveInt = 10,
         activation: Activation = "relu",
         norm: Literal["none", "layer", "batch"] = "none",
     ) -> None:
         super().__init__()
-        check_choice("activation", activation, tuple(_ACTIVATIONS))
-        check_choice("norm", norm, ("none", "layer", "batch"))
-        widths = {f"hidden[{i}]": width for i, width in enumerate(hidden)}
-        check_at_least(1, in_features=in_features, num_classes=num_classes, **widths)
         layers: list[nn.Module] = []
         width = in_features
         for next_width in hidden:
@@ -114,20 +94,17 @@ class SmallCNN(nn.Module):
         torch.Size([5, 10])
     """
 
+    @checked
     def __init__(
         self,
-        in_shape: tuple[int, int, int] = (1, 8, 8),
-        channels: Sequence[int] = (16, 32),
-        num_classes: int = 10,
+        in_shape: ImageShape = (1, 8, 8),
+        channels: PositiveInts = (16, 32),
+        num_classes: PositiveInt = 10,
         norm: Literal["none", "group", "batch"] = "none",
         activation: Activation = "relu",
     ) -> None:
         super().__init__()
-        check_choice("activation", activation, tuple(_ACTIVATIONS))
-        check_choice("norm", norm, ("none", "group", "batch"))
-        c, *sides = _image_shape(in_shape)
-        widths = {f"channels[{i}]": width for i, width in enumerate(channels)}
-        check_at_least(1, **{"len(channels)": len(channels)}, num_classes=num_classes, **widths)
+        c, *sides = in_shape
         layers: list[nn.Module] = []
         for i, width in enumerate(channels):
             layers.append(nn.Conv2d(c, width, 3, stride=1 if i == 0 else 2, padding=1))
@@ -173,28 +150,28 @@ class SmallTransformer(nn.Module):
         torch.Size([5, 10])
     """
 
+    @checked
     def __init__(
         self,
-        in_shape: tuple[int, int, int] = (1, 8, 8),
-        num_classes: int = 10,
-        dim: int = 64,
-        depth: int = 2,
-        heads: int = 4,
-        patch: tuple[int, int] | None = None,
-        mlp_ratio: int = 2,
-        dropout: float = 0.0,
+        in_shape: ImageShape = (1, 8, 8),
+        num_classes: PositiveInt = 10,
+        dim: PositiveInt = 64,
+        depth: PositiveInt = 2,
+        heads: PositiveInt = 4,
+        patch: tuple[PositiveInt, PositiveInt] | None = None,
+        mlp_ratio: PositiveInt = 2,
+        dropout: FractionBelowOne = 0.0,
     ) -> None:
         super().__init__()
-        c, h, w = _image_shape(in_shape)
+        c, h, w = in_shape
         p, q = (1, w) if patch is None else patch
-        sizes = {"num_classes": num_classes, "dim": dim, "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio}
-        check_at_least(1, **sizes, **{"patch[0]": p, "patch[1]": q})
         if h % p or w % q:
-            raise ValueError(f"patch is {p} x {q}, which does not divide the image of {h} x {w}; choose one that does.")
+            raise ValueError(
+                f"SmallTransformer: patch is {p} x {q}, which does not divide the image of {h} x {w}; choose "
+                "one that does."
+            )
         if dim % heads:
-            raise ValueError(f"dim is {dim} and heads {heads}; make dim a multiple of heads.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}; give a probability from 0 up to, but not including, 1.")
+            raise ValueError(f"SmallTransformer: dim is {dim} and heads {heads}; make dim a multiple of heads.")
         self.in_shape, self.patch = (c, h, w), (p, q)
         self.embed = nn.Linear(c * p * q, dim)
         self.position = nn.Parameter(0.02 * torch.randn(h // p * (w // q), dim))

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import PositiveFloat, PositiveInt, Seed32, check_arguments, checked
 from lightning_bpfree.demos.fresh import Batch, FreshDataModule
-from lightning_bpfree.demos.nets import check_at_least, check_choice
 
 __all__ = ["RandomNetDataModule", "Regressor"]
 
@@ -56,18 +56,16 @@ class RandomNetDataModule(FreshDataModule):
         ((5, 8), (5, 1))
     """
 
+    @checked
     def __init__(
         self,
-        in_features: int = 8,
-        batch_size: int = 32,
-        batches_per_epoch: int = 500,
-        eval_samples: int = 4096,
-        target_seed: int = 0,
+        in_features: PositiveInt = 8,
+        batch_size: PositiveInt = 32,
+        batches_per_epoch: PositiveInt = 500,
+        eval_samples: PositiveInt = 4096,
+        target_seed: Seed32 = 0,
     ) -> None:
         super().__init__(batch_size, batches_per_epoch, eval_samples)
-        check_at_least(1, in_features=in_features)
-        if not 0 <= target_seed < 1 << 32:
-            raise ValueError(f"target_seed is {target_seed}; give a seed from 0 to {(1 << 32) - 1}.")
         self.in_features, self.target_seed = in_features, target_seed
         self.weights = self._draw_weights(np.random.RandomState(target_seed))
 
@@ -114,11 +112,9 @@ class Regressor(LightningModule):
         tensor([-0., -1., -9., -0.])
     """
 
-    def __init__(self, net: nn.Module, lr: float = 0.01, optimizer: Literal["sgd", "adam"] = "sgd") -> None:
+    def __init__(self, net: nn.Module, lr: PositiveFloat = 0.01, optimizer: Literal["sgd", "adam"] = "sgd") -> None:
+        check_arguments(Regressor, locals())
         super().__init__()
-        check_choice("optimizer", optimizer, ("sgd", "adam"))
-        if not lr > 0:
-            raise ValueError(f"lr is {lr}; give a learning rate above 0.")
         self.save_hyperparameters(ignore=["net"])
         self.net = net
 

@@ -16,9 +16,9 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_bpfree.core.arguments import NonNegativeInt, PositiveFraction, PositiveInt, Seed32, checked
 from lightning_bpfree.demos.in_memory import BatchDataset, pass_through
 from lightning_bpfree.demos.masking import VOCABULARY, EpochSampler, MaskedSequences, masked
-from lightning_bpfree.demos.nets import check_at_least
 
 __all__ = ["MODULES", "StandardLibraryTextDataModule"]
 
@@ -121,26 +121,22 @@ class StandardLibraryTextDataModule(LightningDataModule):
 
     vocab_size: int = VOCABULARY
 
+    @checked
     def __init__(
         self,
-        sequence_length: int = 64,
-        batch_size: int = 64,
-        mask_share: float = 0.15,
-        max_sequences: int | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
+        sequence_length: PositiveInt = 64,
+        batch_size: PositiveInt = 64,
+        mask_share: PositiveFraction = 0.15,
+        max_sequences: PositiveInt | None = None,
+        seed: Seed32 = 0,
+        num_workers: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
-        check_at_least(1, sequence_length=sequence_length, batch_size=batch_size)
-        check_at_least(1, **({} if max_sequences is None else {"max_sequences": max_sequences}))
-        check_at_least(0, num_workers=num_workers)
-        if not 0 < mask_share <= 1 or round(mask_share * sequence_length) < 1:
+        if round(mask_share * sequence_length) < 1:
             raise ValueError(
-                f"mask_share is {mask_share}; give a share above 0, up to 1, which makes at least one of the "
-                f"{sequence_length} positions of a sequence."
+                f"{type(self).__name__}: mask_share is {mask_share}; give a share above 0, up to 1, which makes "
+                f"at least one of the {sequence_length} positions of a sequence."
             )
-        if not 0 <= seed < 1 << 32:
-            raise ValueError(f"seed is {seed}; give a seed from 0 to {(1 << 32) - 1}.")
         self.sequence_length, self.batch_size, self.mask_share = sequence_length, batch_size, mask_share
         self.max_sequences, self.seed, self.num_workers = max_sequences, seed, num_workers
         self._sequences: dict[Split, Tensor] = {}

@@ -7,13 +7,12 @@ They are ordinary modules. Their layers are of kinds that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_bpfree.demos.nets import check_at_least
+from lightning_bpfree.core.arguments import AtLeastTwo, FractionBelowOne, ImageShape, PositiveInt, PositiveInts, checked
 
 __all__ = ["RobertaEncoderLM", "SwinTransformer", "VisionTransformer"]
 
@@ -28,11 +27,6 @@ def _library(net: nn.Module) -> Any:
     return transformers
 
 
-def _check_share(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} is {value}; give a probability from 0 up to, but not including, 1.")
-
-
 def _check_heads(dim: int, heads: int) -> None:
     if dim % heads:
         raise ValueError(f"dim is {dim} and heads {heads}; make dim a multiple of heads.")
@@ -43,11 +37,8 @@ class _ImageClassifier(nn.Module):
 
     model: nn.Module
 
-    def __init__(self, in_shape: tuple[int, int, int], patch: int) -> None:
+    def __init__(self, in_shape: ImageShape, patch: PositiveInt) -> None:
         super().__init__()
-        if len(in_shape) != 3 or min(in_shape) < 1:
-            raise ValueError(f"in_shape is {tuple(in_shape)}; give channels, height and width, each 1 or more.")
-        check_at_least(1, patch=patch)
         _, h, w = in_shape
         if h % patch or w % patch:
             raise ValueError(f"patch is {patch}, which does not divide the image of {h} x {w}; choose one that does.")
@@ -91,21 +82,20 @@ class VisionTransformer(_ImageClassifier):
         A. Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020, arXiv 2010.11929.
     """
 
+    @checked
     def __init__(
         self,
-        in_shape: tuple[int, int, int] = (1, 8, 8),
-        num_classes: int = 10,
-        dim: int = 64,
-        depth: int = 8,
-        heads: int = 4,
-        patch: int = 2,
-        mlp_ratio: int = 2,
-        dropout: float = 0.0,
+        in_shape: ImageShape = (1, 8, 8),
+        num_classes: PositiveInt = 10,
+        dim: PositiveInt = 64,
+        depth: PositiveInt = 8,
+        heads: PositiveInt = 4,
+        patch: PositiveInt = 2,
+        mlp_ratio: PositiveInt = 2,
+        dropout: FractionBelowOne = 0.0,
     ) -> None:
         super().__init__(in_shape, patch)
-        check_at_least(1, num_classes=num_classes, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
         _check_heads(dim, heads)
-        _check_share("dropout", dropout)
         library = _library(self)
         config = library.ViTConfig(
             image_size=tuple(in_shape[1:]),
@@ -153,24 +143,23 @@ class SwinTransformer(_ImageClassifier):
         2103.14030.
     """
 
+    @checked
     def __init__(
         self,
-        in_shape: tuple[int, int, int] = (1, 28, 28),
-        num_classes: int = 10,
-        dim: int = 32,
-        depths: Sequence[int] = (2, 2),
-        heads: Sequence[int] = (2, 4),
-        window: int = 7,
-        patch: int = 2,
-        drop_path: float = 0.0,
+        in_shape: ImageShape = (1, 28, 28),
+        num_classes: PositiveInt = 10,
+        dim: PositiveInt = 32,
+        depths: PositiveInts = (2, 2),
+        heads: PositiveInts = (2, 4),
+        window: PositiveInt = 7,
+        patch: PositiveInt = 2,
+        drop_path: FractionBelowOne = 0.0,
     ) -> None:
         super().__init__(in_shape, patch)
-        if not depths or len(depths) != len(heads):
+        if len(depths) != len(heads):
             raise ValueError(
                 f"depths is {tuple(depths)} and heads {tuple(heads)}; give one number of each for every stage."
             )
-        sizes = {f"depths[{i}]": n for i, n in enumerate(depths)} | {f"heads[{i}]": n for i, n in enumerate(heads)}
-        check_at_least(1, num_classes=num_classes, dim=dim, window=window, **sizes)
         rows, columns = (side // patch for side in in_shape[1:])
         for stage, number in enumerate(heads):
             _check_heads(dim * 2**stage, number)
@@ -180,7 +169,6 @@ class SwinTransformer(_ImageClassifier):
                     f"{min(rows, columns)}, fewer stages, or smaller patches."
                 )
             rows, columns = (rows + 1) // 2, (columns + 1) // 2
-        _check_share("drop_path", drop_path)
         library = _library(self)
         config = library.SwinConfig(
             image_size=tuple(in_shape[1:]),
@@ -227,22 +215,20 @@ class RobertaEncoderLM(nn.Module):
         Y. Liu et al., "RoBERTa: A Robustly Optimized BERT Pretraining Approach", 2019, arXiv 1907.11692.
     """
 
+    @checked
     def __init__(
         self,
-        vocab_size: int = 129,
-        dim: int = 64,
-        depth: int = 4,
-        heads: int = 4,
-        mlp_ratio: int = 4,
-        max_length: int = 64,
-        dropout: float = 0.0,
+        vocab_size: AtLeastTwo = 129,
+        dim: PositiveInt = 64,
+        depth: PositiveInt = 4,
+        heads: PositiveInt = 4,
+        mlp_ratio: PositiveInt = 4,
+        max_length: PositiveInt = 64,
+        dropout: FractionBelowOne = 0.0,
         norm_first: bool = False,
     ) -> None:
         super().__init__()
-        check_at_least(2, vocab_size=vocab_size)
-        check_at_least(1, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio, max_length=max_length)
         _check_heads(dim, heads)
-        _check_share("dropout", dropout)
         library = _library(self)
         kind = "RobertaPreLayerNorm" if norm_first else "Roberta"
         config = getattr(library, f"{kind}Config")(

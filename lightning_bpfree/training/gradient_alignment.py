@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import PositiveInt, check_attributes, checked
 from lightning_bpfree.core.params import Params, dot, norm
 from lightning_bpfree.core.step import Estimate, Step
 from lightning_bpfree.training.trainer_attributes import callbacks_of, log_every_n_steps
@@ -39,9 +40,8 @@ class GradientAlignment(Callback):
         100
     """
 
-    def __init__(self, every_n_steps: int | None = None, per_layer: bool = True) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps}: give a whole number of at least 1, or None.")
+    @checked
+    def __init__(self, every_n_steps: PositiveInt | None = None, per_layer: bool = True) -> None:
         self.every_n_steps, self.per_layer = every_n_steps, per_layer
         self.measured = 0
         self.mean_cosine = float("nan")
@@ -51,6 +51,7 @@ class GradientAlignment(Callback):
         """Find the rule whose estimates are to be measured."""
         if stage != "fit":
             return
+        check_attributes(self)
         rules = callbacks_of(trainer, TrainingRule)
         if not rules:
             raise MisconfigurationException(
@@ -130,6 +131,7 @@ class GradientAlignment(Callback):
         self.measured, self.mean_cosine = state_dict["measured"], state_dict["mean_cosine"]
 
 
+@checked
 def cosine(a: Params, b: Params) -> Tensor:
     """Return the cosine between two named gradients, a scalar; 0 if one of them vanishes.
 

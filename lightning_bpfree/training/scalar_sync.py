@@ -12,9 +12,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import check_attributes, checked, keywords, unknown
 from lightning_bpfree.core.exchange import ScalarExchange
 from lightning_bpfree.training.trainer_attributes import callbacks_of
 from lightning_bpfree.training.training_rule import TrainingRule
+
+_OF_DDP = [name for name in keywords(DDPStrategy) if name != "self"]
 
 
 class ScalarSyncStrategy(DDPStrategy, ScalarExchange):
@@ -28,10 +31,11 @@ class ScalarSyncStrategy(DDPStrategy, ScalarExchange):
             equal one with the union of their batches). ``"directions"``: all ranks see the same batch, and each
             measures its own share of the ``K`` directions; ``"population"`` is the same for a rule whose ``K`` numbers
             are the fitness of members.
-        **kwargs: see ``lightning.pytorch.strategies.DDPStrategy``.
+        **kwargs: see ``lightning.pytorch.strategies.DDPStrategy``; those of the wrapper have no meaning here.
 
     Raises:
         ValueError: for an unknown split.
+        TypeError: for an unknown keyword, and for those of the wrapper.
 
     Examples:
         >>> strategy = ScalarSyncStrategy(split="directions")
@@ -44,16 +48,22 @@ class ScalarSyncStrategy(DDPStrategy, ScalarExchange):
 
     strategy_name = "bpfree_scalar_sync"
 
+    @checked
     def __init__(self, split: Literal["data", "directions", "population"] = "data", **kwargs: Any) -> None:
-        if split not in ("data", "directions", "population"):
-            raise ValueError(f"split={split!r}: choose 'data', 'directions' or 'population'.")
+        for name, value in kwargs.items():
+            if name not in _OF_DDP:  # DDPStrategy would keep it for a wrapper that is never made
+                raise TypeError(unknown(type(self).__name__, name, value, ["split", *_OF_DDP]))
         super().__init__(**kwargs)
         self.split = split
-        self._one_batch = split != "data"
         self._bytes_sent = 0
+
+    @property
+    def _one_batch(self) -> bool:
+        return self.split != "data"
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Refuse a fit whose gradients would never meet."""
+        check_attributes(self)
         rules = callbacks_of(trainer, TrainingRule)
         if trainer.state.fn == "fit" and not rules:
             raise MisconfigurationException(

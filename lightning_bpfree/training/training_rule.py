@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import NonNegativeInt, Patterns, PositiveInt, check_attributes, checked
 from lightning_bpfree.core.exchange import ScalarExchange
 from lightning_bpfree.core.injection import inject, zeros
 from lightning_bpfree.core.params import ParameterSlots, norm
@@ -71,23 +72,18 @@ class TrainingRule(Callback, ABC):
     estimates_user_loss: ClassVar[bool] = True
     """Whether the estimate is one of the gradient of the user's loss; rules with losses of their own say False."""
 
+    @checked
     def __init__(
         self,
         *,
-        params: str | Sequence[str] | None = None,
-        start_epoch: int = 0,
-        stop_epoch: int | None = None,
+        params: Patterns | None = None,
+        start_epoch: NonNegativeInt = 0,
+        stop_epoch: PositiveInt | None = None,
         seed: int | None = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
         allow_untested: bool = False,
         strict_rule: bool = False,
     ) -> None:
-        if start_epoch < 0:
-            raise ValueError(f"start_epoch={start_epoch}: epochs count from 0.")
-        if stop_epoch is not None and stop_epoch <= start_epoch:
-            raise ValueError(f"stop_epoch={stop_epoch} must be above start_epoch={start_epoch}: the rule has no epoch.")
-        if on_nonfinite not in ("raise", "skip"):
-            raise ValueError(f"on_nonfinite={on_nonfinite!r}: choose 'raise' or 'skip'.")
         self.params, self.start_epoch, self.stop_epoch, self.seed = params, start_epoch, stop_epoch, seed
         self.on_nonfinite, self.allow_untested, self.strict_rule = on_nonfinite, allow_untested, strict_rule
         self.observers: list[StepObserver] = []
@@ -97,6 +93,7 @@ class TrainingRule(Callback, ABC):
         self._swap: StepSwap | None = None
         self._module_state: ModuleState | None = None
         self._streams = RandomStreams()
+        TrainingRule.resolve(self)
 
     # --- what a rule says of itself ---
 
@@ -117,6 +114,21 @@ class TrainingRule(Callback, ABC):
     def describe(self) -> dict[str, str]:
         """Return rows for the banner: what the rule evaluates in a step, and by which route."""
         return {}
+
+    def resolve(self) -> None:
+        """Check settings against one another, and set what follows from them.
+
+        Called when the attributes may have changed: at the end of a constructor, and when a fit starts. A rule that
+        keeps something made of its arguments makes it here, and hands what was learned on.
+
+        Raises:
+            ValueError: for settings that do not go together.
+        """
+        if self.stop_epoch is not None and self.stop_epoch <= self.start_epoch:
+            raise ValueError(
+                f"{type(self).__name__}: stop_epoch={self.stop_epoch} must be above start_epoch={self.start_epoch}: "
+                "the rule has no epoch."
+            )
 
     def settings(self) -> dict[str, Any]:
         """Return the rule's arguments, as plain values that loggers and checkpoints take."""
@@ -145,6 +157,8 @@ class TrainingRule(Callback, ABC):
         """Replace the module's training step, once everything that could stand in the way has been checked."""
         if stage != "fit":
             return
+        check_attributes(self)  # which may have been set since
+        self.resolve()
         rules = callbacks_of(trainer, TrainingRule)
         check_fit(self, [type(rule).__name__ for rule in rules], trainer, pl_module)
         self._swap = StepSwap(pl_module, partial(self._run, trainer, pl_module))

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from shipped import network_rules, shipped_rules
 from torch import nn
 
 from lightning_bpfree.cli import main
-from lightning_bpfree.cli.check import Cost, Verdict, check, shipped_rules
+from lightning_bpfree.cli.check import Cost, Verdict, check
 from lightning_bpfree.cli.common.configured import Blueprint
 
 Overlay = Callable[..., str]
 HERE = "test_cli_check"
+NEED_LAYERS = {f"{kind.__name__}()" for kind in network_rules()}  # one layer has neither blocks nor units
 
 
 class Linear(LightningModule):
@@ -90,20 +92,15 @@ def cost(verdict: Verdict) -> Cost:
 def test_every_rule_can_train_a_plain_module(base: str) -> None:
     found = verdicts("-c", base)
     assert set(found) == {f"{kind.__name__}()" for kind in shipped_rules()}
-    assert {"Backprop()", "ForwardGradient()", "ZerothOrder()"} <= set(found)
     assert all(verdict.obstacle == "" for verdict in found.values())
-    for name in ("Backprop()", "ForwardGradient()", "ZerothOrder()"):
-        assert cost(found[name]).forward_evals == 3
-        assert cost(found[name]).time_ratio > 1
+    assert all(cost(verdict).forward_evals >= 1 and cost(verdict).time_ratio > 1 for verdict in found.values())
+    assert cost(found["Backprop()"]).forward_evals == 3
 
 
 def test_nothing_is_trained_and_nothing_written(digits: str, folder: Path) -> None:
     before = sorted(folder.rglob("*"))
     found = verdicts("-c", digits, model("Linear"), "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint")
-    assert {name for name, verdict in found.items() if not verdict.cost} == {
-        "ForwardForward()",
-        "TeamReinforce()",
-    }  # one layer has neither blocks nor units
+    assert {name for name, verdict in found.items() if not verdict.cost} == NEED_LAYERS
     assert sorted(folder.rglob("*")) == before
 
 
@@ -139,7 +136,7 @@ def test_a_loss_without_derivative_leaves_zeroth_order(digits: str) -> None:
 
 def test_the_modules_own_hooks_are_no_obstacle(digits: str) -> None:
     found = verdicts("-c", digits, model("NeedsFullEpochs"))
-    assert {name for name, verdict in found.items() if not verdict.cost} == {"ForwardForward()", "TeamReinforce()"}
+    assert {name for name, verdict in found.items() if not verdict.cost} == NEED_LAYERS
 
 
 def test_precision_is_the_configurations(base: str) -> None:
@@ -164,7 +161,7 @@ def test_obstacles_are_a_report_not_a_failure(digits: str, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--model.init_args.lr=-1"], "lr is -1"),
+        (["--model.init_args.lr=-1"], "lr=-1"),
         (["--data.init_args.train_size=100000"], "train_size is 100000"),
         (["--model.init_args.nonsense=1"], "nonsense"),
         (["--repeats", "0"], "--repeats"),

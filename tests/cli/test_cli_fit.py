@@ -147,12 +147,12 @@ def test_two_rules_are_refused_by_name(base: str, overlay: Overlay, capsys: pyte
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--model.init_args.lr=-1", "lr is -1.0; give a learning rate above 0."),
+        ("--model.init_args.lr=-1", "Classifier: lr=-1.0: give a positive number."),
         (
             "--trainer.callbacks+={class_path: ForwardGradient, init_args: {num_directions: 0}}",
-            "num_directions=0: give a",
+            "ForwardGradient: num_directions=0: give a",
         ),
-        ("--data.init_args.batch_size=0", "batch_size is 0; give"),
+        ("--data.init_args.batch_size=0", "DigitsDataModule: batch_size=0: give"),
         ("--trainer.max_steps=-7", "`max_steps` must be"),
     ],
 )

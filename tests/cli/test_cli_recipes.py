@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from shipped import recipe_of, shipped_rules
 
 from lightning_bpfree.cli import main
 from lightning_bpfree.cli.common import recipes
@@ -15,13 +16,11 @@ from lightning_bpfree.cli.common.preconditions import CommandError
 
 EXPECTED = {
     "quickstart",
-    "rules/backprop",
-    "rules/forward_gradient",
-    "rules/zeroth_order",
     "loggers/csv",
     "loggers/wandb",
     "loggers/tensorboard",
     "papers/forward_gradient_random",
+    *map(recipe_of, shipped_rules()),
 }
 
 

@@ -56,8 +56,8 @@ def test_a_function_may_cut():
 @pytest.mark.parametrize(
     ("blocks", "said"),
     [
-        (0, "at least one layer"),
-        ([], "give a number, or a list"),
+        (0, "blocks=0: give a whole number of at least 1"),
+        ([], r"blocks=\[\]: give a whole number of at least 1"),
         ([1, 5], r"asks for 6 layers.*has 3.*sum to 2 .* or 3"),
         (["layres.*"], r"'layres\.\*' matches no module; nearest: layers.*Modules with parameters: layers, layers\.0"),
         (["layers.0", "layers.*"], r"overlap.*Linear"),

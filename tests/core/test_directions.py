@@ -140,7 +140,7 @@ def test_adding_up_equals_remaking(how):
 
 def test_bad_arguments():
     for num in (0, -1, 1.5, True):
-        with pytest.raises(ValueError, match="num_directions="):
+        with pytest.raises(ValueError, match="num="):
             Directions(LIKE, num, 0)
     with pytest.raises(ValueError, match="'gaussian' or 'rademacher'"):
         Directions(LIKE, 1, 0, "uniform")

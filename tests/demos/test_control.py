@@ -345,9 +345,9 @@ def test_optimizers(optimizer: Any, kind: type) -> None:
         (lambda: ControlModule(balancer(), "FrozenLake-v1"), r"observations are Discrete\(16\); choose"),
         (lambda: ControlModule(balancer(), "Unbounded-v0"), "actions are Box.*Box that has bounds"),
         (lambda: ControlModule(balancer(), "Endless-v0"), "'Endless-v0', whose episodes may never end; give max_steps"),
-        (lambda: ControlModule(balancer(), max_steps=0), "max_steps is 0; give 1"),
-        (lambda: ControlModule(balancer(), lr=0.0), "lr is 0.0"),
-        (lambda: ControlModule(balancer(), optimizer="lion"), "optimizer is 'lion'"),  # type: ignore[arg-type]
+        (lambda: ControlModule(balancer(), max_steps=0), "max_steps=0: give a whole number of at least 1"),
+        (lambda: ControlModule(balancer(), lr=0.0), r"lr=0\.0: give a positive number"),
+        (lambda: ControlModule(balancer(), optimizer="lion"), "optimizer='lion': choose 'sgd'"),  # type: ignore[arg-type]
         (
             lambda: ControlModule(nn.Linear(4, 3)).mean_return(torch.arange(2)),
             r"net gives scores of shape \(2, 3\), but 'CartPole-v1' .*needs \('B', 2\); build it with an output of 2",
@@ -359,10 +359,10 @@ def test_optimizers(optimizer: Any, kind: type) -> None:
         (lambda: ControlModule(balancer()).mean_return(torch.zeros(2, 2).long()), r"seeds are \(2, 2\)"),
         (lambda: ControlModule(balancer()).training_step([1, 2], 0), "seeds are list"),  # type: ignore[arg-type]
         (lambda: ControlModule(balancer()).mean_return(torch.tensor([1, -1])), "seeds go down to -1; give"),
-        (lambda: EpisodeSeeds(0), "batch_size is 0"),
-        (lambda: EpisodeSeeds(batches_per_epoch=0), "batches_per_epoch is 0"),
-        (lambda: EpisodeSeeds(val_episodes=0), "val_episodes is 0; give 1 to 1048576"),
-        (lambda: EpisodeSeeds(test_episodes=(1 << 20) + 1), "test_episodes is 1048577; give 1 to 1048576"),
+        (lambda: EpisodeSeeds(0), "batch_size=0: give a whole number of at least 1"),
+        (lambda: EpisodeSeeds(batches_per_epoch=0), "batches_per_epoch=0: give a whole number of at least 1"),
+        (lambda: EpisodeSeeds(val_episodes=0), r"val_episodes=0: give a whole number in \[1"),
+        (lambda: EpisodeSeeds(test_episodes=(1 << 20) + 1), r"test_episodes=1048577: give a whole number in \[1"),
     ],
 )
 def test_bad_input_is_named(make: Any, message: str) -> None:

@@ -195,12 +195,12 @@ def test_shares_are_of_the_samples_in_use_and_added_images_make_batches() -> Non
 )
 def test_a_bad_argument_is_named_with_its_value_and_the_cure(kwargs: dict[str, Any]) -> None:
     name, value = next(iter(kwargs.items()))
-    with pytest.raises(ValueError, match=rf"^{name} is {value}.*(give|choose)"):
+    with pytest.raises(ValueError, match=rf"{name}(=| is ){value}.*(give|choose)"):
         Corruption(**kwargs)
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"^corruption is 'noise'; give a Corruption, or one of 'none', 'gaussian'"):
+    with pytest.raises(ValueError, match=r"corruption='noise': give 'none', 'gaussian'"):
         DigitsDataModule(corruption="noise")  # type: ignore[arg-type]
 
 

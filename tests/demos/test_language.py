@@ -165,8 +165,8 @@ def test_configuration_files_can_name_it_with_its_data() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LanguageModel(Net(), 1), "vocab_size is 1"),
-        (lambda: LanguageModel(Net(), TOKENS, lr=0.0), "lr is 0.0"),
+        (lambda: LanguageModel(Net(), 1), "vocab_size=1: give a whole number of at least 2"),
+        (lambda: LanguageModel(Net(), TOKENS, lr=0.0), r"lr=0\.0: give a positive number"),
         (
             lambda: step(LanguageModel(Net(), 12)),
             r"logits of shape \(3, 6, 11\) for labels of shape \(3, 6\) and vocab",

@@ -86,31 +86,31 @@ def test_transformer_layers_start_out_different_and_rows_are_the_default_tokens(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MLP(0), "in_features is 0"),
-        (lambda: MLP(4, [3, -1]), r"hidden\[1\] is -1"),
-        (lambda: MLP(4, activation="swish"), "activation is 'swish'.*'hardswish'"),  # type: ignore[arg-type]
-        (lambda: MLP(4, norm="group"), "norm is 'group'"),  # type: ignore[arg-type]
-        (lambda: SmallCNN((8, 8)), r"in_shape is \(8, 8\)"),  # type: ignore[arg-type]
-        (lambda: SmallCNN((1, 0, 8)), r"in_shape is \(1, 0, 8\)"),
-        (lambda: SmallCNN(channels=[]), r"len\(channels\) is 0"),
-        (lambda: SmallCNN(channels=[0]), r"channels\[0\] is 0"),
-        (lambda: SmallCNN(norm="layer"), "norm is 'layer'"),  # type: ignore[arg-type]
+        (lambda: MLP(0), "in_features=0: give a whole number of at least 1"),
+        (lambda: MLP(4, [3, -1]), r"hidden=\[3, -1\]: give a list of whole numbers of at least 1"),
+        (lambda: MLP(4, activation="swish"), "activation='swish': choose 'relu'"),  # type: ignore[arg-type]
+        (lambda: MLP(4, norm="group"), "norm='group': choose 'none'"),  # type: ignore[arg-type]
+        (lambda: SmallCNN((8, 8)), r"in_shape=\(8, 8\): give a list of 3"),  # type: ignore[arg-type]
+        (lambda: SmallCNN((1, 0, 8)), r"in_shape=\(1, 0, 8\): give a list of 3"),
+        (lambda: SmallCNN(channels=[]), r"channels=\[\]: give a list of whole numbers of at least 1"),
+        (lambda: SmallCNN(channels=[0]), r"channels=\[0\]: give a list of whole numbers of at least 1"),
+        (lambda: SmallCNN(norm="layer"), "norm='layer': choose 'none'"),  # type: ignore[arg-type]
         (lambda: SmallTransformer((1, 8, 8), patch=(3, 8)), "patch is 3 x 8.*8 x 8"),
-        (lambda: SmallTransformer(patch=(0, 8)), r"patch\[0\] is 0"),
+        (lambda: SmallTransformer(patch=(0, 8)), r"patch=\(0, 8\): give a list of 2"),
         (lambda: SmallTransformer(dim=30, heads=4), "dim is 30 and heads 4"),
-        (lambda: SmallTransformer(depth=0), "depth is 0"),
-        (lambda: SmallTransformer(dropout=1.0), "dropout is 1.0"),
+        (lambda: SmallTransformer(depth=0), "depth=0: give a whole number of at least 1"),
+        (lambda: SmallTransformer(dropout=1.0), r"dropout=1\.0: give a number in \[0"),
         (lambda: MLP(64)(torch.zeros(2, 1, 28, 28)), r"MLP was built for .*\('B', 64\), got \(2, 784\)"),
         (lambda: SmallCNN()(torch.zeros(2, 64)), r"SmallCNN was built for .*\('B', 1, 8, 8\), got \(2, 64\)"),
         (lambda: SmallTransformer()(torch.zeros(2, 1, 8, 4)), "SmallTransformer was built for"),
-        (lambda: Classifier(MLP(), lr=0.0), "lr is 0.0"),
-        (lambda: Classifier(MLP(), num_classes=1), "num_classes is 1"),
-        (lambda: Classifier(MLP(), momentum=1.0), "momentum is 1.0"),
-        (lambda: Classifier(MLP(), weight_decay=-0.1), "weight_decay is -0.1"),
-        (lambda: Classifier(MLP(), warmup_steps=-1), "warmup_steps is -1"),
-        (lambda: Classifier(MLP(), label_smoothing=1.5), "label_smoothing is 1.5"),
-        (lambda: Classifier(MLP(), optimizer="lion"), "optimizer is 'lion'"),  # type: ignore[arg-type]
-        (lambda: Classifier(MLP(), lr_schedule="linear"), "lr_schedule is 'linear'"),  # type: ignore[arg-type]
+        (lambda: Classifier(MLP(), lr=0.0), r"lr=0\.0: give a positive number"),
+        (lambda: Classifier(MLP(), num_classes=1), "num_classes=1: give a whole number of at least 2"),
+        (lambda: Classifier(MLP(), momentum=1.0), r"momentum=1\.0: give a number in \[0"),
+        (lambda: Classifier(MLP(), weight_decay=-0.1), r"weight_decay=-0\.1: give a number of at least 0"),
+        (lambda: Classifier(MLP(), warmup_steps=-1), "warmup_steps=-1: give a whole number of at least 0"),
+        (lambda: Classifier(MLP(), label_smoothing=1.5), r"label_smoothing=1\.5: give a number in \[0"),
+        (lambda: Classifier(MLP(), optimizer="lion"), "optimizer='lion': choose 'sgd'"),  # type: ignore[arg-type]
+        (lambda: Classifier(MLP(), lr_schedule="linear"), "lr_schedule='linear': choose 'constant' or 'cosine'"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_sizes_are_named(make: Any, message: str) -> None:

@@ -188,16 +188,16 @@ def test_a_run_resumed_after_an_epoch_meets_the_same_batches(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MultiplexerDataModule(0), "k is 0; give 1 to 12 address bits"),
-        (lambda: MultiplexerDataModule(13), "k is 13"),
-        (lambda: MultiplexerDataModule(batch_size=0), "batch_size is 0"),
-        (lambda: MultiplexerDataModule(batches_per_epoch=0), "batches_per_epoch is 0"),
-        (lambda: MultiplexerDataModule(eval_samples=0), "eval_samples is 0"),
+        (lambda: MultiplexerDataModule(0), r"k=0: give a whole number in \[1"),
+        (lambda: MultiplexerDataModule(13), r"k=13: give a whole number in \[1"),
+        (lambda: MultiplexerDataModule(batch_size=0), "batch_size=0: give a whole number of at least 1"),
+        (lambda: MultiplexerDataModule(batches_per_epoch=0), "batches_per_epoch=0: give a whole number of at least 1"),
+        (lambda: MultiplexerDataModule(eval_samples=0), "eval_samples=0: give a whole number of at least 1"),
         (
             lambda: MultiplexerDataModule(2).label(torch.zeros(3, 11)),
             r"inputs have shape \(3, 11\); with k=2, give \('B', 6\)",
         ),
-        (lambda: PolicyClassifier(nn.Linear(6, 2), num_classes=1), "num_classes is 1"),
+        (lambda: PolicyClassifier(nn.Linear(6, 2), num_classes=1), "num_classes=1: give a whole number of at least 2"),
     ],
 )
 def test_bad_input_is_named(make: Any, message: str) -> None:

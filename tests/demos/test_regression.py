@@ -123,11 +123,11 @@ def reward(*shape: int) -> Tensor:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RandomNetDataModule(0), "in_features is 0"),
-        (lambda: RandomNetDataModule(batch_size=0), "batch_size is 0"),
-        (lambda: RandomNetDataModule(target_seed=-1), "target_seed is -1; give a seed from 0 to 4294967295"),
-        (lambda: Regressor(nn.Linear(8, 1), lr=0.0), "lr is 0.0"),
-        (lambda: Regressor(nn.Linear(8, 1), optimizer="lion"), "optimizer is 'lion'"),  # type: ignore[arg-type]
+        (lambda: RandomNetDataModule(0), "in_features=0: give a whole number of at least 1"),
+        (lambda: RandomNetDataModule(batch_size=0), "batch_size=0: give a whole number of at least 1"),
+        (lambda: RandomNetDataModule(target_seed=-1), r"target_seed=-1: give a whole number in \[0"),
+        (lambda: Regressor(nn.Linear(8, 1), lr=0.0), r"lr=0\.0: give a positive number"),
+        (lambda: Regressor(nn.Linear(8, 1), optimizer="lion"), "optimizer='lion': choose 'sgd'"),  # type: ignore[arg-type]
         (
             lambda: reward(4, 1),
             r"action has shape \(4, 1\); for a batch of 3 samples give one number a row, and 3 rows",

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from problems import fitted
+from shipped import cases
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,11 +21,7 @@ from lightning_bpfree.core.params import dot, norm
 STEPS = 3
 
 
-RULES: dict[str, Callable[[], bpf.TrainingRule]] = {
-    "forward_gradient": lambda: bpf.ForwardGradient(2),
-    "one_by_one": lambda: bpf.ForwardGradient(2, chunk_size=1),
-    "zeroth_order": lambda: bpf.ZerothOrder(2),
-}
+RULES: dict[str, Callable[[], bpf.TrainingRule]] = cases("ANY_MODULE")
 
 
 class Slopes(pl.Callback):

@@ -18,6 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from shipped import cases
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -27,12 +28,11 @@ RANK = int(os.environ.get("LOCAL_RANK", "0"))
 SEED = 11
 STEPS, ROWS = 4, 64  # optimizer steps, and rows of all ranks together in each
 
-RULES: dict[str, Callable[..., bpf.TrainingRule]] = {
-    "backprop": bpf.Backprop,
-    "loop": partial(bpf.ForwardGradient, 4, chunk_size=1),
-    "vectorised": partial(bpf.ForwardGradient, 4, chunk_size=4),
-    "zeroth": partial(bpf.ZerothOrder, 4),
-}
+Rules = dict[str, Callable[..., bpf.TrainingRule]]
+RULES: Rules = cases("RANKS")
+LOCAL_RULES: Rules = cases("LOCAL_RANKS")
+DIRECTION_RULES: Rules = cases("SHARED_RANKS")
+EVOLUTION_RULES: Rules = cases("POPULATION_RANKS")
 
 
 class Net(pl.LightningModule):
@@ -67,25 +67,6 @@ class Whole(Net):
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         return F.cross_entropy(self.net(batch[0]), batch[1])
-
-
-def next_label(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Negative labels that do not depend on the rank."""
-    return (labels + 1) % 3
-
-
-LOCAL_RULES: dict[str, Callable[[], bpf.TrainingRule]] = {
-    "goodness": partial(bpf.ForwardForward, negatives=next_label),
-    "greedy": partial(bpf.ForwardForward, negatives=next_label, schedule="greedy"),
-    "readout": partial(bpf.ForwardForward, negatives=next_label, prediction="readout"),
-    "embedding": partial(bpf.ForwardForward, negatives=next_label, label="embedding"),
-    "guess in weights": partial(bpf.ForwardGradient, guess=bpf.LocalLoss(optimizer="sgd", lr=0.1)),
-    "guess at outputs": partial(bpf.ForwardGradient, guess=bpf.LocalLoss(optimizer="sgd", lr=0.1), space="activations"),
-    "guess in activations": partial(
-        bpf.ForwardGradient, guess=bpf.LocalLoss("mlp", optimizer="sgd", lr=0.1), target="local", space="activations"
-    ),
-    "peers": partial(bpf.ForwardForward, negatives=next_label, peer_normalization=0.03),
-}
 
 
 class Validated(Net):
@@ -251,24 +232,6 @@ def same_batch(rule: bpf.TrainingRule, world: int, **settings: Any) -> dict[str,
     return fit(Net().double(), split_rows(0, 1), rule, devices=world, **settings)
 
 
-DIRECTION_RULES: dict[str, Callable[[], bpf.TrainingRule]] = {
-    **{f"loop{num}": partial(bpf.ForwardGradient, num, chunk_size=1) for num in (4, 3, 1)},
-    **{f"vectorised{num}": partial(bpf.ForwardGradient, num, chunk_size=num) for num in (4, 3)},
-    **{f"auto{num}": partial(bpf.ForwardGradient, num) for num in (4, 3)},
-    **{f"zeroth{num}": partial(bpf.ZerothOrder, num) for num in (4, 3, 1)},
-    "forward_scheme3": partial(bpf.ZerothOrder, 3, scheme="forward"),
-}
-
-
-EVOLUTION_RULES: dict[str, Callable[[], bpf.TrainingRule]] = {
-    "openai_es": partial(bpf.EvolutionStrategy, population_size=8, chunk_size=1),
-    "snes": partial(bpf.EvolutionStrategy, "snes", 8, chunk_size=1),
-    "sep_cma_es": partial(bpf.EvolutionStrategy, "sep_cma_es", 9, chunk_size=1),
-    "pgpe": partial(bpf.EvolutionStrategy, "pgpe", 8, chunk_size=1),
-    "low_rank": partial(bpf.EvolutionStrategy, population_size=8, rank=1),
-}
-
-
 class Flat(Net):
     """In its second batch, rank 1 sees the same loss whatever the weights."""
 
@@ -310,7 +273,7 @@ def local(name: str, rank: int, world: int, **settings: Any) -> dict[str, Any]:
     rule.seed = SEED  # else it is the random stream's, which differs between ranks and one process
     outcome = fit(Whole().double(), split_rows(rank, world), rule, devices=world, max_epochs=2, **settings)
     state = rule.rule_state()
-    own = state["guided"]["guess"] if "guided" in state else state["own"]
+    own = state["guided"]["guess"] if "guided" in state else state.get("own")
     return outcome | {"own": own and next(iter(own.values()))["module"]}
 
 

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_utilities.core.imports import RequirementCache
 
+from lightning_bpfree.cli.common.parse_errors import in_one_line
 from lightning_bpfree.cli.common.preconditions import CommandError, require
 from lightning_bpfree.training.training_rule import TrainingRule
 
@@ -61,7 +62,7 @@ class ConfigCLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
-            raise CommandError(str(error)) from error
+            raise CommandError(in_one_line(str(error))) from error
 
     def instantiate_classes(self) -> None:
         """Make everything, and turn the refusal of an argument by this package or Lightning into CommandError.

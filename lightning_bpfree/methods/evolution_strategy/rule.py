@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -13,17 +13,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import AtLeastTwo, Name, NonNegativeFloat, Patterns, PositiveInt, checked
 from lightning_bpfree.core.exchange import ScalarExchange
 from lightning_bpfree.core.params import ParameterSlots, Params
 from lightning_bpfree.core.step import Estimate, Step, loss_of
-from lightning_bpfree.core.vectorizing import check_chunk_size
+from lightning_bpfree.core.vectorizing import ChunkSize
 from lightning_bpfree.methods.evolution_strategy.population.coordinates import Coordinates
-from lightning_bpfree.methods.evolution_strategy.population.low_rank_population import check_rank
-from lightning_bpfree.methods.evolution_strategy.population.noise import NoiseKind, check_noise
+from lightning_bpfree.methods.evolution_strategy.population.noise import NoiseKind
 from lightning_bpfree.methods.evolution_strategy.population.population import directions_of
 from lightning_bpfree.methods.evolution_strategy.population_passes import PopulationPasses
 from lightning_bpfree.methods.evolution_strategy.search.algorithm import SearchAlgorithm
-from lightning_bpfree.methods.evolution_strategy.search.registry import named
+from lightning_bpfree.methods.evolution_strategy.search.registry import Algorithm, named
 from lightning_bpfree.training.precision import computed_in, smallest_sigma
 from lightning_bpfree.training.training_rule import TrainingRule
 
@@ -81,39 +81,47 @@ class EvolutionStrategy(TrainingRule):
     )
     exchanges_scalars: bool = True
 
+    @checked
     def __init__(
         self,
-        algorithm: str | SearchAlgorithm = "openai_es",
-        population_size: int = 64,
+        algorithm: Algorithm | SearchAlgorithm = "openai_es",
+        population_size: AtLeastTwo = 64,
         mirrored: bool | None = None,
-        rank: int | None = None,
-        objective: str | None = None,
+        rank: PositiveInt | None = None,
+        objective: Name | None = None,
         maximize: bool = False,
-        weight_decay: float = 0.0,
+        weight_decay: NonNegativeFloat = 0.0,
         noise: NoiseKind = "table",
-        chunk_size: int | Literal["auto", "fastest"] = "auto",
+        chunk_size: ChunkSize = "auto",
         *,
-        params: str | Sequence[str] | None = None,
+        params: Patterns | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(params=params, **{"on_nonfinite": "skip", **settings})
-        self.algorithm = copy.deepcopy(named(algorithm))  # whose state is this rule's own
-        self.mirrored = self.algorithm.mirrored if mirrored is None else mirrored
-        directions_of(population_size, self.mirrored)
-        if rank is not None:
-            check_rank(rank)
-            self.algorithm.check_low_rank()
-        if not 0 <= weight_decay < float("inf"):
-            raise ValueError(f"weight_decay={weight_decay!r}: give a number of at least 0, such as 1e-4.")
-        check_noise(noise)
-        check_chunk_size(chunk_size)
-        self.population_size, self.rank, self.objective, self.maximize = population_size, rank, objective, maximize
+        self.algorithm: SearchAlgorithm = copy.deepcopy(named(algorithm))  # whose state is this rule's own
+        self.population_size, self.mirrored, self.rank = population_size, mirrored, rank
+        self.objective, self.maximize = objective, maximize
         self.weight_decay, self.noise, self.chunk_size = weight_decay, noise, chunk_size
         self.masks: Mapping[str, Tensor] | None = None
         self._slots: ParameterSlots | None = None
         self._coordinates: Coordinates | None = None  # of the last batch
         self._passes = PopulationPasses(chunk_size, type(self).__name__)
         self._told_flat = False
+        self.resolve()
+
+    def resolve(self) -> None:
+        """Check that algorithm, population and rank go together."""
+        super().resolve()
+        self.algorithm = named(self.algorithm)
+        self.algorithm.check()
+        directions_of(self.population_size, self._in_pairs)
+        if self.rank is not None:
+            self.algorithm.check_low_rank()
+        self._passes.chunk_size = self.chunk_size
+
+    @property
+    def _in_pairs(self) -> bool:
+        return self.algorithm.mirrored if self.mirrored is None else self.mirrored
 
     # --- what a companion may ask, such as LotteryTicket ---
 
@@ -195,7 +203,7 @@ class EvolutionStrategy(TrainingRule):
             params,
             self.population_size,
             step.seed,
-            mirrored=self.mirrored,
+            mirrored=self._in_pairs,
             rank=self.rank,
             masks=self.masks,
             noise=self.noise,
@@ -252,7 +260,7 @@ class EvolutionStrategy(TrainingRule):
     def describe(self) -> dict[str, str]:
         """Return rows for the banner."""
         rank = "full-rank" if self.rank is None else f"rank-{self.rank}"
-        pairs = ", mirrored" if self.mirrored else ""
+        pairs = ", mirrored" if self._in_pairs else ""
         return {
             "a step": f"{1 + self.population_size} forwards",
             "route": f"{self.population_size} members{pairs}, {rank} noise, {self.algorithm!r}",

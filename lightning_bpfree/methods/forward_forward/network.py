@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,9 @@ from lightning_bpfree.core.forward_override import Call, ForwardOverride
 from lightning_bpfree.methods.forward_forward.goodness import goodness, rescaled
 from lightning_bpfree.methods.forward_forward.label_embedding import LabelEmbedding
 from lightning_bpfree.methods.forward_forward.negatives import overlaid
+from lightning_bpfree.methods.forward_forward.settings import GoodnessSettings
 from lightning_bpfree.training.record import Record
 
-if TYPE_CHECKING:
-    from lightning_bpfree.methods.forward_forward.settings import GoodnessSettings
-
-LabelInput = Callable[[Tensor, Tensor | None], Tensor]
-Negatives = Callable[[Tensor, Tensor], Tensor]
 TrainingPass = Callable[["GoodnessNetwork", Tensor, "Call"], Tensor]
 
 EMBEDDING = "label_embedding"
@@ -77,7 +73,7 @@ class GoodnessNetwork(ForwardOverride):
         self.network, self.parts, self.settings = network, parts, settings
         self.num_classes = settings.num_classes or _last_width(network, parts)
         self.label_embedding = None if own is None else _Embedding(own, self.num_classes, record)
-        self.training_pass: TrainingPass | None = None
+        self.training_pass: TrainingPass | None
 
     def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the scores, as the network's callers see them."""

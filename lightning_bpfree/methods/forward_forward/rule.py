@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_bpfree.core.arguments import (
+    AtLeastTwo,
+    NonEmpty,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Patterns,
+    PositiveFloat,
+    PositiveInt,
+    checked,
+)
 from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
-from lightning_bpfree.core.blocks import Blocks, Cut, cut, find_network
-from lightning_bpfree.core.forward_ad import compiled_parts
-from lightning_bpfree.core.forward_override import override_of, removed
+from lightning_bpfree.core.blocks import Blocks, Cut
 from lightning_bpfree.core.labels import LabelsOf
-from lightning_bpfree.core.learning_rates import BlockRates
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.step import Estimate, Step
 from lightning_bpfree.methods.forward_forward.goodness import Goodness, Length
 from lightning_bpfree.methods.forward_forward.network import EMBEDDING, GoodnessNetwork
-from lightning_bpfree.methods.forward_forward.settings import GoodnessSettings
+from lightning_bpfree.methods.forward_forward.settings import (
+    GoodnessSettings,
+    LabelInput,
+    LabelKind,
+    Negatives,
+    NegativesKind,
+    Prediction,
+    Schedule,
+)
 from lightning_bpfree.methods.forward_forward.training_pass import GoodnessPass, PeerNormalization
-from lightning_bpfree.training.training_rule import TrainingRule
+from lightning_bpfree.training.network_rule import NetworkRule
 
 
-class ForwardForward(TrainingRule):
+class ForwardForward(NetworkRule):
     """Trains every block of a network by a loss of its own: high goodness on data, low goodness on wrong data.
 
     A positive sample is an input with its true label in it, a negative one has a wrong label. A block's goodness is the
@@ -89,27 +101,28 @@ class ForwardForward(TrainingRule):
     )
     estimates_user_loss: ClassVar[bool] = False
 
+    @checked
     def __init__(
         self,
         blocks: Blocks = 1,
         network: str | None = None,
         *,
-        prediction: Literal["goodness", "readout"] = "goodness",
+        prediction: Prediction = "goodness",
         goodness: Goodness = "sum",
-        threshold: float = 1.0,
-        temperature: float = 1.0,
+        threshold: PositiveFloat = 1.0,
+        temperature: PositiveFloat = 1.0,
         length: Length = "rms",
-        negatives: Literal["wrong_label", "hard", "hybrid"] | Callable[[Tensor, Tensor], Tensor] = "wrong_label",
-        label: Literal["overlay", "embedding", "none"] | Callable[[Tensor, Tensor | None], Tensor] = "overlay",
-        first_block: int = 0,
-        schedule: Literal["simultaneous", "greedy"] = "simultaneous",
-        epochs_per_block: int | None = None,
-        learning_rates: Sequence[float] | None = None,
-        peer_normalization: float = 0.0,
-        embedding_lr: float = 0.01,
-        num_classes: int | None = None,
+        negatives: NegativesKind | Negatives = "wrong_label",
+        label: LabelKind | LabelInput = "overlay",
+        first_block: NonNegativeInt = 0,
+        schedule: Schedule = "simultaneous",
+        epochs_per_block: PositiveInt | None = None,
+        learning_rates: Annotated[Sequence[NonNegativeFloat], NonEmpty()] | None = None,
+        peer_normalization: NonNegativeFloat = 0.0,
+        embedding_lr: PositiveFloat = 0.01,
+        num_classes: AtLeastTwo | None = None,
         labels: LabelsOf | None = None,
-        params: str | Sequence[str] | None = None,
+        params: Patterns | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(params=params, **settings)
@@ -118,91 +131,69 @@ class ForwardForward(TrainingRule):
         self.negatives, self.label, self.first_block = negatives, label, first_block
         self.schedule, self.epochs_per_block, self.learning_rates = schedule, epochs_per_block, learning_rates
         self.peer_normalization, self.num_classes, self.labels = peer_normalization, num_classes, labels
+        self.embedding_lr = embedding_lr
+        self._peers: PeerNormalization | None = None
+        self._own: AuxiliaryModules | None = None
+        self._rank, self._greedy = 0, 0
+        self._learned: set[int] = set()  # ids of parameters with a gradient since the last step of the optimizer
+        self.resolve()
+
+    def resolve(self) -> None:
+        """Make the settings of the network and of a step; running means and label embedding stay."""
+        super().resolve()
         fields = [field.name for field in dataclasses.fields(GoodnessSettings)]
         self._settings = GoodnessSettings(**{name: getattr(self, name) for name in fields})
-        self.reevaluates = prediction == "readout" or negatives == "hard"
-        self._peers = PeerNormalization(peer_normalization) if peer_normalization else None
-        self.embedding_lr = embedding_lr
-        self._own = AuxiliaryModules("adam", embedding_lr) if label == "embedding" else None
-        self._network: GoodnessNetwork | None = None
-        self._rates: BlockRates | None = None
-        self._rank, self._greedy, self._loaded = 0, 0, False
-        self._learned: set[int] = set()  # ids of parameters with a gradient since the last step of the optimizer
+        self.reevaluates = self.prediction == "readout" or self.negatives == "hard"
+        if not self.peer_normalization:
+            self._peers = None
+        elif self._peers is None:
+            self._peers = PeerNormalization(self.peer_normalization)
+        else:
+            self._peers.strength = self.peer_normalization
+        if self.label != "embedding":
+            self._own = None
+        elif self._own is None:
+            self._own = AuxiliaryModules("adam", self.embedding_lr)
+        else:
+            self._own.configure("adam", self.embedding_lr)
 
     # --- the network's forward pass ---
 
-    def install(self, module: nn.Module) -> None:
-        """Let the network in ``module`` return scores by goodness or readout, as during the fit.
+    def made_of(self) -> Any:
+        """Return the settings that the network's forward pass follows from."""
+        return self._settings, super().made_of()
 
-        Needed for weights that this rule has trained and that are used without it: after loading a checkpoint, call
-        ``load_state_dict(checkpoint["callbacks"][rule.state_key])`` if ``label="embedding"``, and then this.
-
-        Args:
-            module: the LightningModule, or a module that holds the network under the same name.
-        """
-        _, network = find_network(module, self.network)
-        if self._network is None or self._network.network is not network:
-            if self._network is not None and not self._loaded:  # another network: it starts afresh
-                self._own = None if self._own is None else AuxiliaryModules("adam", self.embedding_lr)
-                self._peers = None if self._peers is None else PeerNormalization(self.peer_normalization)
-            self._network, self._loaded = self._made(network), False
-        self._network.install()
-
-    def uninstall(self, module: nn.Module | None = None) -> None:
-        """Give the network's own forward pass back.
-
-        Args:
-            module: whose network, such as a copy of the one in training; None for the last one that was installed.
-        """
-        found = self._network if module is None else override_of(find_network(module, self.network)[1])
-        if isinstance(found, GoodnessNetwork):
-            found.remove()
-
-    def without(self) -> AbstractContextManager[None]:
-        """Let the network be itself in this context."""
-        return removed(self._network)
-
-    def _made(self, network: nn.Module) -> GoodnessNetwork:
-        parts = cut(network, self.blocks)
+    def find_parts(self, name: str, network: nn.Module) -> Cut:
+        """Cut the network into blocks."""
+        parts: Cut = super().find_parts(name, network)
         self._settings.check_cut(parts)
-        if self.learning_rates is not None and len(self.learning_rates) != len(parts.blocks):
-            raise ValueError(
-                f"learning_rates={list(self.learning_rates)}: give one factor for each of the {len(parts.blocks)} "
-                f"blocks ({', '.join(block.name for block in parts.blocks)})."
-            )
+        return parts
+
+    def override(self, network: nn.Module, parts: Cut) -> GoodnessNetwork:
+        """Return a network that gives scores by goodness or readout."""
         if self.record.seed is None:
             self.record.seed = self.seed
         return GoodnessNetwork(network, parts, self._settings, self._own, self.record)
 
+    def start_over(self) -> None:
+        """Begin with a new label embedding, and without running means."""
+        self._own = None if self._own is None else AuxiliaryModules("adam", self.embedding_lr)
+        self._peers = None if self._peers is None else PeerNormalization(self.peer_normalization)
+
+    def auxiliary(self) -> Mapping[str, AuxiliaryModules]:
+        """Return the label embedding."""
+        return {} if self._own is None else {"own": self._own}
+
     @property
-    def parts(self) -> Cut:
-        """Blocks and rest of the network, once the rule has been installed."""
-        assert self._network is not None, "the rule has not seen its network yet"
-        return self._network.parts
+    def _network(self) -> GoodnessNetwork | None:
+        assert self._override is None or isinstance(self._override, GoodnessNetwork)
+        return self._override
 
     # --- one fit ---
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """StepSwap the training step."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            compiled = compiled_parts(pl_module)
-            if compiled:
-                raise MisconfigurationException(
-                    f"ForwardForward looks into the network while it runs, which torch.compile does not allow: "
-                    f"{', '.join(compiled)} is compiled. Train the module as it was before torch.compile."
-                )
-
-    def _predict_as_trained(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            return
-        self.install(pl_module) if self.record.trained_last(self.active(0)) else self.uninstall(pl_module)
-
-    on_validation_start = on_test_start = on_predict_start = _predict_as_trained
-
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
         """Cut the network into blocks."""
-        self.install(module)
+        super().check(trainer, module, slots)
         in_blocks = {id(parameter) for block in self.parts.blocks for parameter in block.parameters}
         if self.prediction == "goodness" and in_blocks.isdisjoint(id(slot.parameter) for slot in slots.trainable()):
             raise MisconfigurationException(
@@ -215,33 +206,14 @@ class ForwardForward(TrainingRule):
                 f"leave no epoch for each of {len(self.parts.blocks)} blocks. Give the Trainer more max_epochs, or "
                 "pass epochs_per_block."
             )
-        if not self.active(trainer.current_epoch):
-            self.uninstall()
         self._rank = trainer.global_rank
-        if self.learning_rates is not None:
-            pairs = zip(self.parts.blocks, self.learning_rates, strict=True)
-            self._rates = BlockRates([(block.parameters, factor) for block, factor in pairs])
 
     def _epochs_of_a_block(self, trainer: pl.Trainer) -> int:
         ends = [end for end in (trainer.max_epochs, self.stop_epoch) if end is not None and end >= 0]
         return self.epochs_per_block or (min(ends, default=0) - self.start_epoch) // len(self.parts.blocks)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take one's turn: a fit that is resumed inside an epoch begins none."""
-        self._take_turn(trainer, pl_module)
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note whose epoch this is, and which block's."""
-        super().on_train_epoch_start(trainer, pl_module)
-        self._take_turn(trainer, pl_module)
-
-    def _take_turn(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._rates is not None:
-            self._rates.attach(trainer.optimizers if self.active(trainer.current_epoch) else [])
-        if not self.active(trainer.current_epoch):
-            self.uninstall()
-            return
-        self.install(pl_module)
+    def on_turn(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Choose the block that learns in this epoch."""
         if self.schedule == "greedy":
             turn = (trainer.current_epoch - self.start_epoch) // max(1, self._epochs_of_a_block(trainer))
             self._greedy = min(len(self.parts.blocks) - 1, turn)
@@ -251,18 +223,13 @@ class ForwardForward(TrainingRule):
         assert self._network is not None
         trained = [self._greedy] if self.schedule == "greedy" else list(range(len(self.parts.blocks)))
         work = GoodnessPass(step, self._settings, trained, self._peers, self._rank)
-        self._network.training_pass = work
-        try:
+        self.on_batch_settled(False)  # of a batch that was left in the middle
+        with self._network.in_training(work):
             loss = step.loss(cost=self._network.cost())
-        finally:
-            self._network.training_pass = None
         if not work.calls:
-            raise MisconfigurationException(
-                f"ForwardForward: the training step never called {self.network or 'its network'}: name the submodule "
-                "that maps inputs to scores, network=...."
-            )
+            raise self.never_called()
         if self._own is not None and work.embedding_gradient is not None:
-            self._own.add_gradients(EMBEDDING, [work.embedding_gradient])
+            self._own.propose(EMBEDDING, [work.embedding_gradient])
         gradients = {**work.of_the_rest(loss, self.parts), **work.gradients}
         self._learned |= {id(slot.parameter) for slot in step.trained if slot.name in gradients}
         zeros = {slot.name: torch.zeros_like(slot.parameter) for slot in step.trained if slot.name not in gradients}
@@ -272,10 +239,6 @@ class ForwardForward(TrainingRule):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Keep parameters without a loss untouched: blocks that wait, and a last layer that is not used."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        if self._own is not None:
-            ranks = trainer.world_size
-            mean = partial(trainer.strategy.reduce, reduce_op="mean")
-            self._own.step(mean if ranks > 1 else None)
         if self.active(trainer.current_epoch):
             for parameter in pl_module.parameters():
                 if id(parameter) not in self._learned:
@@ -299,23 +262,16 @@ class ForwardForward(TrainingRule):
             rows["a step"] = f"{self._network.cost():.3g} forwards"
         return {**rows, "route": "a loss in every block, no gradient between blocks"}
 
-    def _restore(self) -> None:
-        super()._restore()
-        if self._rates is not None:
-            self._rates.detach()
-
     # --- checkpoints ---
 
     def rule_state(self) -> dict[str, Any]:
         """Return the running means of peer normalisation, and the label embedding."""
         peers = {} if self._peers is None else self._peers.means
-        own = None if self._own is None else self._own.state_dict()
-        return {"peers": {name: mean.clone() for name, mean in peers.items()}, "own": own}
+        return {"peers": {name: mean.clone() for name, mean in peers.items()}, "own": None, **super().rule_state()}
 
     def load_rule_state(self, state: dict[str, Any]) -> None:
         """Take running means and label embedding back."""
-        self._loaded = True
+        self.resolve()
+        super().load_rule_state(state)
         if self._peers is not None:
             self._peers.means = dict(state["peers"])
-        if self._own is not None and state["own"] is not None:
-            self._own.load_state_dict(state["own"])

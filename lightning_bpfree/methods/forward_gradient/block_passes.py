@@ -1,137 +1,21 @@
-"""Evaluations of one step that look into the blocks of its network, or perturb what they compute."""
+"""Evaluations of one step that perturb what the blocks of its network compute."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
-from lightning_bpfree.core.block_hooks import Look, block_hooks
-from lightning_bpfree.core.blocks import Block
-from lightning_bpfree.core.forward_ad import NoForwardDerivativeError, directional_derivative, failing_layer
-from lightning_bpfree.core.params import Params, Slot, widen
-from lightning_bpfree.core.step import Step
-from lightning_bpfree.methods.forward_gradient.block_hooks import leaving, nothing_lost
+from lightning_bpfree.core.block_hooks import block_hooks, leaving
+from lightning_bpfree.core.forward_ad import directional_derivative, failing_layer
+from lightning_bpfree.core.params import Params, widen
+from lightning_bpfree.training.network_in_blocks import NetworkInBlocks, cut_off, other_way
 
 DUAL_COST = 3.0  # forward passes: W x, dW x and W dx
-LOCAL_BACKWARD = 2.0  # two matrix products a layer, inside each block
-
-
-class NetworkInBlocks(NamedTuple):
-    """The network of a step in blocks, and what is trained where.
-
-    Args:
-        step: the step.
-        network: the network that is cut.
-        blocks: its blocks.
-        slots: of each block, those that the rule trains.
-        rest: all others that the rule trains; they get their exact gradient.
-        inspect: whether to look for parameters that would lose their gradient, which takes a walk through the graph.
-    """
-
-    step: Step
-    network: nn.Module
-    blocks: list[Block]
-    slots: list[list[Slot]]
-    rest: list[Slot]
-    inspect: bool
-
-    @classmethod
-    def of(cls, step: Step, network: nn.Module, blocks: list[Block], inspect: bool = True) -> NetworkInBlocks:
-        """Sort the trained parameters of a step by blocks."""
-        home = {id(parameter): j for j, block in enumerate(blocks) for parameter in block.parameters}
-        slots: list[list[Slot]] = [[] for _ in blocks]
-        rest: list[Slot] = []
-        for slot in step.trained:
-            where = home.get(id(slot.parameter))
-            (rest if where is None else slots[where]).append(slot)
-        return cls(step, network, blocks, slots, rest, inspect)
-
-    @property
-    def active(self) -> list[int]:
-        """The blocks in which something is trained."""
-        return [j for j, slots in enumerate(self.slots) if slots]
-
-    @property
-    def detached(self) -> Params:
-        """The trained parameters of all blocks, detached."""
-        return {slot.name: slot.parameter.detach() for slots in self.slots for slot in slots}
-
-
-def _cut_off(_: int, x: Tensor) -> Tensor:
-    return x.detach()  # which ends tangents too
-
-
-class Outside(NamedTuple):
-    """What the recorded evaluation gives beside what is seen in the blocks.
-
-    Args:
-        gradients: exact gradients of the parameters of no block.
-        output: gradient of the loss for the network's output; None if it was not asked for.
-    """
-
-    gradients: Params
-    output: Tensor | None
-
-
-def recorded(parts: NetworkInBlocks, leave: Look, *, graph: bool, output: bool = False, cost: float = 1.0) -> Outside:
-    """Run the recorded evaluation with every block cut from the others, and differentiate what lies behind them.
-
-    Args:
-        parts: the blocks.
-        leave: called with what leaves block ``j``; gives what goes on, without a graph.
-        graph: whether what leaves a block has a graph to the block's parameters.
-        output: whether the gradient for the network's output is wanted.
-        cost: in forward passes.
-
-    Raises:
-        MisconfigurationException: if a trained parameter of no block has an effect on a block, if a block does not run,
-            or if the network's output is asked for and not seen.
-        NoForwardDerivativeError: if the loss is cut from the network's output.
-    """
-    step, outputs = parts.step, []
-
-    def keep(_: int, out: Tensor) -> Tensor:
-        outputs.append(out if out.requires_grad or not output else out.detach().requires_grad_())
-        return outputs[-1]
-
-    with contextlib.ExitStack() as stack:
-        if parts.inspect:
-            trained = {id(slot.parameter): slot.name for slot in parts.rest}
-            stack.enter_context(nothing_lost(parts.blocks, trained))
-        ran = stack.enter_context(block_hooks(parts.blocks, enter=_cut_off, leave=leave))
-        stack.enter_context(leaving({0: parts.network}, keep))
-        loss = step.loss(None if graph else parts.detached, recorded=True, cost=cost)
-    missing = [block.name for j, block in enumerate(parts.blocks) if j not in ran]
-    if missing or (output and len(outputs) != 1):
-        raise MisconfigurationException(
-            f"ForwardGradient: the training step does not run {', '.join(missing)}; cut the network into parts that "
-            "run once a step."
-            if missing
-            else f"ForwardGradient: the training step calls the network, {type(parts.network).__name__}, "
-            f"{len(outputs)} times, and space='activations' needs the output of one call. Name the right module by "
-            "network=..., or use space='weights'."
-        )
-    if any(out.requires_grad for out in outputs) and not loss.requires_grad:
-        raise NoForwardDerivativeError(
-            "No gradient comes from the loss to the network's output: the training step cuts it (argmax, accuracy, "
-            "NumPy, .item(), detach or no_grad). ZerothOrder() needs no derivative."
-        )
-    sources: list[Tensor] = [*outputs[:output], *(slot.parameter for slot in parts.rest)]
-    found: Sequence[Tensor | None] = [None] * len(sources)
-    if loss.requires_grad and sources:
-        found = torch.autograd.grad(loss, sources, allow_unused=True)
-    if output and found[0] is None:
-        raise _other_way(parts)
-    made = [torch.zeros_like(source) if grad is None else grad for source, grad in zip(sources, found, strict=True)]
-    rest = {slot.name: grad for slot, grad in zip(parts.rest, made[output:], strict=True)}
-    return Outside(rest, made[0] if output else None)
 
 
 def slopes(parts: NetworkInBlocks, direction: Params, groups: Sequence[Sequence[str]]) -> Tensor:
@@ -180,7 +64,7 @@ def local_slopes(
             parts.step.loss(duals, recorded=recorded, cost=cost)
             return torch.stack(total).sum()
 
-        with block_hooks(parts.blocks, enter=_cut_off, leave=leave):
+        with block_hooks(parts.blocks, enter=cut_off, leave=leave):
             if moved:
                 _slope(parts, moved, summed)
         return {j: torch.zeros(()) if tangent is None else tangent.detach() for j, tangent in found.items()}
@@ -252,44 +136,10 @@ def sample_slopes(
         outputs.clear()
         loss = parts.step.loss({}, recorded=False, cost=DUAL_COST)
         if forward_ad.unpack_dual(loss).tangent is not None:
-            raise _other_way(parts)
+            raise other_way(parts)
         products: Tensor = (widen(output_gradient) * widen(outputs[0])).flatten(1)
         return products.sum(1)
 
     modules = {j: parts.blocks[j].modules[-1] for j in injected} | {len(parts.blocks): parts.network}
     with leaving(modules, inject):
         return _explained(parts, lambda: directional_derivative(each, {}, {})[1])
-
-
-def _other_way(parts: NetworkInBlocks) -> MisconfigurationException:
-    return MisconfigurationException(
-        "ForwardGradient: space='activations' measures every sample's slope at the output of the network, "
-        f"{type(parts.network).__name__}, but the loss depends on its blocks by another way too. Use space='weights', "
-        "or name the module whose output is all that the loss sees by network=...."
-    )
-
-
-def backward_in_blocks(parts: NetworkInBlocks, signal: Callable[[int, Tensor], Tensor]) -> Params:
-    """Return the gradients that ``signal(j, z)``, put in at block outputs, gives the blocks' parameters."""
-    made: Params = {}
-
-    def leave(j: int, z: Tensor) -> Tensor:
-        if parts.slots[j]:
-            made.update(pulled_back(parts.slots[j], z, signal(j, z.detach())))
-        return z.detach()
-
-    with block_hooks(parts.blocks, enter=_cut_off, leave=leave):
-        parts.step.loss(recorded=False, cost=1 + LOCAL_BACKWARD)
-    return made
-
-
-def pulled_back(slots: Sequence[Slot], z: Tensor, signal: Tensor) -> Params:
-    """Return what ``signal``, a gradient for a block's output ``z``, is for the block's parameters."""
-    sources = [slot.parameter for slot in slots]
-    found: Sequence[Tensor | None] = [None] * len(sources)
-    if z.requires_grad:
-        found = torch.autograd.grad(z, sources, signal.to(z.dtype), allow_unused=True)
-    return {
-        slot.name: torch.zeros_like(slot.parameter) if grad is None else grad
-        for slot, grad in zip(slots, found, strict=True)
-    }

@@ -9,15 +9,16 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_bpfree.core.block_hooks import leaving
 from lightning_bpfree.core.blocks import Blocks, Cut, cut, find_network
 from lightning_bpfree.core.directions import Distribution
 from lightning_bpfree.core.labels import LabelsOf
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.step import Estimate, Step
-from lightning_bpfree.methods.forward_gradient.block_hooks import leaving
-from lightning_bpfree.methods.forward_gradient.block_passes import DUAL_COST, LOCAL_BACKWARD, NetworkInBlocks
+from lightning_bpfree.methods.forward_gradient.block_passes import DUAL_COST
 from lightning_bpfree.methods.forward_gradient.local_loss import Heads, LocalLoss
 from lightning_bpfree.methods.forward_gradient.projection import BlockProjection, ProjectionSettings, Role, Scope, Space
+from lightning_bpfree.training.network_in_blocks import LOCAL_BACKWARD, NetworkInBlocks
 
 
 class LocalGuesses:
@@ -42,7 +43,7 @@ class LocalGuesses:
         self.blocks, self.network, self.settings = blocks, network, settings
         losses: dict[Role, LocalLoss | None] = {"guess": guess, "target": None if settings.same else target}
         self.heads: dict[Role, Heads] = {role: Heads(loss) for role, loss in losses.items() if loss is not None}
-        self._num_classes = max((heads.loss.num_classes or 0 for heads in self.heads.values()), default=0)
+        self._num_classes = self._given_classes
         self._cut: Cut | None = None
         self._module: nn.Module | None = None
         self._inspected: frozenset[str] | None = None
@@ -51,6 +52,18 @@ class LocalGuesses:
     def uses_tangents(self) -> bool:
         """Whether estimates take forward-mode differentiation; local losses that guess themselves do not."""
         return not self.settings.same
+
+    @property
+    def _given_classes(self) -> int:
+        return max((heads.loss.num_classes or 0 for heads in self.heads.values()), default=0)
+
+    def go_on_with(self, before: LocalGuesses) -> None:
+        """Take over what another one has learned, as far as it has the same heads."""
+        self._num_classes = self._given_classes or before._num_classes
+        for role, heads in self.heads.items():
+            if role in before.heads and heads.loss is before.heads[role].loss:
+                heads.own = before.heads[role].own
+                heads.own.configure(heads.loss.optimizer, heads.loss.lr)
 
     # --- before the first batch ---
 
@@ -99,7 +112,9 @@ class LocalGuesses:
         assert self._cut is not None, "estimate before check"
         assert self._module is not None
         trained = frozenset(slot.name for slot in step.trained)
-        parts = NetworkInBlocks.of(step, self._module, self._cut.blocks, inspect=trained != self._inspected)
+        parts = NetworkInBlocks.of(
+            "ForwardGradient", step, self._module, self._cut.blocks, inspect=trained != self._inspected
+        )
         if self.heads and parts.active and not self._num_classes:
             self._num_classes = _width_of_output(parts)
         rank = int(getattr(step.module, "global_rank", 0))
@@ -201,13 +216,13 @@ def local_guesses(
     Raises:
         ValueError: for arguments that are unknown or contradict each other.
     """
-    for name, value, choices in (("space", space, ("weights", "activations")), ("scope", scope, _SCOPES)):
-        if value not in choices:
-            raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}.")
-    if isinstance(target, str) and target not in ("global", "local"):
-        raise ValueError(f"target={target!r}: choose 'global', 'local', or give a LocalLoss.")
     plain = (guess, target, space, blocks, network) == (None, "global", "weights", None, None)
     if plain and scope in (None, "network"):
+        if labels is not None:
+            raise ValueError(
+                "ForwardGradient: labels are for local losses, and neither guess nor target asks for one: leave labels "
+                "out."
+            )
         return None
     local = target if isinstance(target, LocalLoss) else guess
     if target == "local" and guess is None:
@@ -216,13 +231,13 @@ def local_guesses(
         local = None
     if guess is not None and (num != 1 or distribution != "gaussian"):
         raise ValueError(
-            f"num_directions={num}, directions={distribution!r} beside guess={guess!r}: a guess is one direction a "
-            "batch. Leave them out, or use guess=None."
+            f"ForwardGradient: num_directions={num}, directions={distribution!r} beside guess={guess!r}: a guess is "
+            "one direction a batch. Leave them out, or use guess=None."
         )
     if space == "activations" and (scope == "tensor" or (scope == "network" and local is not None)):
         raise ValueError(
-            f"scope={scope!r} with space='activations'{' and a local target' if local else ''}: nothing there lies in "
-            "such groups. Use scope='block'."
+            f"ForwardGradient: scope={scope!r} with space='activations'{' and a local target' if local else ''}: "
+            "nothing there lies in such groups. Use scope='block'."
         )
     where = [loss for loss in (guess, local) if loss is not None]
     cut_by, of = _one_cut(where, blocks, network)
@@ -241,14 +256,11 @@ def local_guesses(
 def _one_cut(where: list[LocalLoss], blocks: Blocks | None, network: str | None) -> tuple[Blocks, str | None]:
     """Return blocks and network, on which the local losses and the rule itself must agree."""
     cuts: list[tuple[Blocks | None, str | None]] = [(loss.blocks, loss.network) for loss in where]
-    cuts += [(blocks, network)] if blocks is not None or (network is not None and not cuts) else []
+    cuts += [(blocks, network)] if (blocks, network) != (None, None) else []
     if any(one != cuts[0] for one in cuts):
         raise ValueError(
-            f"blocks and network differ: {', '.join(map(repr, cuts))}. Guess and target must cut the network in the "
-            "same way; beside a LocalLoss, leave blocks and network of the rule out."
+            f"ForwardGradient: blocks and network differ: {', '.join(map(repr, cuts))}. Guess and target must cut the "
+            "network in the same way; beside a LocalLoss, leave blocks and network of the rule out."
         )
     cut_by, of = cuts[0] if cuts else (None, None)
     return 1 if cut_by is None else cut_by, of
-
-
-_SCOPES = (None, "network", "block", "tensor")

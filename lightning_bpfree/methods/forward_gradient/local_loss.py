@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import AtLeastTwo, PositiveFloat, checked
 from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules, made
 from lightning_bpfree.core.blocks import Block, Blocks
 from lightning_bpfree.core.directions import accumulator_dtype
@@ -54,6 +55,7 @@ class LocalLoss:
         E. Belilovsky, M. Eickenberg, E. Oyallon, "Decoupled Greedy Learning of CNNs", 2020, arXiv 1901.08164.
     """
 
+    @checked
     def __init__(
         self,
         heads: HeadKind | MakeHead = "linear",
@@ -61,23 +63,10 @@ class LocalLoss:
         network: str | None = None,
         update: Update = "train",
         optimizer: Literal["adam", "sgd"] = "adam",
-        lr: float = 1e-3,
-        num_classes: int | None = None,
+        lr: PositiveFloat = 1e-3,
+        num_classes: AtLeastTwo | None = None,
         labels: LabelsOf | None = None,
     ) -> None:
-        if not callable(heads) and heads not in HEADS:
-            raise ValueError(
-                f"heads={heads!r}: choose 'linear', 'mlp' or 'cnn', or pass a function (output_shape, num_classes) -> "
-                "nn.Module."
-            )
-        if update not in ("train", "reset", "freeze"):
-            raise ValueError(f"update={update!r}: choose 'train', 'reset' or 'freeze'.")
-        if optimizer not in ("adam", "sgd"):
-            raise ValueError(f"optimizer={optimizer!r}: choose 'adam' or 'sgd'.")
-        if not 0 < lr < float("inf"):
-            raise ValueError(f"lr={lr!r}: give a positive learning rate, such as 1e-3.")
-        if num_classes is not None and num_classes < 2:
-            raise ValueError(f"num_classes={num_classes!r}: give at least 2, or None for the network's output width.")
         self.heads, self.blocks, self.network, self.update = heads, blocks, network, update
         self.optimizer, self.lr, self.num_classes, self.labels = optimizer, lr, num_classes, labels
 

@@ -15,17 +15,15 @@ from lightning_bpfree.core.directions import Directions, Distribution
 from lightning_bpfree.core.labels import LabelsOf, labels_of
 from lightning_bpfree.core.params import Params, widen
 from lightning_bpfree.core.seeds import mix
-from lightning_bpfree.methods.forward_gradient.block_passes import (
+from lightning_bpfree.methods.forward_gradient.block_passes import local_slopes, sample_slopes, slopes
+from lightning_bpfree.methods.forward_gradient.local_loss import Heads, local_gradients, sample_losses
+from lightning_bpfree.training.network_in_blocks import (
     LOCAL_BACKWARD,
     NetworkInBlocks,
     backward_in_blocks,
-    local_slopes,
     pulled_back,
     recorded,
-    sample_slopes,
-    slopes,
 )
-from lightning_bpfree.methods.forward_gradient.local_loss import Heads, local_gradients, sample_losses
 
 Space = Literal["weights", "activations"]
 Scope = Literal["network", "block", "tensor"]

@@ -11,9 +11,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import Patterns, PositiveInt, checked
 from lightning_bpfree.core.blocks import Blocks
 from lightning_bpfree.core.combination import Combination
-from lightning_bpfree.core.directions import Directions, Distribution, check_directions
+from lightning_bpfree.core.directions import Directions, Distribution
 from lightning_bpfree.core.forward_ad import (
     LossFunction,
     NoForwardDerivativeError,
@@ -27,24 +28,25 @@ from lightning_bpfree.core.forward_ad import (
 from lightning_bpfree.core.labels import LabelsOf
 from lightning_bpfree.core.params import ParameterSlots, Params, widen
 from lightning_bpfree.core.step import Estimate, Step
-from lightning_bpfree.core.vectorizing import check_chunk_size
+from lightning_bpfree.core.vectorizing import ChunkSize
 from lightning_bpfree.methods.forward_gradient.block_passes import DUAL_COST
-from lightning_bpfree.methods.forward_gradient.local_guesses import local_guesses
+from lightning_bpfree.methods.forward_gradient.local_guesses import LocalGuesses, local_guesses
 from lightning_bpfree.methods.forward_gradient.local_loss import LocalLoss
 from lightning_bpfree.methods.forward_gradient.projection import Scope, Space
 from lightning_bpfree.methods.forward_gradient.slopes import along_many, along_one, chosen_chunk
 from lightning_bpfree.training.training_rule import TrainingRule
 
 
+@checked
 def forward_gradient(
     loss_fn: LossFunction,
     params: Mapping[str, Tensor],
     *,
-    num_directions: int = 1,
+    num_directions: PositiveInt = 1,
     directions: Distribution = "gaussian",
     orthogonal: bool = False,
     normalize: bool = False,
-    chunk_size: int = 1,
+    chunk_size: PositiveInt = 1,
     seed: int = 0,
 ) -> tuple[Tensor, Params]:
     """Return the loss and an unbiased estimate of its gradient, without a backward pass.
@@ -130,13 +132,14 @@ class ForwardGradient(TrainingRule):
     )
     exchanges_scalars: bool = True
 
+    @checked
     def __init__(
         self,
-        num_directions: int = 1,
+        num_directions: PositiveInt = 1,
         directions: Distribution = "gaussian",
         orthogonal: bool = False,
         normalize: bool = False,
-        chunk_size: int | Literal["auto", "fastest"] = "auto",
+        chunk_size: ChunkSize = "auto",
         guess: LocalLoss | None = None,
         target: Literal["global", "local"] | LocalLoss = "global",
         space: Space = "weights",
@@ -145,31 +148,52 @@ class ForwardGradient(TrainingRule):
         network: str | None = None,
         labels: LabelsOf | None = None,
         *,
-        params: str | Sequence[str] | None = None,
+        params: Patterns | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(params=params, **settings)
-        check_directions(num_directions, directions)
-        check_chunk_size(chunk_size)
         self.num_directions, self.directions = num_directions, directions
         self.orthogonal, self.normalize, self.chunk_size = orthogonal, normalize, chunk_size
         self.guess, self.target, self.space, self.scope = guess, target, space, scope
         self.blocks, self.network, self.labels = blocks, network, labels
-        self._local_guesses = local_guesses(
-            guess, target, space, scope, blocks, network, labels, num_directions, directions
+        self._local_guesses: LocalGuesses | None = None
+        self._chunk_found: int | None = None  # by a trial at the first batch
+        self.resolve()
+
+    def resolve(self) -> None:
+        """Find out whether the network is to be cut, and by what it is guessed; heads keep what they have learned."""
+        super().resolve()
+        before = self._local_guesses
+        self._local_guesses = made = local_guesses(
+            self.guess,
+            self.target,
+            self.space,
+            self.scope,
+            self.blocks,
+            self.network,
+            self.labels,
+            self.num_directions,
+            self.directions,
         )
-        if self._local_guesses is not None:
-            self.exchanges_scalars = False  # a guess, or a last part, differs from rank to rank
-            if orthogonal or normalize or chunk_size not in ("auto", 1):
-                raise ValueError(
-                    f"orthogonal={orthogonal}, normalize={normalize}, chunk_size={chunk_size!r} are for random "
-                    "directions of all weights in one piece: leave them out beside guess, target, space, scope, blocks."
-                )
-        self._chunk_used: int | None = None
-        if num_directions == 1:
-            self._chunk_used = 1
-        elif isinstance(chunk_size, int):
-            self._chunk_used = min(chunk_size, num_directions)
+        self.exchanges_scalars = made is None  # a guess, or a last part, differs from rank to rank
+        if made is None:
+            return
+        if self.orthogonal or self.normalize or self.chunk_size not in ("auto", 1):
+            raise ValueError(
+                f"ForwardGradient: orthogonal={self.orthogonal}, normalize={self.normalize}, "
+                f"chunk_size={self.chunk_size!r} are for random directions of all weights in one piece: leave them out "
+                "beside guess, target, space, scope, blocks."
+            )
+        if before is not None:
+            made.go_on_with(before)
+
+    @property
+    def _chunk_used(self) -> int | None:
+        if self.num_directions == 1:
+            return 1
+        if isinstance(self.chunk_size, int):
+            return min(self.chunk_size, self.num_directions)
+        return self._chunk_found
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
         """Refuse what would fail, or go wrong without a word, under forward-mode AD."""
@@ -208,7 +232,7 @@ class ForwardGradient(TrainingRule):
         combination = Combination(directions, self.orthogonal, self.normalize, exchanged=step.exchange is not None)
         with torch.set_grad_enabled(False):
             if self._chunk_used is None:
-                self._chunk_used = chosen_chunk(step, params, directions, self.chunk_size == "fastest")
+                self._chunk_found = chosen_chunk(step, params, directions, self.chunk_size == "fastest")
             slopes = step.measure(self.num_directions, partial(self._slopes, step, params, combination))
             if not step.recorded:  # vectorised passes record nothing, nor does a rank without a share
                 step.loss()
@@ -267,7 +291,7 @@ class ForwardGradient(TrainingRule):
     def load_rule_state(self, state: dict[str, Any]) -> None:
         """Take the heads back, and the chosen chunk unless the user has asked for another."""
         if not isinstance(self.chunk_size, int) and state["chunk_used"] is not None:
-            self._chunk_used = min(int(state["chunk_used"]), self.num_directions)
+            self._chunk_found = min(int(state["chunk_used"]), self.num_directions)
         if self._local_guesses is not None and "guided" in state:
             self._local_guesses.load_state_dict(state["guided"])
 

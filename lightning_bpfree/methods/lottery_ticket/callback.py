@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import OpenFraction, Patterns, PositiveInt, check_attributes, checked
 from lightning_bpfree.core.params import ParameterSlots, Slot
 from lightning_bpfree.methods.lottery_ticket.levels import Levels
 from lightning_bpfree.methods.lottery_ticket.masks import Masks
-from lightning_bpfree.methods.lottery_ticket.plan import Plan, Score, Weights, check_choices, early_snr
+from lightning_bpfree.methods.lottery_ticket.plan import Plan, Score, Sparsities, TicketArguments, Weights
 from lightning_bpfree.methods.lottery_ticket.pruning import Scope
 from lightning_bpfree.methods.lottery_ticket.rewinding import check_redrawable
 from lightning_bpfree.methods.lottery_ticket.scores import check_has_deviations, deviations
@@ -79,39 +79,42 @@ class LotteryTicket(Callback):
         N. Lee, T. Ajanthan, P. H. S. Torr, "SNIP", 2019, arXiv 1810.02340.
     """
 
+    @checked
     def __init__(
         self,
         score: Score = "snr",
-        levels: int = 8,
-        keep: float = 0.8,
-        sparsities: Sequence[float] | None = None,
-        epochs_per_level: int = 1,
+        levels: PositiveInt = 8,
+        keep: OpenFraction = 0.8,
+        sparsities: Sparsities | None = None,
+        epochs_per_level: PositiveInt = 1,
         *,
         scope: Scope = "global",
         weights: Weights = "init",
         permute_masks: bool = False,
-        params: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
+        params: Patterns | None = None,
+        exclude: Patterns | None = None,
         init_from: str | Path | Ticket | None = None,
         dirpath: str | Path | None = None,
         seed: int | None = None,
     ) -> None:
-        check_choices(
-            score=(score, ("snr", "magnitude", "random", "snip")),
-            scope=(scope, ("global", "layer")),
-            weights=(weights, ("init", "fresh", "permuted")),
-        )
-        self.plan = Plan.of(levels, keep, sparsities, epochs_per_level)
-        if score == "snr" and self.plan.sparsities[0] > 0 and init_from is None:
-            raise ValueError(early_snr(self.plan.sparsities))
-        self.score, self.keep, self.sparsities, self.scope, self.weights = score, keep, sparsities, scope, weights
+        self.score, self.levels, self.keep, self.sparsities = score, levels, keep, sparsities
+        self.epochs_per_level, self.scope, self.weights = epochs_per_level, scope, weights
         self.permute_masks, self.params, self.exclude, self.seed = permute_masks, params, exclude, seed
         self.init_from, self.dirpath = init_from, dirpath
-        self._levels = Levels(self)
+        self._levels = Levels(self._given())
         self._slots: dict[str, Slot] = {}
         self._deviations_seen = False
 
+    def _given(self) -> TicketArguments:
+        """Return the arguments as they are now, checked against one another."""
+        return TicketArguments(**{name: getattr(self, name) for name in TicketArguments.names()})
+
     # --- what a run has found ---
+
+    @property
+    def plan(self) -> Plan:
+        """Which level trains in which epochs, and how sparse; without the ticket of ``init_from``."""
+        return self._given().plan
 
     @property
     def level(self) -> int:
@@ -135,12 +138,8 @@ class LotteryTicket(Callback):
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments, as plain values that loggers take."""
-        names = ("score", "keep", "scope", "weights", "permute_masks", "params", "exclude", "init_from", "seed")
-        values = {name: getattr(self, name) for name in names}
-        plain = {name: v if isinstance(v, int | float | str | None) else _named(v) for name, v in values.items()}
-        plan = self._levels.plan
-        sparsities = str([round(sparsity, 6) for sparsity in plan.sparsities])
-        return {**plain, "sparsities": sparsities, "epochs_per_level": plan.epochs_per_level}
+        given = self._given()
+        return given.settings(given.plan if self.init_from is None else self._levels.plan)
 
     # --- one fit ---
 
@@ -148,6 +147,7 @@ class LotteryTicket(Callback):
         """Refuse what cannot work, before anything is trained."""
         if stage != "fit":
             return
+        check_attributes(self)  # which may have been set since
         rules = callbacks_of(trainer, TrainingRule)
         if not TESTED_STRATEGIES & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
             raise MisconfigurationException(
@@ -155,7 +155,7 @@ class LotteryTicket(Callback):
                 "have: use one device, strategy='ddp' or 'bpfree_scalar_sync'."
             )
         self.plan.check_epochs(trainer)
-        self._levels = Levels(self, rules[0] if rules else None)
+        self._levels = Levels(self._given(), rules[0] if rules else None)
         self._levels.folder = Path(self.dirpath or Path(trainer.default_root_dir) / "tickets")
         self._deviations_seen = self.score != "snr" or self.plan.levels == 1
         if not self._deviations_seen:
@@ -259,7 +259,3 @@ class LotteryTicket(Callback):
         own = checkpoint.get("callbacks", {}).get(self.state_key)
         if own:
             own["metrics"] = self._levels.metrics(trainer)
-
-
-def _named(value: Any) -> str:
-    return f"a ticket of level {value.level}" if isinstance(value, Ticket) else str(value)

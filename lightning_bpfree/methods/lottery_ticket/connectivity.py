@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import Fraction, Range, checked
 from lightning_bpfree.core.params import ParameterSlots, Params
 from lightning_bpfree.core.replay import Buffers
 
@@ -28,7 +29,8 @@ class Barrier(NamedTuple):
     barrier_from_mean: float
 
 
-def interpolate(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float) -> Params:
+@checked
+def interpolate(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: Fraction) -> Params:
     """Return ``alpha a + (1 - alpha) b``; exactly ``b`` at 0 and exactly ``a`` at 1.
 
     Args:
@@ -48,8 +50,12 @@ def interpolate(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float) 
     return {name: torch.lerp(b[name], tensor, alpha) for name, tensor in a.items()}
 
 
+@checked
 def loss_barrier(
-    evaluate: Callable[[Params], float | Tensor], a: Mapping[str, Tensor], b: Mapping[str, Tensor], num_points: int = 11
+    evaluate: Callable[[Params], float | Tensor],
+    a: Mapping[str, Tensor],
+    b: Mapping[str, Tensor],
+    num_points: Annotated[int, Range(ge=3)] = 11,
 ) -> Barrier:
     """Return the loss along the straight line from ``b`` to ``a``.
 
@@ -73,8 +79,6 @@ def loss_barrier(
     References:
         J. Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", 2020, arXiv 1912.05671.
     """
-    if num_points < 3:
-        raise ValueError(f"num_points={num_points}: give at least 3, the ends and one between.")
     alphas = [i / (num_points - 1) for i in range(num_points)]
     values = [float(evaluate(interpolate(a, b, alpha))) for alpha in alphas]
     at_b, at_a = values[0], values[-1]
@@ -82,6 +86,7 @@ def loss_barrier(
     return Barrier(alphas, values, max(excess), max(values) - (at_a + at_b) / 2)
 
 
+@checked
 def module_loss(
     module: nn.Module,
     batches: Iterable[Any],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -13,16 +13,13 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_bpfree.core.params import ParameterSlots, Params
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.lottery_ticket.masks import Masks, Restricts
-from lightning_bpfree.methods.lottery_ticket.plan import Plan, check_selects, described, prunable_names
+from lightning_bpfree.methods.lottery_ticket.plan import Plan, TicketArguments, check_selects, described, prunable_names
 from lightning_bpfree.methods.lottery_ticket.pruning import num_kept, top_masks
 from lightning_bpfree.methods.lottery_ticket.rewinding import captured, fresh_optimizers, redraw, rewind, shuffled
 from lightning_bpfree.methods.lottery_ticket.scores import scored, snip_scores
 from lightning_bpfree.methods.lottery_ticket.ticket import Ticket, on_cpu
 from lightning_bpfree.training.trainer_attributes import is_dry_run
 from lightning_bpfree.training.training_rule import BACKPROP_COST, TrainingRule
-
-if TYPE_CHECKING:
-    from lightning_bpfree.methods.lottery_ticket.callback import LotteryTicket
 
 _MASKS, _PERMUTATION, _FRESH, _ORDER = range(4)  # what a level draws, each from its own seed
 
@@ -31,11 +28,11 @@ class Levels:
     """The state of one fit under ``LotteryTicket``.
 
     Args:
-        given: the callback, for its arguments.
+        given: the arguments of ``LotteryTicket``.
         rule: the training rule of the fit; None for plain Lightning.
     """
 
-    def __init__(self, given: LotteryTicket, rule: TrainingRule | None = None) -> None:
+    def __init__(self, given: TicketArguments, rule: TrainingRule | None = None) -> None:
         self.given, self.rule, self.plan = given, rule, given.plan
         self.folder = Path("tickets")
         self.level, self.seed = 0, 0
@@ -209,7 +206,7 @@ class Levels:
     def _info(self, trainer: pl.Trainer, masks: Masks) -> dict[str, Any]:
         return {
             "rule": None if self.rule is None else type(self.rule).__name__,
-            **self.given.settings(),
+            **self.given.settings(self.plan),
             "seed": self.seed,
             "sparsity": masks.sparsity,
             "epochs_trained": trainer.current_epoch - self.level * self.plan.epochs_per_level,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import NonEmpty, checked
 from lightning_bpfree.core.params import Params
 from lightning_bpfree.core.seeds import mix
 
@@ -55,14 +56,12 @@ class Masks(Mapping[str, Tensor]):
                 [3., 4.]])
     """
 
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
-        if not masks:
-            raise ValueError("masks={}: give at least one named boolean tensor.")
+    @checked
+    def __init__(self, masks: Annotated[Mapping[str, Tensor], NonEmpty()]) -> None:
         for name, mask in masks.items():
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            if mask.dtype != torch.bool:
                 raise ValueError(
-                    f"The mask of {name!r} is {given}: give a tensor of torch.bool, True where it survives."
+                    f"The mask of {name!r} is {mask.dtype}: give a tensor of torch.bool, True where it survives."
                 )
         self._masks = {name: mask.detach() for name, mask in masks.items()}
         self._indices: Params = {}

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
+from lightning_bpfree.core.arguments import FractionBelowOne, NonEmpty, OpenFraction, PositiveInt, checked
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.methods.lottery_ticket.masks import Masks
-from lightning_bpfree.methods.lottery_ticket.pruning import num_kept
+from lightning_bpfree.methods.lottery_ticket.pruning import Scope, num_kept
+from lightning_bpfree.methods.lottery_ticket.ticket import Ticket
 from lightning_bpfree.training.trainer_attributes import is_dry_run
 
 Score = Literal["snr", "magnitude", "random", "snip"]
 Weights = Literal["init", "fresh", "permuted"]
+Sparsities = Annotated[Sequence[FractionBelowOne], NonEmpty()]
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,14 @@ class Plan:
     epochs_per_level: int
 
     @classmethod
+    @checked
     def of(
-        cls, levels: int, keep: float, sparsities: Sequence[float] | None, epochs_per_level: int, start: float = 0.0
+        cls,
+        levels: PositiveInt,
+        keep: OpenFraction,
+        sparsities: Sparsities | None,
+        epochs_per_level: PositiveInt,
+        start: FractionBelowOne = 0.0,
     ) -> Plan:
         """Return the plan that arguments of LotteryTicket describe.
 
@@ -51,20 +61,15 @@ class Plan:
             start: sparsity of the first level where ``sparsities`` does not say.
 
         Raises:
-            ValueError: for values out of range.
+            ValueError: for sparsities that fall.
         """
-        for name, value in {"levels": levels, "epochs_per_level": epochs_per_level}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: give a whole number of at least 1.")
-        if not 0 < keep < 1:
-            raise ValueError(f"keep={keep!r}: give the share of weights that a level keeps of the last, in (0, 1).")
         if sparsities is None:
             return cls([1 - (1 - start) * keep**level for level in range(levels)], epochs_per_level)
         given = list(sparsities)
-        if not given or not all(0 <= s < 1 for s in given) or given != sorted(given):
+        if given != sorted(given):
             raise ValueError(
-                f"sparsities={given!r}: give the share of pruned weights of every level, in [0, 1), none below the one "
-                "before it."
+                f"LotteryTicket: sparsities={given!r}: give the share of pruned weights of every level, in [0, 1), "
+                "none below the one before it."
             )
         return cls(given, epochs_per_level)
 
@@ -79,8 +84,9 @@ class Plan:
         kept = [num_kept(masks.total, sparsity) for sparsity in sparsities]
         if max(kept) > masks.kept:
             raise ValueError(
-                f"sparsities={list(sparsities)!r}: the ticket of init_from has {masks.sparsity:.6g} of its weights "
-                "pruned already, and none come back. Give sparsities of at least that, or none."
+                f"LotteryTicket: sparsities={list(sparsities)!r}: the ticket of init_from has "
+                f"{masks.sparsity:.6g} of its weights pruned already, and none come back. "
+                "Give sparsities of at least that, or none."
             )
         if score == "snr" and kept[0] < masks.kept:
             raise ValueError(early_snr(sparsities))
@@ -113,8 +119,9 @@ class Plan:
 def early_snr(sparsities: Sequence[float]) -> str:
     """Return what is wrong with pruning by deviations before any training."""
     return (
-        f"sparsities={list(sparsities)!r} prunes before the first level, when no weight has a deviation yet: begin "
-        "with 0.0 (or the sparsity of the ticket that init_from gives), or take score='magnitude', 'random' or 'snip'."
+        f"LotteryTicket: sparsities={list(sparsities)!r} prunes before the first level, when no weight has a "
+        "deviation yet: begin with 0.0 (or the sparsity of the ticket that init_from gives), or take "
+        "score='magnitude', 'random' or 'snip'."
     )
 
 
@@ -131,11 +138,62 @@ def described(masks: Masks) -> str:
     return f"{masks.kept:,} of {masks.total:,} weights left ({masks.weights_left:.2%}): {', '.join(parts[:6])}{more}"
 
 
-def check_choices(**given: tuple[Any, tuple[Any, ...]]) -> None:
-    """Raise ValueError if an argument is none of its choices, by ``name=(value, choices)``."""
-    for name, (value, choices) in given.items():
-        if value not in choices:
-            raise ValueError(f"{name}={value!r}: choose {', '.join(map(repr, choices))}.")
+@dataclass(frozen=True)
+class TicketArguments:
+    """The arguments of ``LotteryTicket``; see there.
+
+    Raises:
+        ValueError: for arguments that contradict each other.
+    """
+
+    score: Score
+    levels: int
+    keep: float
+    sparsities: Sequence[float] | None
+    epochs_per_level: int
+    scope: Scope
+    weights: Weights
+    permute_masks: bool
+    params: str | Sequence[str] | None
+    exclude: str | Sequence[str] | None
+    init_from: str | Path | Ticket | None
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        sparsities = self.plan.sparsities
+        if self.sparsities is not None and (self.levels not in (8, len(sparsities)) or self.keep != 0.8):
+            raise ValueError(
+                f"LotteryTicket: levels={self.levels} and keep={self.keep} beside sparsities={list(sparsities)!r}, "
+                "which replace them: leave out the one or the other."
+            )
+        if self.score == "snr" and sparsities[0] > 0 and self.init_from is None:
+            raise ValueError(early_snr(sparsities))
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return the names of the arguments."""
+        return [field.name for field in fields(cls)]
+
+    @property
+    def plan(self) -> Plan:
+        """Which level trains in which epochs."""
+        return Plan.of(self.levels, self.keep, self.sparsities, self.epochs_per_level)
+
+    def settings(self, plan: Plan) -> dict[str, Any]:
+        """Return the arguments, as plain values that loggers take.
+
+        Args:
+            plan: the one that is followed, which may go on from a ticket.
+        """
+        names = ("score", "keep", "scope", "weights", "permute_masks", "params", "exclude", "init_from", "seed")
+        values = {name: getattr(self, name) for name in names}
+        plain = {name: v if isinstance(v, int | float | str | None) else _named(v) for name, v in values.items()}
+        sparsities = str([round(sparsity, 6) for sparsity in plan.sparsities])
+        return {**plain, "sparsities": sparsities, "epochs_per_level": plan.epochs_per_level}
+
+
+def _named(value: Any) -> str:
+    return f"a ticket of level {value.level}" if isinstance(value, Ticket) else str(value)
 
 
 def prunable_names(

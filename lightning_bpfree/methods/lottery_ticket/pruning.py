@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import FractionBelowOne, NonNegativeInt, checked
 from lightning_bpfree.core.params import Params, count, widen
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.lottery_ticket.masks import Masks
@@ -15,6 +16,7 @@ from lightning_bpfree.methods.lottery_ticket.masks import Masks
 Scope = Literal["global", "layer"]
 
 
+@checked
 def snr(mean: Mapping[str, Tensor], std: Mapping[str, Tensor]) -> Params:
     """Return the signal-to-noise ratio ``|mean| / std`` of every weight of a search distribution.
 
@@ -35,6 +37,7 @@ def snr(mean: Mapping[str, Tensor], std: Mapping[str, Tensor]) -> Params:
     return {name: widen(tensor).abs() / widen(std[name]) for name, tensor in mean.items()}
 
 
+@checked
 def magnitude(mean: Mapping[str, Tensor]) -> Params:
     """Return the magnitude of every weight.
 
@@ -63,6 +66,7 @@ def random_scores(like: Mapping[str, Tensor], seed: int) -> Params:
     return scores
 
 
+@checked
 def snip(params: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Params:
     """Return ``|w dL/dw|``: to first order, what the loss loses with the weight.
 
@@ -80,7 +84,8 @@ def snip(params: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Param
     return {name: (widen(tensor) * widen(gradients[name])).abs() for name, tensor in params.items()}
 
 
-def num_kept(total: int, sparsity: float) -> int:
+@checked
+def num_kept(total: NonNegativeInt, sparsity: FractionBelowOne) -> int:
     """Return how many of ``total`` weights a sparsity leaves: ``round(total (1 - sparsity))``.
 
     Raises:
@@ -90,13 +95,12 @@ def num_kept(total: int, sparsity: float) -> int:
         >>> num_kept(4000, 1 - 0.8**10)
         429
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity={sparsity!r}: give the share of pruned weights, in [0, 1).")
     return round(total * (1 - sparsity))
 
 
+@checked
 def top_masks(
-    scores: Mapping[str, Tensor], sparsity: float, previous: Masks | None = None, scope: Scope = "global"
+    scores: Mapping[str, Tensor], sparsity: FractionBelowOne, previous: Masks | None = None, scope: Scope = "global"
 ) -> Masks:
     """Return masks in which the weights of the highest scores survive.
 
@@ -120,9 +124,6 @@ def top_masks(
         >>> top_masks(scores, 0.5, scope="layer")["b"]
         tensor([False,  True])
     """
-    if scope not in ("global", "layer"):
-        raise ValueError(f"scope={scope!r}: choose 'global' or 'layer'.")
-    num_kept(0, sparsity)  # a bad sparsity is named before anything else
     # What is pruned already has no say: not its NaN (zero over zero) either.
     left = scores if previous is None else {n: s.masked_fill(~previous[n], -torch.inf) for n, s in scores.items()}
     broken = [name for name, score in left.items() if bool(score.isnan().any())]

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from lightning_bpfree.core.arguments import NonNegativeInt, checked, checked_class
 from lightning_bpfree.core.params import ParameterSlots, Params
 from lightning_bpfree.methods.lottery_ticket.masks import Masks
 
 _FORMAT = "lightning_bpfree.Ticket/1"
 
 
+@checked_class
 @dataclass
 class Ticket:
     """A sparse trainable initialisation: load it into a module, and train it by any rule.
@@ -52,7 +54,7 @@ class Ticket:
 
     masks: Masks
     init: Params
-    level: int = 0
+    level: NonNegativeInt = 0
     mean: Params | None = None
     std: Params | None = None
     buffers: Params = field(default_factory=dict)
@@ -70,6 +72,7 @@ class Ticket:
         if wrong:
             raise ValueError(f"Masks and init of a ticket must agree (mask | init): {'; '.join(wrong)}.")
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write the ticket to a file, of plain dicts and tensors; a file is there whole or not at all."""
         path = Path(path)
@@ -80,6 +83,7 @@ class Ticket:
         os.replace(partial, path)  # noqa: PTH105  # named for what it does
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Ticket:
         """Read a ticket; nothing in the file is executed.
 
@@ -91,6 +95,7 @@ class Ticket:
             raise ValueError(f"{path} holds no ticket of this version: give a file that Ticket.save has written.")
         return cls(**{**content, "masks": Masks(content["masks"])})
 
+    @checked
     def apply_to(self, module: nn.Module, weights: Literal["init", "mean"] = "init") -> None:
         """Set the parameters and buffers of ``module`` in place, bit for bit, and the pruned weights to zero.
 
@@ -101,8 +106,6 @@ class Ticket:
         Raises:
             ValueError: if names or shapes differ (the message lists them), or the ticket has no trained weights.
         """
-        if weights not in ("init", "mean"):
-            raise ValueError(f"weights={weights!r}: choose 'init' or 'mean'.")
         params = self.init if weights == "init" else self.mean
         if params is None:
             raise ValueError("This ticket holds no trained weights: use weights='init', and train it.")
@@ -120,6 +123,7 @@ class Ticket:
         for name, mask in self.masks.items():  # one by one, for parameters may lie on several devices
             Masks({name: mask.to(own[name].device)}).apply_(own)
 
+    @checked
     def to_torch_pruning(self, module: nn.Module) -> None:
         """Prune ``module`` in the format of ``torch.nn.utils.prune``: ``weight`` becomes ``weight_orig`` and a mask.
 
@@ -148,6 +152,7 @@ class Ticket:
                 prune.custom_from_mask(owner, key, mask.to(own[name].device))
 
     @classmethod
+    @checked
     def from_torch_pruning(cls, module: nn.Module, init: Mapping[str, Tensor] | None = None, **content: Any) -> Ticket:
         """Return the ticket in a module that ``torch.nn.utils.prune`` has pruned.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -14,18 +13,26 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_bpfree.core.arguments import (
+    NonNegativeInt,
+    Patterns,
+    PositiveFloat,
+    PositiveInt,
+    check_attributes,
+    checked,
+)
 from lightning_bpfree.core.peak_memory import peak_mib, reset_peak
 from lightning_bpfree.methods.reversible_recompute.conversion import (
-    check_choices,
+    Scale,
     convert_to_reversible,
     convertible,
 )
 from lightning_bpfree.methods.reversible_recompute.conversion_report import Conversion
 from lightning_bpfree.methods.reversible_recompute.families.base import Rewire
 from lightning_bpfree.methods.reversible_recompute.layer_stack import ReversibleLayers
-from lightning_bpfree.methods.reversible_recompute.recomputation import Recomputation, Schedule
+from lightning_bpfree.methods.reversible_recompute.recomputation import Schedule
 from lightning_bpfree.methods.reversible_recompute.sequential import ReversibleSequential
-from lightning_bpfree.methods.reversible_recompute.stream_fusion import Fusion
+from lightning_bpfree.methods.reversible_recompute.stream_fusion import FusionOfOneWidth
 from lightning_bpfree.training.checks import TESTED_STRATEGIES
 from lightning_bpfree.training.trainer_attributes import log_every_n_steps
 
@@ -73,37 +80,43 @@ class ReversibleRecompute(Callback):
         K. Mangalam et al., "Reversible Vision Transformers", 2022, arXiv 2302.04869.
     """
 
+    @checked
     def __init__(
         self,
-        stacks: str | Sequence[str] | None = None,
+        stacks: Patterns | None = None,
         schedule: Schedule = "sequential",
         *,
         rewire: Rewire | None = None,
-        scale: float | tuple[float, float] | None = None,
-        fusion: Fusion | None = None,
-        buffer_every: int | Literal["auto"] | None = "auto",
-        max_error: float | None = None,
-        check_every: int = 1,
-        store_last: int = 0,
+        scale: Scale | None = None,
+        fusion: FusionOfOneWidth | None = None,
+        buffer_every: PositiveInt | Literal["auto"] | None = "auto",
+        max_error: PositiveFloat | None = None,
+        check_every: PositiveInt = 1,
+        store_last: NonNegativeInt = 0,
     ) -> None:
-        # All arguments are looked at now rather than when a fit begins.
-        Recomputation(schedule, None if buffer_every == "auto" else buffer_every, max_error, check_every, store_last)
-        check_choices(rewire, scale, fusion)
         self.stacks = stacks if stacks is None or stacks == "all" or not isinstance(stacks, str) else [stacks]
         self.schedule: Schedule = schedule
-        self._options: dict[str, Any] = {
-            "rewire": rewire,
-            "scale": scale,
-            "fusion": fusion,
-            "buffer_every": buffer_every,
-            "max_error": max_error,
-            "check_every": check_every,
-            "store_last": store_last,
-        }
+        self.rewire, self.scale, self.fusion, self.buffer_every = rewire, scale, fusion, buffer_every
+        self.max_error, self.check_every, self.store_last = max_error, check_every, store_last
         self.conversion: Conversion | None = None
         self._module: pl.LightningModule | None = None
         self._found: list[tuple[Stack, Schedule]] = []
         self._window, self._logged_at = _Window(), 0
+        self._check()
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        names = ("rewire", "scale", "fusion", "buffer_every", "max_error", "check_every", "store_last")
+        return {name: getattr(self, name) for name in names}
+
+    def _check(self) -> None:
+        unused = {"buffer_every": "auto", "check_every": 1, "store_last": 0}
+        given = [f"{name}={v!r}" for name, v in self._options.items() if v != unused.get(name)]
+        if self.stacks is None and given:
+            raise ValueError(
+                f"ReversibleRecompute: {', '.join(given)} beside stacks=None, which converts nothing: stacks that are "
+                "reversible already keep what they were built with. Name the stacks to convert, or leave it out."
+            )
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments, as plain values that loggers take."""
@@ -115,6 +128,8 @@ class ReversibleRecompute(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Convert, before optimizers are made and processes wrap the module; at every stage, for it is the model."""
+        check_attributes(self)  # which may have been set since
+        self._check()
         if not TESTED_STRATEGIES & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
             raise MisconfigurationException(
                 f"ReversibleRecompute needs whole parameters in the backward pass, which "

@@ -9,32 +9,36 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import Name, NonNegativeInt, PositiveFloat, PositiveInt, checked
 from lightning_bpfree.methods.reversible_recompute.conversion_report import Conversion
 from lightning_bpfree.methods.reversible_recompute.families.base import Family, OwnBranches, Rewire
 from lightning_bpfree.methods.reversible_recompute.families.known import FAMILIES, family_of
 from lightning_bpfree.methods.reversible_recompute.layer_stack import ReversibleLayers
 from lightning_bpfree.methods.reversible_recompute.recomputation import Schedule
 from lightning_bpfree.methods.reversible_recompute.sequential import ReversibleSequential
-from lightning_bpfree.methods.reversible_recompute.stream_fusion import FUSIONS, Fusion
+from lightning_bpfree.methods.reversible_recompute.stream_fusion import FusionOfOneWidth
+
+Scale = PositiveFloat | tuple[PositiveFloat, PositiveFloat]
 
 
 class FunctionChangedWarning(UserWarning):
     """A module computes another function than before, with the same weights."""
 
 
+@checked
 def convert_to_reversible(
     model: nn.Module,
-    stacks: str | Iterable[str] = "all",
+    stacks: Name | Iterable[Name] = "all",
     schedule: Schedule = "sequential",
     *,
     rewire: Rewire | None = None,
-    scale: float | tuple[float, float] | None = None,
-    fusion: Fusion | None = None,
+    scale: Scale | None = None,
+    fusion: FusionOfOneWidth | None = None,
     branches: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None,
-    buffer_every: int | Literal["auto"] | None = "auto",
-    max_error: float | None = None,
-    check_every: int = 1,
-    store_last: int = 0,
+    buffer_every: PositiveInt | Literal["auto"] | None = "auto",
+    max_error: PositiveFloat | None = None,
+    check_every: PositiveInt = 1,
+    store_last: NonNegativeInt = 0,
     warn: bool = True,
 ) -> Conversion:
     """Make the layers of a model reversible, in place.
@@ -76,7 +80,12 @@ def convert_to_reversible(
     References:
         B. Liao, S. Tan, C. Monz, "Make Pre-trained Model Reversible", 2023, arXiv 2306.00477: scaled skips.
     """
-    scales = check_choices(rewire, scale, fusion)
+    scales = scales_of(rewire, scale)
+    if branches is not None and rewire is not None:
+        raise ValueError(
+            f"convert_to_reversible: rewire={rewire!r} beside branches=(f, g), which are taken as they are: leave "
+            "it out."
+        )
     own = OwnBranches(*branches) if branches is not None else None
     conversion = Conversion()
     lists = {path: _find(model, path) for path in _paths(model, stacks)}
@@ -107,30 +116,17 @@ def convert_to_reversible(
     return conversion
 
 
-def check_choices(
-    rewire: Rewire | None, scale: float | tuple[float, float] | None, fusion: Fusion | None
-) -> tuple[float, float]:
-    """Return the scales of the skips.
-
-    Raises:
-        ValueError: for a choice that there is not.
+def scales_of(rewire: Rewire | None, scale: Scale | None) -> tuple[float, float]:
+    """Return the scales of both skips.
 
     Examples:
-        >>> check_choices("scaled", None, None), check_choices(None, 0.5, "add")
+        >>> scales_of("scaled", None), scales_of(None, 0.5)
         ((0.1, 0.1), (0.5, 0.5))
     """
-    if fusion == "concat":
-        raise ValueError("fusion='concat' doubles the width, which what follows does not expect: use 'concat_linear'.")
-    if fusion is not None and fusion not in FUSIONS:
-        raise ValueError(f"fusion={fusion!r}: choose one of {', '.join(FUSIONS)}, or None.")
-    if rewire not in (None, "pre_norm", "scaled"):
-        raise ValueError(f"rewire={rewire!r}: choose 'pre_norm', 'scaled' or None.")
     if scale is None:
         return (0.1, 0.1) if rewire == "scaled" else (1.0, 1.0)
-    both = (float(scale), float(scale)) if isinstance(scale, int | float) else tuple(map(float, scale))
-    if len(both) != 2 or not all(0 < s < float("inf") for s in both):
-        raise ValueError(f"scale={scale!r}: give a finite factor above 0, or one for each stream.")
-    return both[0], both[1]
+    first, second = (scale, scale) if isinstance(scale, int | float) else scale
+    return float(first), float(second)
 
 
 def _paths(model: nn.Module, stacks: str | Iterable[str]) -> list[str]:

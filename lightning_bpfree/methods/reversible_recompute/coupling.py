@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import PositiveFloat, checked
+
 Branch = Callable[..., Tensor]
 
 
@@ -146,10 +148,9 @@ class ReversibleBlock(nn.Module):
         K. Mangalam et al., "Reversible Vision Transformers", 2022, arXiv 2302.04869.
     """
 
-    def __init__(self, f: nn.Module, g: nn.Module, *, scale: tuple[float, float] = (1.0, 1.0)) -> None:
+    @checked
+    def __init__(self, f: nn.Module, g: nn.Module, *, scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)) -> None:
         super().__init__()
-        if len(scale) != 2 or not all(0 < s < float("inf") for s in scale):
-            raise ValueError(f"scale={scale!r}: give two finite factors above 0, one for each stream.")
         self.f, self.g = f, g
         self.scale = (float(scale[0]), float(scale[1]))
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import NonNegativeInt, PositiveFloat, PositiveInt, checked
 from lightning_bpfree.core.recompute_context import Autocast, Draws
 from lightning_bpfree.methods.reversible_recompute.coupling import Coupling
 from lightning_bpfree.methods.reversible_recompute.families.base import CACHES, Family, Rewire
@@ -48,6 +49,7 @@ class ReversibleLayers(nn.Module):
         store_last: so many blocks at the top of each stretch keep their activations.
     """
 
+    @checked
     def __init__(
         self,
         layers: Sequence[nn.Module],
@@ -55,12 +57,12 @@ class ReversibleLayers(nn.Module):
         schedule: Schedule = "sequential",
         *,
         rewire: Rewire | None = None,
-        scale: tuple[float, float] = (1.0, 1.0),
+        scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0),
         fusion: Fusion = "mean",
-        buffer_every: int | Literal["auto"] | None = None,
-        max_error: float | None = None,
-        check_every: int = 1,
-        store_last: int = 0,
+        buffer_every: PositiveInt | Literal["auto"] | None = None,
+        max_error: PositiveFloat | None = None,
+        check_every: PositiveInt = 1,
+        store_last: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
         for index, layer in enumerate(layers):

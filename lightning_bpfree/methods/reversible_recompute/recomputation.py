@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from lightning_bpfree.core.arguments import NonNegativeInt, PositiveFloat, PositiveInt, check, checked
 from lightning_bpfree.core.recompute_context import Autocast
 from lightning_bpfree.methods.reversible_recompute.autograd_function import ReversibleFunction
 from lightning_bpfree.methods.reversible_recompute.coupling import Coupling
@@ -49,22 +50,15 @@ class Recomputation:
         ValueError: for arguments out of range.
     """
 
+    @checked
     def __init__(
         self,
         schedule: Schedule = "sequential",
-        buffer_every: int | None = None,
-        max_error: float | None = None,
-        check_every: int = 1,
-        store_last: int = 0,
+        buffer_every: PositiveInt | None = None,
+        max_error: PositiveFloat | None = None,
+        check_every: PositiveInt = 1,
+        store_last: NonNegativeInt = 0,
     ) -> None:
-        if buffer_every is not None and (not isinstance(buffer_every, int) or buffer_every < 1):
-            raise ValueError(f"buffer_every={buffer_every!r}: give a number of blocks of at least 1, or None.")
-        if max_error is not None and not max_error > 0:
-            raise ValueError(f"max_error={max_error}: give a relative error above 0, or None.")
-        if check_every < 1:
-            raise ValueError(f"check_every={check_every}: give a number of passes of at least 1.")
-        if store_last < 0:
-            raise ValueError(f"store_last={store_last}: give a number of blocks of at least 0.")
         self.schedule = schedule
         self.buffer_every, self.max_error, self.check_every = buffer_every, max_error, check_every
         self.store_last = store_last
@@ -78,8 +72,7 @@ class Recomputation:
 
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule={schedule!r}: choose one of {', '.join(SCHEDULES)}.")
+        check(type(self).__name__, "schedule", schedule, Schedule)
         self._schedule: Schedule = schedule
 
     @property

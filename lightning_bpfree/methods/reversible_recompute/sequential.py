@@ -7,6 +7,7 @@ from typing import Any, overload
 
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import NonNegativeInt, PositiveFloat, PositiveInt, checked
 from lightning_bpfree.methods.reversible_recompute.coupling import Coupling, ReversibleBlock, accepted
 from lightning_bpfree.methods.reversible_recompute.recomputation import Recomputation, Schedule
 from lightning_bpfree.methods.reversible_recompute.stream_fusion import Enter, Fusion, StreamFusion, enter
@@ -34,7 +35,6 @@ class ReversibleSequential(nn.Module):
 
     Raises:
         ValueError: for arguments out of range.
-        TypeError: for blocks of another kind.
 
     Shape:
         - Input: one tensor, or two of one shape; keyword arguments go to the branches whose ``forward`` names them.
@@ -54,6 +54,7 @@ class ReversibleSequential(nn.Module):
         A. N. Gomez, M. Ren, R. Urtasun, R. B. Grosse, "The Reversible Residual Network", 2017, arXiv 1707.04585.
     """
 
+    @checked
     def __init__(
         self,
         blocks: Iterable[ReversibleBlock],
@@ -62,23 +63,22 @@ class ReversibleSequential(nn.Module):
         enter: Enter = "duplicate",
         fusion: Fusion | nn.Module | None = None,
         dim: int = -1,
-        buffer_every: int | None = None,
-        max_error: float | None = None,
-        check_every: int = 1,
-        store_last: int = 0,
+        buffer_every: PositiveInt | None = None,
+        max_error: PositiveFloat | None = None,
+        check_every: PositiveInt = 1,
+        store_last: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
         for index, block in enumerate(blocks):
             if not isinstance(block, ReversibleBlock):
-                raise TypeError(
-                    f"block {index} is a {type(block).__name__}; give ReversibleBlock(f, g). The layers of an existing "
+                raise ValueError(
+                    f"ReversibleSequential: blocks: block {index} is a {type(block).__name__}; give "
+                    "ReversibleBlock(f, g). The layers of an existing "
                     "model are converted by convert_to_reversible or the ReversibleRecompute callback."
                 )
             self.add_module(str(index), block)
         if not self._modules:
-            raise ValueError("blocks is empty: give at least one ReversibleBlock.")
-        if enter not in ("duplicate", "split"):
-            raise ValueError(f"enter={enter!r}: choose 'duplicate' or 'split'.")
+            raise ValueError("ReversibleSequential: blocks=[] is empty: give at least one ReversibleBlock.")
         self.depth, self.enter, self.dim = len(self._modules), enter, dim
         mode = fusion or ("mean" if enter == "duplicate" else "concat")
         self.fusion = mode if isinstance(mode, nn.Module) else StreamFusion(mode, dim=dim)

@@ -7,9 +7,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import PositiveInt, checked
+
 Enter = Literal["duplicate", "split"]
 Fusion = Literal["mean", "add", "max", "min", "second", "concat", "concat_linear"]
 FUSIONS: tuple[Fusion, ...] = get_args(Fusion)
+FusionOfOneWidth = Literal["mean", "add", "max", "min", "second", "concat_linear"]
+"""Those that keep the width, which what follows an existing stack expects."""
 
 
 def enter(x: Tensor, how: Enter, dim: int = -1) -> tuple[Tensor, Tensor]:
@@ -62,16 +66,15 @@ class StreamFusion(nn.Module):
         tensor([0.5000, 0.5000])
     """
 
-    def __init__(self, mode: Fusion = "mean", channels: int | None = None, dim: int = -1) -> None:
+    @checked
+    def __init__(self, mode: Fusion = "mean", channels: PositiveInt | None = None, dim: int = -1) -> None:
         super().__init__()
-        if mode not in FUSIONS:
-            raise ValueError(f"fusion={mode!r}: choose one of {', '.join(FUSIONS)}.")
         self.mode, self.dim = mode, dim
         if mode == "concat_linear":
             if channels is None or dim != -1:
                 raise ValueError(
-                    f"fusion='concat_linear' with channels={channels} and dim={dim}: give the channels of one stream, "
-                    "which must be the last dimension."
+                    f"StreamFusion: fusion='concat_linear' with channels={channels} and dim={dim}: give the "
+                    "channels of one stream, which must be the last dimension."
                 )
             self.mlp = nn.Sequential(
                 nn.Linear(2 * channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels)

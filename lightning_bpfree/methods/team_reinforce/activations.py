@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Annotated
 
 from torch import nn
 
+from lightning_bpfree.core.arguments import Name, NonEmpty
 from lightning_bpfree.methods.team_reinforce.units.stochastic import StochasticUnit
 
-Units = str | type[nn.Module] | Sequence[str | type[nn.Module]]
+Units = Name | type[nn.Module] | Annotated[Sequence[Name | type[nn.Module]], NonEmpty()]
 
 # Elementwise functions without parameters, which `units=None` takes.
 ACTIVATIONS = (

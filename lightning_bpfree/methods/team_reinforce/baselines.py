@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import PositiveFloat, checked
 from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.team_reinforce.training_pass import TeamPass
@@ -25,9 +26,8 @@ class Baselines:
         lr: learning rate (Adam) of critics.
     """
 
-    def __init__(self, kind: Baseline, lr: float) -> None:
-        if kind not in ("leave_one_out", "critic", "per_layer", "none"):
-            raise ValueError(f"baseline={kind!r}: choose 'leave_one_out', 'critic', 'per_layer' or 'none'.")
+    @checked
+    def __init__(self, kind: Baseline, lr: PositiveFloat) -> None:
         self.kind, self.own = kind, AuxiliaryModules("adam", lr)
 
     def advantages(self, work: TeamPass, rewards: Tensor, seed: int) -> list[Tensor]:
@@ -74,6 +74,7 @@ def _critic(width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
 
 
+@checked
 def leave_one_out(rewards: Tensor) -> Tensor:
     """Return each reward minus the mean of the other samples' of the same input.
 

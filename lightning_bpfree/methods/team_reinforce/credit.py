@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import checked
 from lightning_bpfree.core.params import added
 from lightning_bpfree.methods.team_reinforce.layer import Layer
 from lightning_bpfree.methods.team_reinforce.segment_gradients import Gradients, Sums, by_signals, over_units
@@ -21,8 +22,11 @@ class Credit(ABC):
 
     leaves: ClassVar[bool] = False
     """Whether values have to collect derivatives by what is above them."""
-    backward_cost: float = 1.0
-    """What it costs beside the forward pass of every draw, in forward passes."""
+
+    @property
+    def backward_cost(self) -> float:
+        """What it costs beside the forward pass of every draw, in forward passes."""
+        return 1.0
 
     def check(self, units: Sequence[StochasticUnit], output: StochasticUnit | None) -> None:  # noqa: B027  # optional
         """Raise ValueError if it is not defined for such units."""
@@ -74,7 +78,11 @@ class TopDown(Credit):
     """Signals that go down layer by layer, each made of what the layer above says of its input."""
 
     leaves: ClassVar[bool] = True
-    backward_cost = 2.0
+
+    @property
+    def backward_cost(self) -> float:
+        """What it costs beside the forward pass of every draw, in forward passes."""
+        return 2.0
 
     @abstractmethod
     def signal(self, layer: Layer, said: Tensor, above: Layer, reward: Tensor) -> Tensor:
@@ -123,6 +131,7 @@ class WeightMax(TopDown):
         S. Chung, "Unbiased Weight Maximization", 2023, arXiv 2307.13270 (the exact form here is derived anew).
     """
 
+    @checked
     def __init__(self, exact: bool = False) -> None:
         self.exact = exact
 
@@ -169,9 +178,8 @@ class StraightThrough(TopDown):
         Conditional Computation", 2013, arXiv 1308.3432.
     """
 
+    @checked
     def __init__(self, derivative: Literal["mean", "identity"] = "mean") -> None:
-        if derivative not in ("mean", "identity"):
-            raise ValueError(f"derivative={derivative!r}: choose 'mean' or 'identity'.")
         self.derivative = derivative
 
     def check(self, units: Sequence[StochasticUnit], output: StochasticUnit | None) -> None:

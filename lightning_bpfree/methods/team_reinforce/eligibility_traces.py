@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import FractionBelowOne, checked
 from lightning_bpfree.methods.team_reinforce.credit import Credit, WeightMax
 from lightning_bpfree.methods.team_reinforce.layer import Layer
 from lightning_bpfree.methods.team_reinforce.map_propagation import MapPropagation
@@ -24,9 +25,8 @@ class Traces:
         ValueError: for a decay out of range.
     """
 
-    def __init__(self, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"trace_decay={decay}: give a number from 0 up to, but not including, 1: gamma * lambda.")
+    @checked
+    def __init__(self, decay: FractionBelowOne) -> None:
         self.decay = decay
         self.sums: dict[str, Tensor] = {}
 

@@ -23,6 +23,7 @@ class LayerRates:
     """
 
     def __init__(self, factors: Sequence[float] | float) -> None:
+        self.given = factors
         self.ratio = float(factors) if isinstance(factors, int | float) else None
         self.factors = [float(factor) for factor in ([factors] if isinstance(factors, int | float) else factors)]
         BlockRates([([], factor) for factor in self.factors])  # looks at the numbers

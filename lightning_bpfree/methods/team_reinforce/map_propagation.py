@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import NonNegativeInt, PositiveFloat, checked
 from lightning_bpfree.methods.team_reinforce.credit import Credit
 from lightning_bpfree.methods.team_reinforce.layer import Layer
 from lightning_bpfree.methods.team_reinforce.segment_gradients import Gradients, by_signals, over_units
@@ -36,15 +37,22 @@ class MapPropagation(Credit):
         arXiv 2010.07893.
     """
 
-    def __init__(self, steps: int = 20, step_size: float = 0.5, gate: bool = False, guard: float = 0.1) -> None:
-        if steps < 0:
-            raise ValueError(f"steps={steps}: give at least 0, which is REINFORCE.")
-        if not 0 < step_size < float("inf"):
-            raise ValueError(f"step_size={step_size!r}: give a positive number; the paper's is 0.5.")
-        if not guard > 0:
-            raise ValueError(f"guard={guard!r}: give a positive number of standard deviations.")
+    @checked
+    def __init__(
+        self,
+        steps: NonNegativeInt = 20,
+        step_size: PositiveFloat = 0.5,
+        gate: bool = False,
+        guard: PositiveFloat = 0.1,
+    ) -> None:
+        if guard != 0.1 and not gate:
+            raise ValueError(f"MapPropagation: guard={guard} is for the gate: leave it out, or pass gate=True.")
         self.steps, self.step_size, self.gate, self.guard = steps, step_size, gate, guard
-        self.backward_cost = 1.0 + 2.0 * steps
+
+    @property
+    def backward_cost(self) -> float:
+        """What it costs beside the forward pass of every draw, in forward passes."""
+        return 1.0 + 2.0 * self.steps
 
     def check(self, units: Sequence[StochasticUnit], output: StochasticUnit | None) -> None:
         """Refuse hidden units without a density to climb, and an output without an action."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,36 @@ from lightning_bpfree.core.forward_override import Call, ForwardOverride
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.team_reinforce.layer import Layer, as_input, averaged
 from lightning_bpfree.methods.team_reinforce.units.boltzmann_machine import Machine, MachineLayer
+from lightning_bpfree.methods.team_reinforce.units.exploration import Exploration
 from lightning_bpfree.methods.team_reinforce.units.lateral import Boltzmann, LateralWeights
 from lightning_bpfree.methods.team_reinforce.units.stochastic import Softmax, StochasticUnit
 
-if TYPE_CHECKING:
-    from lightning_bpfree.methods.team_reinforce.settings import TeamSettings
-
 Visit = Callable[["Layer"], Tensor]
 TrainingPass = Callable[["TeamNetwork", Tensor, Call], Tensor]
+
+
+class Acts(Protocol):
+    """What acts in a team, and how it is read out; see :class:`TeamSettings`, which is one."""
+
+    @property
+    def units(self) -> Sequence[StochasticUnit]:
+        """One for all layers, or one a layer."""
+
+    @property
+    def output(self) -> StochasticUnit | None:
+        """What acts; None if nothing is drawn."""
+
+    @property
+    def exploration(self) -> Exploration:
+        """How layers draw."""
+
+    @property
+    def evaluation(self) -> str:
+        """``"mean"`` or ``"samples"``."""
+
+    @property
+    def eval_samples(self) -> int:
+        """How many draws the latter averages."""
 
 
 class UnitLayerOverride(ForwardOverride):
@@ -61,14 +83,14 @@ class TeamNetwork(ForwardOverride):
         self,
         network: nn.Module,
         activations: dict[str, nn.Module],
-        settings: TeamSettings,
+        settings: Acts,
         lateral: AuxiliaryModules,
         seed: Callable[[], int] = lambda: 0,
     ) -> None:
         super().__init__(network)
         self.network, self.settings, self.lateral, self.seed = network, settings, lateral, seed
         self.units, self.output, self.exploration = settings.units, settings.output, settings.exploration
-        self.training_pass: TrainingPass | None = None
+        self.training_pass: TrainingPass | None
         self.generator: torch.Generator | None = None
         self.noted: dict[str, Tensor] | None = None
         """What an evaluation has returned by means and by draws, if that is noted."""
@@ -80,6 +102,12 @@ class TeamNetwork(ForwardOverride):
         self._linears: dict[int, tuple[nn.Linear, Tensor, Tensor, int]] = {}
 
     # --- in the network's place ---
+
+    def set_rule(self, rule: str) -> None:
+        """Name the rule that computes in this way, here and in the place of the activations."""
+        super().set_rule(rule)
+        for site in self.sites:
+            site.set_rule(rule)
 
     def install(self) -> None:
         """Take the place of the forward passes of network and activations."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import checked
 from lightning_bpfree.core.labels import LabelsOf, labels_of
 from lightning_bpfree.core.step import NonFiniteLossError, Step
 from lightning_bpfree.methods.team_reinforce.training_pass import TeamPass
@@ -27,12 +28,8 @@ class Rewards:
         labels: takes the labels out of a batch that is no pair.
     """
 
+    @checked
     def __init__(self, reward: Reward, labels: LabelsOf | None) -> None:
-        if not callable(reward) and reward not in ("class", "loss", "module", "step"):
-            raise ValueError(
-                f"reward={reward!r}: choose 'class', 'loss', 'module' or 'step', or pass a function (batch, action) -> "
-                "one number a row."
-            )
         self.reward, self.labels = reward, labels
 
     def __call__(self, step: Step, work: TeamPass) -> tuple[Tensor, Tensor | None]:

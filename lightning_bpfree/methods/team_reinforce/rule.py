@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import (
+    FractionBelowOne,
+    NonEmpty,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    checked,
+)
 from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
-from lightning_bpfree.core.blocks import find_network
-from lightning_bpfree.core.forward_ad import compiled_parts
-from lightning_bpfree.core.forward_override import override_of, removed
 from lightning_bpfree.core.labels import LabelsOf
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.seeds import mix
@@ -29,14 +31,21 @@ from lightning_bpfree.methods.team_reinforce.evaluation_report import Evaluation
 from lightning_bpfree.methods.team_reinforce.layer_rates import LayerRates
 from lightning_bpfree.methods.team_reinforce.network import TeamNetwork
 from lightning_bpfree.methods.team_reinforce.rewards import Reward, Rewards, take_action
-from lightning_bpfree.methods.team_reinforce.settings import TeamSettings
+from lightning_bpfree.methods.team_reinforce.settings import (
+    CreditName,
+    ExplorationName,
+    OutputName,
+    TeamArguments,
+    TeamSettings,
+    UnitName,
+)
 from lightning_bpfree.methods.team_reinforce.training_pass import TeamPass
 from lightning_bpfree.methods.team_reinforce.units.exploration import Exploration
 from lightning_bpfree.methods.team_reinforce.units.stochastic import StochasticUnit
-from lightning_bpfree.training.training_rule import TrainingRule
+from lightning_bpfree.training.network_rule import NetworkRule
 
 
-class TeamReinforce(TrainingRule):
+class TeamReinforce(NetworkRule):
     """Trains a network as a team of agents that act at random and learn from one reward for each sample.
 
     Activations of an unmodified network become stochastic units, and an action is drawn from what the network returns.
@@ -101,25 +110,26 @@ class TeamReinforce(TrainingRule):
     )
     estimates_user_loss: ClassVar[bool] = False
 
+    @checked
     def __init__(
         self,
         units: Units | None = None,
         network: str | None = None,
         *,
-        unit: str | StochasticUnit | Sequence[str | StochasticUnit] = "bernoulli",
-        output: str | StochasticUnit | None = "softmax",
-        exploration: Literal["independent", "boltzmann", "recurrent"] | Exploration = "independent",
-        credit: Literal["reward", "weight_max", "map_propagation", "ste", "pathwise"] | Credit = "reward",
-        num_samples: int = 4,
+        unit: UnitName | StochasticUnit | Annotated[Sequence[UnitName | StochasticUnit], NonEmpty()] = "bernoulli",
+        output: OutputName | StochasticUnit | None = "softmax",
+        exploration: ExplorationName | Exploration = "independent",
+        credit: CreditName | Credit = "reward",
+        num_samples: PositiveInt = 4,
         baseline: Baseline = "leave_one_out",
         negative_phase: bool = False,
         reward: Reward = "class",
-        trace_decay: float | None = None,
-        lateral_lr: float = 1e-3,
-        critic_lr: float = 1e-3,
-        learning_rates: Sequence[float] | float | None = None,
+        trace_decay: FractionBelowOne | None = None,
+        lateral_lr: PositiveFloat = 1e-3,
+        critic_lr: PositiveFloat = 1e-3,
+        learning_rates: Annotated[Sequence[NonNegativeFloat], NonEmpty()] | NonNegativeFloat | None = None,
         evaluation: Literal["mean", "samples"] = "mean",
-        eval_samples: int = 16,
+        eval_samples: PositiveInt = 16,
         labels: LabelsOf | None = None,
         **settings: Any,
     ) -> None:
@@ -129,91 +139,76 @@ class TeamReinforce(TrainingRule):
         self.negative_phase, self.reward, self.trace_decay = negative_phase, reward, trace_decay
         self.lateral_lr, self.critic_lr, self.learning_rates = lateral_lr, critic_lr, learning_rates
         self.evaluation, self.eval_samples, self.labels = evaluation, eval_samples, labels
-        self._team = TeamSettings.of(self)
-        self.reevaluates = self._team.runs_again
         self._rewards, self._baselines = Rewards(reward, labels), Baselines(baseline, critic_lr)
         self._lateral = AuxiliaryModules("adam", lateral_lr)
-        self._traces = None if trace_decay is None else Traces(trace_decay)
-        self._rates = None if learning_rates is None else LayerRates(learning_rates)
-        self._network: TeamNetwork | None = None
-        self._rank, self._loaded = 0, False
+        self._traces: Traces | None = None
+        self._arguments: TeamArguments | None = None
+        self._rank = 0
         self._report = EvaluationReport(labels)
+        self.resolve()
+
+    def resolve(self) -> None:
+        """Make the settings of the team; lateral weights, critics and traces stay."""
+        super().resolve()
+        arguments = TeamArguments(**{name: getattr(self, name) for name in TeamArguments._fields})
+        if arguments != self._arguments:
+            self._team, self._arguments = TeamSettings.of(arguments), arguments
+        self.reevaluates = self._team.runs_again
+        self._rewards.reward, self._rewards.labels, self._report.labels = self.reward, self.labels, self.labels
+        self._baselines.kind = self.baseline
+        self._baselines.own.configure("adam", self.critic_lr)
+        self._lateral.configure("adam", self.lateral_lr)
+        if self.trace_decay is None:
+            self._traces = None
+        else:
+            self._traces = Traces(self.trace_decay) if self._traces is None else self._traces
+            self._traces.decay = self.trace_decay
+        self.learning_rate_factors()  # looks at the numbers
 
     # --- the network's forward pass ---
 
-    def install(self, module: nn.Module) -> None:
-        """Let the network in ``module`` compute with stochastic units, as during the fit.
+    def find_parts(self, name: str, network: nn.Module) -> dict[str, nn.Module]:
+        """Return the activations that become units, by name."""
+        sites = find_sites(network, name, self.units)
+        self._team.check_units([site for site in sites.values() if isinstance(site, StochasticUnit)])
+        return sites
 
-        Needed for weights that this rule has trained and that are used without it: after loading a checkpoint, call
-        ``load_state_dict(checkpoint["callbacks"][rule.state_key])`` if there are lateral weights, and then this.
+    def override(self, network: nn.Module, parts: dict[str, nn.Module]) -> TeamNetwork:
+        """Return the network with stochastic units."""
+        return TeamNetwork(network, parts, self._team, self._lateral, self._own_seed)
 
-        Args:
-            module: the LightningModule, or a module that holds the network under the same name.
-        """
-        name, network = find_network(module, self.network)
-        if self._network is None or self._network.network is not network:
-            self.uninstall(module)
-            sites = find_sites(network, name, self.units)
-            self._team.check_units([site for site in sites.values() if isinstance(site, StochasticUnit)])
-            if self._network is not None and not self._loaded:  # another network: it starts afresh
-                self._lateral = AuxiliaryModules("adam", self.lateral_lr)
-                self._baselines = Baselines(self.baseline, self.critic_lr)
-                self._traces = None if self.trace_decay is None else Traces(self.trace_decay)
-            self._network, self._loaded = TeamNetwork(network, sites, self._team, self._lateral, self._own_seed), False
-        self._network.install()
+    def made_of(self) -> Any:
+        """Return the settings that the network's forward pass follows from."""
+        return self._team, self.units
+
+    def start_over(self) -> None:
+        """Begin with new lateral weights, critics and traces."""
+        self._lateral = AuxiliaryModules("adam", self.lateral_lr)
+        self._baselines = Baselines(self.baseline, self.critic_lr)
+        self._traces = None if self.trace_decay is None else Traces(self.trace_decay)
+
+    def auxiliary(self) -> Mapping[str, AuxiliaryModules]:
+        """Return lateral weights and critics."""
+        return {"lateral": self._lateral, "critics": self._baselines.own}
+
+    def learning_rate_factors(self) -> LayerRates | None:
+        """Return the factors of the layers, which are found when these run."""
+        return None if self.learning_rates is None else LayerRates(self.learning_rates)
+
+    @property
+    def _network(self) -> TeamNetwork | None:
+        assert self._override is None or isinstance(self._override, TeamNetwork)
+        return self._override
 
     def _own_seed(self) -> int:
         return (self.record.seed if self.seed is None else self.seed) or 0
 
-    def uninstall(self, module: nn.Module | None = None) -> None:
-        """Give the network's own forward pass, and its activations, back.
-
-        Args:
-            module: whose network, such as a copy of the one in training; None for the last one that was installed.
-        """
-        found = self._network if module is None else override_of(find_network(module, self.network)[1])
-        if isinstance(found, TeamNetwork):
-            found.remove()
-
-    def without(self) -> AbstractContextManager[None]:
-        """Let the network be itself in this context."""
-        return removed(self._network)
-
     # --- one fit ---
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """StepSwap the training step."""
-        super().setup(trainer, pl_module, stage)
-        compiled = compiled_parts(pl_module) if stage == "fit" else []
-        if compiled:
-            raise MisconfigurationException(
-                f"TeamReinforce replaces activations while the network runs, which torch.compile does not allow: "
-                f"{', '.join(compiled)} is compiled. Train the module as it was before torch.compile."
-            )
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
         """Replace the activations."""
-        self.install(module)
+        super().check(trainer, module, slots)
         self._rank = trainer.global_rank
-        if self._rates is not None:
-            self._rates.forget()
-        if not self.active(trainer.current_epoch):
-            self.uninstall()
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take one's turn: a fit that is resumed inside an epoch begins none."""
-        self._take_turn(trainer, pl_module)
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note whose epoch this is."""
-        super().on_train_epoch_start(trainer, pl_module)
-        self._take_turn(trainer, pl_module)
-
-    def _take_turn(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        active = self.active(trainer.current_epoch)
-        self.install(pl_module) if active else self.uninstall(pl_module)
-        if self._rates is not None:
-            self._rates.attach(trainer.optimizers if active else [])
 
     def estimate(self, step: Step) -> Estimate:
         """Return the user's loss, and the gradient of the mean reward with its sign changed."""
@@ -223,25 +218,19 @@ class TeamReinforce(TrainingRule):
         leaves = isinstance(credit, TopDown)
         options = {"negative_phase": self.negative_phase, "leaves": leaves, "again": self.reevaluates}
         work = TeamPass(step, self.num_samples, generator, **options)
-        network.training_pass = work
-        try:
+        with network.in_training(work):
             loss = step.loss(cost=float(self.num_samples))
-        finally:
-            network.training_pass = None
         self.on_batch_settled(False)  # of a batch that was left in the middle
         if not work.layers:
-            raise MisconfigurationException(
-                f"TeamReinforce: the training step never called {self.network or 'its network'}: name the submodule "
-                "that maps inputs to scores, network=...."
-            )
+            raise self.never_called()
         if self.reward == "step":
             take_action(step, work)
         rewards, by_output = self._rewards(step, work)
         advantages = self._baselines.advantages(work, rewards, self.record.seed or 0)
         self._learn_laterally(work, advantages)
         parameters = [slot.parameter for slot in step.trained]
-        if self._rates is not None:
-            self._rates.find([layer.potential for layer in work.layers])
+        if isinstance(self._factors, LayerRates):
+            self._factors.find([layer.potential for layer in work.layers])
         if self._traces is None:
             found = credit.gradients(work, advantages, parameters, by_output)
         else:
@@ -278,28 +267,14 @@ class TeamReinforce(TrainingRule):
             made[slot.name] = torch.zeros_like(slot.parameter) if gradient is None else gradient
         return made
 
-    def on_batch_settled(self, succeeded: bool) -> None:
-        """Keep what lateral weights and critics have learned from the batch, or drop it."""
-        for own in (self._lateral, self._baselines.own):
-            own.settle(succeeded)
-
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Let lateral weights and critics take their steps too."""
-        super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        mean = partial(trainer.strategy.reduce, reduce_op="mean")
-        for own in (self._lateral, self._baselines.own):
-            own.step(mean if trainer.world_size > 1 else None)
-
     # --- evaluation ---
 
-    def _predict_as_trained(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn != TrainerFn.FITTING:
-            self.install(pl_module) if self.record.trained_last(self.active(0)) else self.uninstall(pl_module)
+    def predict_as_trained(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Let every evaluation draw the same, and report what means and draws are worth."""
+        super().predict_as_trained(trainer, module)
         if self._network is not None and self._network.installed:
-            self._network.generator = None  # every evaluation draws the same
+            self._network.generator = None
             self._report.begin(trainer, self._network, self.reward == "class")
-
-    on_validation_start = on_test_start = on_predict_start = _predict_as_trained
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
@@ -325,22 +300,16 @@ class TeamReinforce(TrainingRule):
             rows["in place of"] = ", ".join(site.name for site in self._network.sites)
         return {**rows, "route": self._team.route}
 
-    def _restore(self) -> None:
-        super()._restore()
-        if self._rates is not None:
-            self._rates.detach()
-
     # --- checkpoints ---
 
     def rule_state(self) -> dict[str, Any]:
         """Return lateral weights, critics and traces."""
         traces = {} if self._traces is None else {key: total.clone() for key, total in self._traces.sums.items()}
-        return {"lateral": self._lateral.state_dict(), "critics": self._baselines.own.state_dict(), "traces": traces}
+        return {**super().rule_state(), "traces": traces}
 
     def load_rule_state(self, state: dict[str, Any]) -> None:
         """Take lateral weights, critics and traces back."""
-        self._loaded = True
-        self._lateral.load_state_dict(state["lateral"])
-        self._baselines.own.load_state_dict(state["critics"])
+        self.resolve()
+        super().load_rule_state(state)
         if self._traces is not None:
             self._traces.sums = dict(state["traces"])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from lightning_bpfree.methods.team_reinforce.baselines import Baseline
 from lightning_bpfree.methods.team_reinforce.credit import (
     Credit,
     GlobalReward,
@@ -13,23 +14,45 @@ from lightning_bpfree.methods.team_reinforce.credit import (
     TopDown,
     WeightMax,
 )
+from lightning_bpfree.methods.team_reinforce.layer import Layer
 from lightning_bpfree.methods.team_reinforce.map_propagation import MapPropagation
+from lightning_bpfree.methods.team_reinforce.rewards import Reward
 from lightning_bpfree.methods.team_reinforce.units.exploration import Exploration, Independent
 from lightning_bpfree.methods.team_reinforce.units.lateral import Boltzmann, Recurrent
 from lightning_bpfree.methods.team_reinforce.units.stochastic import Softmax, StochasticUnit, unit_named
 
-if TYPE_CHECKING:
-    from lightning_bpfree.methods.team_reinforce.layer import Layer
-    from lightning_bpfree.methods.team_reinforce.rule import TeamReinforce
+UnitName = Literal["bernoulli", "sign", "gaussian"]
+OutputName = Literal["softmax", "gaussian", "bernoulli", "sign"]
+ExplorationName = Literal["independent", "boltzmann", "recurrent"]
+CreditName = Literal["reward", "weight_max", "map_propagation", "ste", "pathwise"]
 
-EXPLORATIONS: dict[str, Any] = {"independent": Independent, "boltzmann": Boltzmann, "recurrent": Recurrent}
-CREDITS: dict[str, Any] = {
+EXPLORATIONS: dict[ExplorationName, Any] = {"independent": Independent, "boltzmann": Boltzmann, "recurrent": Recurrent}
+CREDITS: dict[CreditName, Any] = {
     "reward": GlobalReward,
     "weight_max": WeightMax,
     "map_propagation": MapPropagation,
     "ste": StraightThrough,
     "pathwise": Pathwise,
 }
+_LR = 1e-3  # the learning rates by default
+
+
+class TeamArguments(NamedTuple):
+    """The arguments of ``TeamReinforce`` that say what a team is; see there."""
+
+    unit: UnitName | StochasticUnit | Sequence[UnitName | StochasticUnit]
+    output: OutputName | StochasticUnit | None
+    exploration: ExplorationName | Exploration
+    credit: CreditName | Credit
+    num_samples: int
+    baseline: Baseline
+    negative_phase: bool
+    reward: Reward
+    trace_decay: float | None
+    lateral_lr: float
+    critic_lr: float
+    evaluation: str
+    eval_samples: int
 
 
 class TeamSettings(NamedTuple):
@@ -52,25 +75,21 @@ class TeamSettings(NamedTuple):
     eval_samples: int
 
     @classmethod
-    def of(cls, rule: TeamReinforce) -> TeamSettings:
-        """Return the settings of a rule's arguments.
+    def of(cls, given: TeamArguments) -> TeamSettings:
+        """Return the settings that arguments describe.
 
         Raises:
-            ValueError: if they are out of range, or do not go together.
+            ValueError: if they do not go together.
         """
-        several = [rule.unit] if isinstance(rule.unit, str | StochasticUnit) else list(rule.unit)
-        units = [unit_named(unit, "unit", ("bernoulli", "sign", "gaussian")) for unit in several]
-        output = None
-        if rule.output is not None:
-            output = unit_named(rule.output, "output", ("softmax", "gaussian", "bernoulli", "sign"))
-        exploration = _named(EXPLORATIONS, rule.exploration, Exploration, "exploration")
-        credit = _named(CREDITS, rule.credit, Credit, "credit")
-        if not units:
-            raise ValueError("unit=[]: give one unit for all layers, or one for each layer.")
-        made = cls(units, output, exploration, credit, rule.evaluation, rule.eval_samples)
+        several = [given.unit] if isinstance(given.unit, str | StochasticUnit) else list(given.unit)
+        units = [unit_named(unit) for unit in several]
+        output = None if given.output is None else unit_named(given.output)
+        exploration = EXPLORATIONS[given.exploration]() if isinstance(given.exploration, str) else given.exploration
+        credit = CREDITS[given.credit]() if isinstance(given.credit, str) else given.credit
+        made = cls(units, output, exploration, credit, given.evaluation, given.eval_samples)
         made.check_units(units)
-        _check_numbers(rule)
-        _check_together(rule, exploration, credit, output)
+        _check_numbers(given, exploration)
+        _check_together(given, exploration, credit, output)
         return made
 
     def check_units(self, units: Sequence[StochasticUnit]) -> None:
@@ -111,67 +130,74 @@ class TeamSettings(NamedTuple):
         return rows
 
 
-def _named(table: dict[str, Any], value: Any, kind: type, argument: str) -> Any:
-    if isinstance(value, kind):
-        return value
-    if not isinstance(value, str) or value not in table:
-        raise ValueError(f"{argument}={value!r}: choose one of {', '.join(map(repr, table))}, or pass an object.")
-    return table[value]()
-
-
-def _check_numbers(rule: TeamReinforce) -> None:
-    if not isinstance(rule.num_samples, int) or rule.num_samples < 1:
-        raise ValueError(f"num_samples={rule.num_samples!r}: give a whole number of at least 1, draws of each input.")
-    if rule.num_samples == 1 and rule.baseline == "leave_one_out":
+def _check_numbers(given: TeamArguments, exploration: Exploration) -> None:
+    if given.num_samples == 1 and given.baseline == "leave_one_out":
         raise ValueError(
-            "num_samples=1 with baseline='leave_one_out': a draw's baseline is the mean of the input's other draws. "
-            "Use num_samples=2 or more, or baseline='critic', 'per_layer' or 'none'."
+            "TeamReinforce: num_samples=1 with baseline='leave_one_out': a draw's baseline is the mean of the input's "
+            "other draws. Use num_samples=2 or more, or baseline='critic', 'per_layer' or 'none'."
         )
-    if rule.evaluation not in ("mean", "samples"):
-        raise ValueError(f"evaluation={rule.evaluation!r}: choose 'mean' or 'samples'.")
-    if rule.eval_samples < 1:
-        raise ValueError(f"eval_samples={rule.eval_samples}: give at least 1.")
+    if given.critic_lr != _LR and given.baseline not in ("critic", "per_layer"):
+        raise ValueError(
+            f"TeamReinforce: critic_lr={given.critic_lr} with baseline={given.baseline!r}, which has no critic: leave "
+            "critic_lr out, or use baseline='critic' or 'per_layer'."
+        )
+    if exploration.has_lateral_weights:
+        return
+    kind = type(exploration).__name__
+    if given.negative_phase:
+        raise ValueError(
+            f"TeamReinforce: negative_phase=True with exploration={kind}, which has no lateral weights: leave "
+            "negative_phase out, or use exploration='boltzmann' or 'recurrent'."
+        )
+    if given.lateral_lr != _LR:
+        raise ValueError(
+            f"TeamReinforce: lateral_lr={given.lateral_lr} with exploration={kind}, which has no lateral weights: "
+            "leave lateral_lr out, or use exploration='boltzmann' or 'recurrent'."
+        )
 
 
 def _check_together(
-    rule: TeamReinforce, exploration: Exploration, credit: Credit, output: StochasticUnit | None
+    given: TeamArguments, exploration: Exploration, credit: Credit, output: StochasticUnit | None
 ) -> None:
     lateral = exploration.has_lateral_weights
     if lateral and type(credit) is not GlobalReward:
         raise ValueError(
-            f"exploration={type(exploration).__name__} with credit={type(credit).__name__}: lateral weights learn from "
-            "the reward alone. Use credit='reward', or exploration='independent'."
+            f"TeamReinforce: exploration={type(exploration).__name__} with credit={type(credit).__name__}: lateral "
+            "weights learn from the reward alone. Use credit='reward', or exploration='independent'."
         )
-    if lateral and rule.baseline == "none" and not rule.negative_phase:
+    if lateral and given.baseline == "none" and not given.negative_phase:
         raise ValueError(
-            f"exploration={type(exploration).__name__} with baseline='none' and negative_phase=False: what is learned "
-            "would have no more to do with the gradient. Choose a baseline, or negative_phase=True."
+            f"TeamReinforce: exploration={type(exploration).__name__} with baseline='none' and "
+            "negative_phase=False: what is learned would have no more to do with the "
+            "gradient. Choose a baseline, or negative_phase=True."
         )
     joint = isinstance(exploration, Boltzmann) and exploration.whole_network
     if joint and not isinstance(output, Softmax):
-        raise ValueError("Boltzmann(whole_network=True): the output is part of the machine; use output='softmax'.")
-    if (rule.reward == "loss") != (output is None) and not callable(rule.reward) and rule.reward != "module":
         raise ValueError(
-            f"reward={rule.reward!r} with output={rule.output!r}: a class is rewarded if it is drawn "
+            "TeamReinforce: Boltzmann(whole_network=True): the output is part of the machine; use output='softmax'."
+        )
+    if (given.reward == "loss") != (output is None) and not callable(given.reward) and given.reward != "module":
+        raise ValueError(
+            f"TeamReinforce: reward={given.reward!r} with output={given.output!r}: a class is rewarded if it is drawn "
             "(output='softmax'), and a loss is differentiated if nothing is (output=None)."
         )
-    if rule.reward == "step" and rule.num_samples != 1:
+    if given.reward == "step" and given.num_samples != 1:
         raise ValueError(
-            f"reward='step' with num_samples={rule.num_samples}: the training step acts once. Use num_samples=1, and "
-            "baseline='none' if the reward is a temporal-difference error."
+            f"TeamReinforce: reward='step' with num_samples={given.num_samples}: the training step acts once. "
+            "Use num_samples=1, and baseline='none' if the reward is a temporal-difference error."
         )
-    if rule.trace_decay is not None:
-        _check_traces(rule, exploration, credit)
+    if given.trace_decay is not None:
+        _check_traces(given, exploration, credit)
 
 
-def _check_traces(rule: TeamReinforce, exploration: Exploration, credit: Credit) -> None:
+def _check_traces(given: TeamArguments, exploration: Exploration, credit: Credit) -> None:
     gated = isinstance(credit, MapPropagation) and credit.gate
     exact = isinstance(credit, WeightMax) and credit.exact
     biased = isinstance(credit, TopDown) and not isinstance(credit, WeightMax)
-    if rule.num_samples != 1 or exploration.has_lateral_weights or gated or exact or biased or rule.output is None:
+    if given.num_samples != 1 or exploration.has_lateral_weights or gated or exact or biased or given.output is None:
         raise ValueError(
-            "trace_decay: traces are of one draw of independent units, with credit='reward', 'weight_max' or "
-            "'map_propagation' (no gate, not exact) and an output that is drawn."
+            "TeamReinforce: trace_decay: traces are of one draw of independent units, with credit='reward', "
+            "'weight_max' or 'map_propagation' (no gate, not exact) and an output that is drawn."
         )
     if isinstance(credit, StraightThrough):
-        raise ValueError("trace_decay: not defined for credit='ste'.")
+        raise ValueError("TeamReinforce: trace_decay: not defined for credit='ste'.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -11,8 +11,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import Patterns, PositiveFloat, PositiveInt, checked
 from lightning_bpfree.core.combination import Combination
-from lightning_bpfree.core.directions import Directions, Distribution, check_directions
+from lightning_bpfree.core.directions import Directions, Distribution
 from lightning_bpfree.core.finite_differences import LossFunction, difference_quotients
 from lightning_bpfree.core.params import ParameterSlots, Params
 from lightning_bpfree.core.step import Estimate, Step
@@ -27,12 +28,13 @@ def default_sigma(dtype: torch.dtype) -> float:
     return 1e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-3
 
 
+@checked
 def zeroth_order_gradient(
     loss_fn: LossFunction,
     params: Mapping[str, Tensor],
     *,
-    num_directions: int = 1,
-    sigma: float = 1e-3,
+    num_directions: PositiveInt = 1,
+    sigma: PositiveFloat = 1e-3,
     scheme: Scheme = "central",
     directions: Distribution = "gaussian",
     orthogonal: bool = False,
@@ -100,38 +102,38 @@ class ZerothOrder(TrainingRule):
     )
     exchanges_scalars: bool = True
 
+    @checked
     def __init__(
         self,
-        num_directions: int = 1,
-        sigma: float | None = None,
+        num_directions: PositiveInt = 1,
+        sigma: PositiveFloat | None = None,
         scheme: Scheme = "central",
         directions: Distribution = "gaussian",
         orthogonal: bool = False,
         normalize: bool = False,
         *,
-        params: str | Sequence[str] | None = None,
+        params: Patterns | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(params=params, **settings)
-        check_directions(num_directions, directions)
-        if sigma is not None and not 0 < sigma < float("inf"):
-            raise ValueError(f"sigma={sigma!r}: give a positive size, such as 1e-3, or None.")
-        if scheme not in ("central", "forward"):
-            raise ValueError(f"scheme={scheme!r}: choose 'central' or 'forward'.")
         self.num_directions, self.sigma, self.scheme, self.directions = num_directions, sigma, scheme, directions
         self.orthogonal, self.normalize = orthogonal, normalize
-        self._sigma_used = 1e-3 if sigma is None else sigma
+        self._default_sigma = 1e-3
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
         """Choose sigma by the precision of the computation, and refuse one that rounding would swallow."""
         dtype = computed_in(trainer, module)
         if self.sigma is None:
-            self._sigma_used = default_sigma(dtype)
+            self._default_sigma = default_sigma(dtype)
         elif self.sigma < smallest_sigma(dtype):
             raise MisconfigurationException(
                 f"ZerothOrder(sigma={self.sigma:g}) is lost in the rounding of {dtype}: give at least "
                 f"sigma={smallest_sigma(dtype):.1g}, leave sigma=None, or train in precision='32-true'."
             )
+
+    @property
+    def _sigma_used(self) -> float:
+        return self._default_sigma if self.sigma is None else self.sigma
 
     def estimate(self, step: Step) -> Estimate:
         """Return the loss and the combination of directions by their difference quotients."""

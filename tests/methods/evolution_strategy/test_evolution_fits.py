@@ -268,7 +268,7 @@ def test_masks_do_not_outlive_the_fit_with_a_ticket(tmp_path):
         ({"population_size": 9}, r"population_size=9 is odd.*give 10, or mirrored=False"),
         ({"algorithm": "snes", "population_size": 9, "mirrored": True}, "population_size=9 is odd"),
         ({"population_size": 0}, "population_size=0"),
-        ({"algorithm": "cma"}, "algorithm='cma': choose 'openai_es', 'pgpe'"),
+        ({"algorithm": "cma"}, "algorithm='cma': give 'openai_es'"),
         ({"algorithm": "snes", "rank": 1}, "rank with SNES.*Use OpenAIES"),
         ({"rank": 0}, "rank=0"),
         ({"weight_decay": -1}, "weight_decay=-1"),

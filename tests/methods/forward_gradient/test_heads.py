@@ -51,11 +51,11 @@ def test_a_function_may_make_heads():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"heads": "deep"}, "heads='deep': choose 'linear', 'mlp' or 'cnn', or pass a function"),
+        ({"heads": "deep"}, "heads='deep': give 'linear'"),
         ({"update": "never"}, "update='never'"),
         ({"optimizer": "lion"}, "optimizer='lion'"),
         ({"lr": 0.0}, r"lr=0\.0: give a positive"),
-        ({"num_classes": 1}, "num_classes=1: give at least 2"),
+        ({"num_classes": 1}, "num_classes=1: give a whole number of at least 2"),
     ],
 )
 def test_bad_arguments(arguments, said):

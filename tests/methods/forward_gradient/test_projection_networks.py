@@ -89,9 +89,9 @@ def test_ranks_cannot_exchange_a_few_numbers_for_it():
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"space": "outputs"}, "space='outputs': choose one of 'weights', 'activations'"),
+        ({"space": "outputs"}, "space='outputs': choose 'weights' or 'activations'"),
         ({"scope": "layer"}, "scope='layer'"),
-        ({"target": "above"}, "target='above': choose 'global', 'local', or give a LocalLoss"),
+        ({"target": "above"}, "target='above': give 'global'"),
         ({"space": "activations", "scope": "tensor"}, "Use scope='block'"),
         ({"space": "activations", "scope": "network", "target": "local"}, "Use scope='block'"),
         ({"guess": LocalLoss(), "num_directions": 2}, "a guess is one direction"),

@@ -77,7 +77,7 @@ def test_a_ticket_that_does_not_go_with_the_arguments(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"score": "snrr"}, r"score='snrr': choose 'snr', 'magnitude', 'random', 'snip'"),
+        ({"score": "snrr"}, "score='snrr': choose 'snr'"),
         ({"scope": "all"}, "scope='all'"),
         ({"weights": "late"}, "weights='late'"),
         ({"levels": 0}, "levels=0"),

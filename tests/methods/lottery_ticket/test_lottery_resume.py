@@ -25,7 +25,12 @@ def resumable(folder, epochs: int, make_rule, ckpt_path=None, validate: bool = F
     module = Problem(Tied(dropout=0.3 if make_rule else 0.0), optimizer="adamw", lr=0.01)
     if validate:
         module.validation_step = lambda batch, batch_idx: module.log("val", module.net(batch[0]).mean())
-    tickets = LotteryTicket(levels=3, keep=0.6, epochs_per_level=2, **{"score": "magnitude", "seed": 1, **arguments})
+    tickets = LotteryTicket(
+        **{
+            **({} if "sparsities" in arguments else {"levels": 3, "keep": 0.6}),
+            **{"epochs_per_level": 2, "score": "magnitude", "seed": 1, **arguments},
+        }
+    )
     checkpoints = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
     callbacks = [tickets, checkpoints, *([make_rule()] if make_rule else [])]
     trainer = pl.Trainer(

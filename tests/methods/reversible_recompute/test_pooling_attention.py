@@ -229,11 +229,11 @@ def test_the_schedule_of_all_stages_is_set_at_once():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"in_shape": (3, 20)}, r"in_shape=\(3, 20\): give \(channels, height, width\)"),
+        ({"in_shape": (3, 20)}, r"in_shape=\(3, 20\): give a list of 3"),
         ({"num_classes": 0}, "num_classes=0"),
         ({"dim": 9}, "dim=9 and heads=2"),
         ({"heads": 0}, "heads=0"),
-        ({"depths": ()}, r"depths=\(\): give a number"),
+        ({"depths": ()}, r"depths=\(\): give a list of whole numbers of at least 1"),
         ({"depths": (2, 0)}, r"depths=\(2, 0\)"),
         ({"depths": (1,) * 5}, "5 stages, but patch=4 leaves 5 tokens.*halved 3 times: give at most 4"),
         ({"patch": 8}, "patch=8: give a number that divides both sides"),

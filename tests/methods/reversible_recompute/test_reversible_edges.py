@@ -39,8 +39,10 @@ def test_bad_blocks():
     line = nn.Linear(WIDTH, WIDTH)
     with pytest.raises(ValueError, match="at least one"):
         ReversibleSequential([])
-    with pytest.raises(TypeError, match="block 1 is a Linear"):
+    with pytest.raises(ValueError, match=r"blocks=.*give a list of ReversibleBlocks"):
         ReversibleSequential([ReversibleBlock(line, line), line])
+    with pytest.raises(ValueError, match="block 1 is a Linear"):
+        ReversibleSequential(block for block in (ReversibleBlock(line, line), line))
     for scale in ((0.0, 1.0), (1.0, -1.0), (float("inf"), 1.0), (1.0,)):
         with pytest.raises(ValueError, match="scale="):
             ReversibleBlock(line, line, scale=scale)

@@ -335,9 +335,9 @@ def test_the_scores_of_a_trajectory_have_mean_zero(unit):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: bpf.Boltzmann(0), "sweeps=0: a Gibbs sampler needs at least one sweep"),
-        (lambda: bpf.Boltzmann(colors=1), "colors=1: units of one colour are not connected; give at least 2"),
-        (lambda: bpf.Recurrent(0), "steps=0: give at least 1, which is the independent draw"),
+        (lambda: bpf.Boltzmann(0), "sweeps=0: give a whole number of at least 1"),
+        (lambda: bpf.Boltzmann(colors=1), "colors=1: give a whole number of at least 2"),
+        (lambda: bpf.Recurrent(0), "steps=0: give a whole number of at least 1"),
         (
             lambda: bpf.Boltzmann().check(bpf.Gaussian()),
             "exploration=Boltzmann: lateral weights.*unit is Gaussian.*'bernoulli' or 'sign', or exploration='indep",

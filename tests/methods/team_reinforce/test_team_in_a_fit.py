@@ -212,7 +212,7 @@ def test_a_run_that_is_resumed_inside_an_epoch_is_the_same_run(settings, tmp_pat
         for seed in (torch.manual_seed, np.random.seed, random.seed):
             seed(5)
         checkpoints = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
-        rule = bpf.TeamReinforce(lateral_lr=0.05, **settings)
+        rule = bpf.TeamReinforce(**({"lateral_lr": 0.05} if "exploration" in settings else {}), **settings)
         options = {**QUIET, "enable_checkpointing": True}
         trainer = pl.Trainer(callbacks=[rule, checkpoints], max_epochs=2, **options)
         trainer.fit(Net(), Batches(), ckpt_path=ckpt_path)
@@ -245,10 +245,10 @@ def test_a_second_fit_goes_on():
     assert all(len(part._forward_hooks) == 1 for part in module.modules() if isinstance(part, nn.Linear))
 
 
-@pytest.mark.parametrize("settings", [{"exploration": "boltzmann"}, {"baseline": "per_layer"}])
+@pytest.mark.parametrize("settings", [{"exploration": "boltzmann", "lateral_lr": 0.1}, {"baseline": "per_layer"}])
 @pytest.mark.parametrize("widths", [(5, 5), (8, 8)])
 def test_a_second_module_starts_afresh_and_leaves_the_first_as_it_is(widths, settings):
-    rule, one, two = bpf.TeamReinforce(lateral_lr=0.1, **settings), problem(lr=0.1), problem(*widths, lr=0.1)
+    rule, one, two = bpf.TeamReinforce(**settings), problem(lr=0.1), problem(*widths, lr=0.1)
     fitted(one, loader(), rule)
     x = torch.randn(3, 6)
     expected = one.net(x)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import PositiveInt, checked
 from lightning_bpfree.core.params import Params
 from lightning_bpfree.methods.evolution_strategy.population.coordinates import Coordinates
 from lightning_bpfree.methods.evolution_strategy.population.noise import Noise, NoiseKind
@@ -63,6 +64,7 @@ class LowRankPopulation(Population):
         B. Sarkar et al., "Evolution Strategies at the Hyperscale", 2025, arXiv 2511.16652.
     """
 
+    @checked
     def __init__(
         self,
         params: Mapping[str, Tensor],
@@ -70,11 +72,10 @@ class LowRankPopulation(Population):
         seed: int,
         std: float,
         *,
-        rank: int,
+        rank: PositiveInt,
         mirrored: bool = True,
         noise: NoiseKind = "table",
     ) -> None:
-        check_rank(rank)
         coordinates = Coordinates(params)
         self.params = coordinates.like
         self.rank, self.std = rank, std
@@ -156,9 +157,3 @@ def _layout(params: Mapping[str, Tensor], rank: int) -> tuple[dict[str, _Part], 
         parts[name] = _Part(start, rows if factored else length, columns, factored)
         start += length
     return parts, start
-
-
-def check_rank(rank: int) -> None:
-    """Raise ValueError for a rank that is no whole number of at least 1."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank={rank!r}: give a whole number of at least 1, or None for noise of full rank.")

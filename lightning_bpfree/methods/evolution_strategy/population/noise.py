@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import PositiveInt, checked
 from lightning_bpfree.core.seeds import mix
 
 NoiseKind = Literal["table", "independent"]
@@ -55,16 +56,16 @@ class Noise:
         Reinforcement Learning", 2017, arXiv 1703.03864 (the table).
     """
 
+    @checked
     def __init__(
         self,
-        dim: int,
-        num: int,
+        dim: PositiveInt,
+        num: PositiveInt,
         seed: int,
         kind: NoiseKind = "table",
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        check_noise(kind)
         self.dim, self.num, self.seed, self.kind, self.dtype = dim, num, seed, kind, dtype
         self.device = torch.device("cpu") if device is None else device
         self._lengths = [min(BLOCK, dim - start) for start in range(0, dim, BLOCK)]
@@ -90,9 +91,3 @@ class Noise:
             index = self._offsets[list(ks), 0].to(self.device)
             return noise_table(self.device).unfold(0, self.dim, 1).index_select(0, index).to(self.dtype)
         return torch.stack([self.row(k) for k in ks])
-
-
-def check_noise(kind: str) -> None:
-    """Raise ValueError if there is no such kind of noise."""
-    if kind not in ("table", "independent"):
-        raise ValueError(f"noise={kind!r}: choose 'table' or 'independent'.")

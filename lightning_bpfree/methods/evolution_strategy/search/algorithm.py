@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -11,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import NonNegativeFloat, PositiveFloat, PositiveFraction, PositiveInt, checked
 from lightning_bpfree.core.params import Params
 from lightning_bpfree.methods.evolution_strategy.population.low_rank_population import LowRankPopulation
 from lightning_bpfree.methods.evolution_strategy.population.noise import NoiseKind
@@ -57,17 +57,21 @@ class SearchAlgorithm(ABC):
     """Whether populations are mirrored unless asked otherwise."""
     vectors: ClassVar[tuple[str, ...]] = ("_std",)
     """Attributes that hold a number for each coordinate, or None."""
-    ranks_fitness: bool = True
-    """Whether only the order of the fitness counts, so that an infinite one is just the worst."""
 
-    def __init__(self, sigma: float, sigma_decay: float = 1.0, sigma_min: float = 0.0) -> None:
-        check_positive("sigma", sigma)
-        if not 0 < sigma_decay <= 1:
-            raise ValueError(f"sigma_decay={sigma_decay!r}: give a factor above 0, up to 1 (no decay).")
-        if not 0 <= sigma_min <= sigma:
-            raise ValueError(f"sigma_min={sigma_min!r}: give a floor from 0 to sigma={sigma!r}.")
+    @checked
+    def __init__(
+        self, sigma: PositiveFloat, sigma_decay: PositiveFraction = 1.0, sigma_min: NonNegativeFloat = 0.0
+    ) -> None:
         self.sigma, self.sigma_decay, self.sigma_min = sigma, sigma_decay, sigma_min
+        self.check()
         self.restart()
+
+    def check(self) -> None:
+        """Raise ValueError for settings that do not go together."""
+        if self.sigma_min > self.sigma:
+            raise ValueError(
+                f"{type(self).__name__}: sigma_min={self.sigma_min!r}: give a floor from 0 to sigma={self.sigma!r}."
+            )
 
     def __repr__(self) -> str:
         names = inspect.signature(type(self)).parameters
@@ -83,6 +87,11 @@ class SearchAlgorithm(ABC):
         self._told = 0
 
     # --- what an algorithm is ---
+
+    @property
+    def ranks_fitness(self) -> bool:
+        """Whether only the order of the fitness counts, so that an infinite one is just the worst."""
+        return True
 
     @abstractmethod
     def weights(self, fitness: Tensor) -> Weights:
@@ -119,6 +128,7 @@ class SearchAlgorithm(ABC):
         """The standard deviation: shape ``(dim,)``, or ``()`` where one number serves all coordinates."""
         return torch.tensor(self.sigma, dtype=torch.float64) if self._std is None else self._std
 
+    @checked
     def ask(
         self,
         params: Mapping[str, Tensor],
@@ -126,7 +136,7 @@ class SearchAlgorithm(ABC):
         seed: int,
         *,
         mirrored: bool | None = None,
-        rank: int | None = None,
+        rank: PositiveInt | None = None,
         masks: Mapping[str, Tensor] | None = None,
         noise: NoiseKind = "table",
     ) -> Population:
@@ -237,9 +247,3 @@ class SearchAlgorithm(ABC):
         """Take back what :meth:`state_dict` returned."""
         self.restart()
         self._std, self._steps, self.layout = state["std"], state["steps"], state["layout"]
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raise ValueError if a number is not positive and finite."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r}: give a positive number.")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_bpfree.methods.evolution_strategy.search.algorithm import SearchAlgorithm, Weights, check_positive
+from lightning_bpfree.core.arguments import NonNegativeFloat, PositiveFloat, PositiveFraction, checked
+from lightning_bpfree.methods.evolution_strategy.search.algorithm import SearchAlgorithm, Weights
 from lightning_bpfree.methods.evolution_strategy.search.fitness_shaping import ranked
 
 
@@ -33,17 +34,15 @@ class DES(SearchAlgorithm):
         R. T. Lange et al., "Discovering Evolution Strategies via Meta-Black-Box Optimization", 2022, arXiv 2211.11260.
     """
 
+    @checked
     def __init__(
         self,
-        sigma: float = 0.1,
-        temperature: float = 12.5,
-        sigma_lr: float = 0.1,
-        sigma_decay: float = 1.0,
-        sigma_min: float = 0.0,
+        sigma: PositiveFloat = 0.1,
+        temperature: PositiveFloat = 12.5,
+        sigma_lr: PositiveFraction = 0.1,
+        sigma_decay: PositiveFraction = 1.0,
+        sigma_min: NonNegativeFloat = 0.0,
     ) -> None:
-        check_positive("temperature", temperature)
-        if not 0 < sigma_lr <= 1:
-            raise ValueError(f"sigma_lr={sigma_lr!r}: give a share above 0, up to 1.")
         self.temperature, self.sigma_lr = temperature, sigma_lr
         super().__init__(sigma, sigma_decay, sigma_min)
 

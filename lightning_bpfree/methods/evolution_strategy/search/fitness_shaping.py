@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import checked
+
 Shaping = Literal["centered_rank", "z_score", "raw"]
 
 
@@ -31,6 +33,7 @@ def ranked(fitness: Tensor, by_rank: Tensor) -> Tensor:
     return (total[last] - total[first]) / (last - first)
 
 
+@checked
 def shaped(fitness: Tensor, shaping: Shaping) -> Tensor:
     """Return fitness on a common scale, shape ``(N,)``; small stays good.
 
@@ -46,16 +49,9 @@ def shaped(fitness: Tensor, shaping: Shaping) -> Tensor:
         >>> shaped(torch.tensor([10.0, 0.0, 2.0]), "centered_rank")
         tensor([ 0.5000, -0.5000,  0.0000], dtype=torch.float64)
     """
-    check_shaping(shaping)
     if shaping == "centered_rank":
         return ranked(fitness, torch.linspace(-0.5, 0.5, len(fitness), dtype=torch.float64, device=fitness.device))
     if shaping == "z_score":
         wide = fitness.double()
         return (wide - wide.mean()) / wide.std(correction=0).clamp_min(torch.finfo(torch.float64).tiny)
     return fitness.double()
-
-
-def check_shaping(shaping: str) -> None:
-    """Raise ValueError if there is no such shaping."""
-    if shaping not in ("centered_rank", "z_score", "raw"):
-        raise ValueError(f"shaping={shaping!r}: choose 'centered_rank', 'z_score' or 'raw'.")

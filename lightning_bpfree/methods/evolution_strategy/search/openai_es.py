@@ -6,8 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import NonNegativeFloat, PositiveFloat, PositiveFraction, checked
 from lightning_bpfree.methods.evolution_strategy.search.algorithm import SearchAlgorithm, Weights
-from lightning_bpfree.methods.evolution_strategy.search.fitness_shaping import Shaping, check_shaping, shaped
+from lightning_bpfree.methods.evolution_strategy.search.fitness_shaping import Shaping, shaped
 
 
 class OpenAIES(SearchAlgorithm):
@@ -41,17 +42,21 @@ class OpenAIES(SearchAlgorithm):
     per_coordinate: ClassVar[bool] = False
     mirrored: ClassVar[bool] = True
 
+    @checked
     def __init__(
         self,
-        sigma: float = 0.05,
+        sigma: PositiveFloat = 0.05,
         shaping: Shaping = "centered_rank",
-        sigma_decay: float = 1.0,
-        sigma_min: float = 0.0,
+        sigma_decay: PositiveFraction = 1.0,
+        sigma_min: NonNegativeFloat = 0.0,
     ) -> None:
-        check_shaping(shaping)
         self.shaping = shaping
         super().__init__(sigma, sigma_decay, sigma_min)
-        self.ranks_fitness = shaping == "centered_rank"
+
+    @property
+    def ranks_fitness(self) -> bool:
+        """Whether the fitness is shaped by ranks."""
+        return self.shaping == "centered_rank"
 
     def weights(self, fitness: Tensor) -> Weights:
         """Return shaped fitness over N."""

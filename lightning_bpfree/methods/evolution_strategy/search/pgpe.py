@@ -7,8 +7,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_bpfree.methods.evolution_strategy.search.algorithm import SearchAlgorithm, Weights, check_positive
-from lightning_bpfree.methods.evolution_strategy.search.fitness_shaping import Shaping, check_shaping, shaped
+from lightning_bpfree.core.arguments import (
+    NonNegativeFloat,
+    OpenFraction,
+    PositiveFloat,
+    PositiveFraction,
+    checked,
+)
+from lightning_bpfree.methods.evolution_strategy.search.algorithm import SearchAlgorithm, Weights
+from lightning_bpfree.methods.evolution_strategy.search.fitness_shaping import Shaping, shaped
 
 
 class PGPE(SearchAlgorithm):
@@ -41,22 +48,23 @@ class PGPE(SearchAlgorithm):
 
     mirrored: ClassVar[bool] = True
 
+    @checked
     def __init__(
         self,
-        sigma: float = 0.05,
+        sigma: PositiveFloat = 0.05,
         shaping: Shaping = "centered_rank",
-        sigma_lr: float = 0.1,
-        max_change: float = 0.2,
-        sigma_decay: float = 1.0,
-        sigma_min: float = 0.0,
+        sigma_lr: PositiveFloat = 0.1,
+        max_change: OpenFraction = 0.2,
+        sigma_decay: PositiveFraction = 1.0,
+        sigma_min: NonNegativeFloat = 0.0,
     ) -> None:
-        check_shaping(shaping)
-        check_positive("sigma_lr", sigma_lr)
-        if not 0 < max_change < 1:
-            raise ValueError(f"max_change={max_change!r}: give a share above 0 and below 1.")
         self.shaping, self.sigma_lr, self.max_change = shaping, sigma_lr, max_change
         super().__init__(sigma, sigma_decay, sigma_min)
-        self.ranks_fitness = shaping == "centered_rank"
+
+    @property
+    def ranks_fitness(self) -> bool:
+        """Whether the fitness is shaped by ranks."""
+        return self.shaping == "centered_rank"
 
     def weights(self, fitness: Tensor) -> Weights:
         """Return shaped fitness over N, and the same less its mean."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
+from lightning_bpfree.core.arguments import checked
 from lightning_bpfree.methods.evolution_strategy.search.algorithm import SearchAlgorithm
 from lightning_bpfree.methods.evolution_strategy.search.des import DES
 from lightning_bpfree.methods.evolution_strategy.search.openai_es import OpenAIES
@@ -11,7 +13,8 @@ from lightning_bpfree.methods.evolution_strategy.search.pgpe import PGPE
 from lightning_bpfree.methods.evolution_strategy.search.sep_cma_es import SepCMAES
 from lightning_bpfree.methods.evolution_strategy.search.snes import SNES
 
-ALGORITHMS: dict[str, Callable[[], SearchAlgorithm]] = {
+Algorithm = Literal["openai_es", "pgpe", "snes", "sep_cma_es", "des"]
+ALGORITHMS: dict[Algorithm, Callable[[], SearchAlgorithm]] = {
     "openai_es": OpenAIES,
     "pgpe": PGPE,
     "snes": SNES,
@@ -20,7 +23,8 @@ ALGORITHMS: dict[str, Callable[[], SearchAlgorithm]] = {
 }
 
 
-def named(algorithm: str | SearchAlgorithm) -> SearchAlgorithm:
+@checked
+def named(algorithm: Algorithm | SearchAlgorithm) -> SearchAlgorithm:
     """Return the algorithm of a name, or the one that is given.
 
     Raises:
@@ -32,7 +36,4 @@ def named(algorithm: str | SearchAlgorithm) -> SearchAlgorithm:
     """
     if isinstance(algorithm, SearchAlgorithm):
         return algorithm
-    if algorithm not in ALGORITHMS:
-        names = ", ".join(map(repr, ALGORITHMS))
-        raise ValueError(f"algorithm={algorithm!r}: choose {names}, or give an object of one of these classes.")
     return ALGORITHMS[algorithm]()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import NonNegativeFloat, PositiveFloat, PositiveFraction, checked
 from lightning_bpfree.methods.evolution_strategy.search.algorithm import SearchAlgorithm, Weights
 from lightning_bpfree.methods.evolution_strategy.search.fitness_shaping import ranked
 
@@ -38,11 +39,14 @@ class SepCMAES(SearchAlgorithm):
 
     vectors: ClassVar[tuple[str, ...]] = ("_std", "_path_sigma", "_path_c")
 
+    @checked
     def __init__(
-        self, sigma: float = 0.05, elite_ratio: float = 0.5, sigma_decay: float = 1.0, sigma_min: float = 0.0
+        self,
+        sigma: PositiveFloat = 0.05,
+        elite_ratio: PositiveFraction = 0.5,
+        sigma_decay: PositiveFraction = 1.0,
+        sigma_min: NonNegativeFloat = 0.0,
     ) -> None:
-        if not 0 < elite_ratio <= 1:
-            raise ValueError(f"elite_ratio={elite_ratio!r}: give a share above 0, up to 1.")
         self.elite_ratio = elite_ratio
         super().__init__(sigma, sigma_decay, sigma_min)
 
@@ -51,7 +55,7 @@ class SepCMAES(SearchAlgorithm):
         super().restart()
         self._path_sigma: Tensor | None = None
         self._path_c: Tensor | None = None
-        self._step_size = self.sigma
+        self._step_size: float | None = None  # sigma
 
     def weights(self, fitness: Tensor) -> Weights:
         """Return logarithmic weights of the elite, for the noise and for its squares."""
@@ -77,7 +81,8 @@ class SepCMAES(SearchAlgorithm):
         c_one, c_mu = _rates(dim, mu_eff)
         chi = math.sqrt(dim) * (1 - 1 / (4 * dim) + 1 / (21 * dim**2))
 
-        root = std / self._step_size  # square root of the covariance
+        step_size = self.sigma if self._step_size is None else self._step_size
+        root = std / step_size  # square root of the covariance
         path_sigma, path_c = (
             torch.zeros_like(std) if p is None else p.to(std) for p in (self._path_sigma, self._path_c)
         )
@@ -90,12 +95,13 @@ class SepCMAES(SearchAlgorithm):
         covariance = kept * root.square() + c_one * path_c.square() + c_mu * root.square() * second
 
         self._path_sigma, self._path_c = path_sigma, path_c
-        self._step_size *= math.exp(c_sigma / damping * (length / chi - 1)) * self.sigma_decay
+        self._step_size = step_size * (math.exp(c_sigma / damping * (length / chi - 1)) * self.sigma_decay)
         return covariance.sqrt() * (self._step_size / self.sigma_decay)  # the base class multiplies by the decay
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned, in tensors and numbers."""
-        paths = {"path_sigma": self._path_sigma, "path_c": self._path_c, "step_size": self._step_size}
+        step_size = self.sigma if self._step_size is None else self._step_size
+        paths = {"path_sigma": self._path_sigma, "path_c": self._path_c, "step_size": step_size}
         return {**super().state_dict(), **paths}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_bpfree.methods.evolution_strategy.search.algorithm import SearchAlgorithm, Weights, check_positive
+from lightning_bpfree.core.arguments import NonNegativeFloat, PositiveFloat, PositiveFraction, checked
+from lightning_bpfree.methods.evolution_strategy.search.algorithm import SearchAlgorithm, Weights
 from lightning_bpfree.methods.evolution_strategy.search.fitness_shaping import ranked
 
 
@@ -42,17 +43,15 @@ class SNES(SearchAlgorithm):
         Strategies", 2011, GECCO.
     """
 
+    @checked
     def __init__(
         self,
-        sigma: float = 0.05,
-        temperature: float | None = None,
-        sigma_lr: float | None = None,
-        sigma_decay: float = 1.0,
-        sigma_min: float = 0.0,
+        sigma: PositiveFloat = 0.05,
+        temperature: PositiveFloat | None = None,
+        sigma_lr: PositiveFloat | None = None,
+        sigma_decay: PositiveFraction = 1.0,
+        sigma_min: NonNegativeFloat = 0.0,
     ) -> None:
-        for name, value in (("temperature", temperature), ("sigma_lr", sigma_lr)):
-            if value is not None:
-                check_positive(name, value)
         self.temperature, self.sigma_lr = temperature, sigma_lr
         super().__init__(sigma, sigma_decay, sigma_min)
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 from torch import nn
+from typing_extensions import Unpack  # torch needs it too
 
-from lightning_bpfree.methods.reversible_recompute.conversion import convert_to_reversible
+from lightning_bpfree.core.arguments import NonNegativeInt, PositiveFloat, PositiveInt, checked
+from lightning_bpfree.methods.reversible_recompute.conversion import Scale, convert_to_reversible
 from lightning_bpfree.methods.reversible_recompute.families.base import Rewire
 from lightning_bpfree.methods.reversible_recompute.layer_stack import ReversibleLayers
 from lightning_bpfree.methods.reversible_recompute.recomputation import Schedule
 from lightning_bpfree.methods.reversible_recompute.sequential import ReversibleSequential
-from lightning_bpfree.methods.reversible_recompute.stream_fusion import Fusion
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from lightning_bpfree.methods.reversible_recompute.stream_fusion import Fusion, FusionOfOneWidth
 
 RobertaHead = Literal["masked_lm", "sequence_classification", "causal_lm"]
 _ROBERTA: dict[RobertaHead, str] = {
@@ -40,12 +39,13 @@ class Recompute(TypedDict, total=False):
     """
 
     schedule: Schedule
-    buffer_every: int | Literal["auto"] | None
-    max_error: float | None
-    check_every: int
-    store_last: int
+    buffer_every: PositiveInt | Literal["auto"] | None
+    max_error: PositiveFloat | None
+    check_every: PositiveInt
+    store_last: NonNegativeInt
 
 
+@checked
 def reversible_vit(config: Any = None, *, fusion: Fusion = "concat", **recompute: Unpack[Recompute]) -> nn.Module:
     """Build a vision transformer for classification with reversible layers: Rev-ViT.
 
@@ -98,7 +98,10 @@ def reversible_vit(config: Any = None, *, fusion: Fusion = "concat", **recompute
     return cast(nn.Module, model)
 
 
-def reversible_swin(config: Any = None, *, fusion: Fusion = "mean", **recompute: Unpack[Recompute]) -> nn.Module:
+@checked
+def reversible_swin(
+    config: Any = None, *, fusion: FusionOfOneWidth = "mean", **recompute: Unpack[Recompute]
+) -> nn.Module:
     """Build a shifted-window transformer for classification with a reversible stack in every stage: Rev-Swin.
 
     Patch merging between stages stays ordinary, so memory grows with the number of stages but not with their depths.
@@ -138,7 +141,10 @@ def reversible_swin(config: Any = None, *, fusion: Fusion = "mean", **recompute:
     return _converted(model, recompute, fusion=fusion)
 
 
-def reversible_hiera(config: Any = None, *, fusion: Fusion = "mean", **recompute: Unpack[Recompute]) -> nn.Module:
+@checked
+def reversible_hiera(
+    config: Any = None, *, fusion: FusionOfOneWidth = "mean", **recompute: Unpack[Recompute]
+) -> nn.Module:
     """Build Hiera for classification with reversible stacks: a multiscale transformer without convolutions.
 
     Layers that pool their queries or widen stay ordinary; a stage of one such layer has no reversible stack.
@@ -177,13 +183,14 @@ def reversible_hiera(config: Any = None, *, fusion: Fusion = "mean", **recompute
     return _converted(model, recompute, fusion=fusion)
 
 
+@checked
 def reversible_roberta(
     config: Any = None,
     *,
     head: RobertaHead = "masked_lm",
     rewire: Rewire = "pre_norm",
-    scale: float | tuple[float, float] | None = None,
-    fusion: Fusion | None = None,
+    scale: Scale | None = None,
+    fusion: FusionOfOneWidth | None = None,
     **recompute: Unpack[Recompute],
 ) -> nn.Module:
     """Build RoBERTa with reversible layers: Rev-RoBERTa.
@@ -225,13 +232,12 @@ def reversible_roberta(
         Y. Liu et al., "RoBERTa: A Robustly Optimized BERT Pretraining Approach", 2019, arXiv 1907.11692.
         T. Zhu, K. Mangalam, "PaReprop: Fast Parallelized Reversible Backpropagation", 2023, arXiv 2306.09342.
     """
-    if head not in _ROBERTA:
-        raise ValueError(f"head={head!r}: choose one of {', '.join(_ROBERTA)}.")
     causal = {"is_decoder": True, "use_cache": False} if head == "causal_lm" else {}
     model = _built(_ROBERTA[head], "RobertaConfig", config, **causal)
     return _converted(model, recompute, rewire=rewire, scale=scale, fusion=fusion)
 
 
+@checked
 def set_schedule(model: nn.Module, schedule: Schedule) -> int:
     """Set how activations come back in all reversible stacks of a model; may be done between two passes.
 
@@ -289,11 +295,6 @@ def _config(kind: Any, config: Any) -> Any:
 
 
 def _converted(model: Any, recompute: Any, **options: Any) -> nn.Module:
-    unknown = [key for key in recompute if key not in Recompute.__annotations__]
-    if unknown:
-        raise TypeError(
-            f"{', '.join(unknown)}: no option of recomputation; there are {', '.join(Recompute.__annotations__)}."
-        )
     # Nothing is trained yet, so no function is lost.
     convert_to_reversible(model, warn=False, **recompute, **options)
     return cast(nn.Module, model)

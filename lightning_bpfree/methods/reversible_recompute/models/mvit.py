@@ -9,6 +9,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import (
+    FractionBelowOne,
+    ImageShape,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveInts,
+    checked,
+)
 from lightning_bpfree.methods.reversible_recompute.coupling import ReversibleBlock
 from lightning_bpfree.methods.reversible_recompute.models.pooling_attention import DropPath, Grid, PoolingAttention
 from lightning_bpfree.methods.reversible_recompute.recomputation import Schedule
@@ -145,28 +154,30 @@ class ReversibleMViT(nn.Module):
         Patches do not overlap here.
     """
 
+    @checked
     def __init__(
         self,
-        in_shape: tuple[int, int, int],
-        num_classes: int,
-        dim: int = 96,
-        depths: Sequence[int] = (1, 1, 10, 1),
-        heads: int = 1,
-        patch: int = 4,
+        in_shape: ImageShape,
+        num_classes: PositiveInt,
+        dim: PositiveInt = 96,
+        depths: PositiveInts = (1, 1, 10, 1),
+        heads: PositiveInt = 1,
+        patch: PositiveInt = 4,
         *,
-        mlp_ratio: float = 4.0,
-        kv_stride: int = 4,
-        dropout: float = 0.0,
-        drop_path: float = 0.0,
+        mlp_ratio: PositiveFloat = 4.0,
+        kv_stride: PositiveInt = 4,
+        dropout: FractionBelowOne = 0.0,
+        drop_path: FractionBelowOne = 0.0,
         fusion: Fusion = "concat_linear",
         last_fusion: Fusion = "concat",
         schedule: Schedule = "sequential",
-        buffer_every: int | None = None,
-        store_last: int = 0,
+        buffer_every: PositiveInt | None = None,
+        store_last: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
-        _check_shapes(in_shape, num_classes, depths, patch)
-        _check_numbers(dim, heads, mlp_ratio, kv_stride, dropout, drop_path)
+        _check_shapes(in_shape, depths, patch)
+        if dim % heads:
+            raise ValueError(f"ReversibleMViT: dim={dim} and heads={heads}: give heads that divide dim.")
         self.in_shape, self.grid = tuple(in_shape), (in_shape[1] // patch, in_shape[2] // patch)
         self.patches = nn.Conv2d(in_shape[0], dim, patch, patch)
         self.positions = nn.Parameter(torch.zeros(1, math.prod(self.grid), dim))
@@ -230,31 +241,16 @@ def _begin(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _check_shapes(in_shape: Sequence[int], num_classes: int, depths: Sequence[int], patch: int) -> None:
-    if len(in_shape) != 3 or min(in_shape) < 1:
-        raise ValueError(f"in_shape={in_shape!r}: give (channels, height, width), each at least 1.")
-    if num_classes < 1:
-        raise ValueError(f"num_classes={num_classes}: give at least 1.")
-    if not depths or min(depths) < 1:
-        raise ValueError(f"depths={depths!r}: give a number of reversible blocks, at least 1, for every stage.")
-    if patch < 1 or in_shape[1] % patch or in_shape[2] % patch:
-        raise ValueError(f"patch={patch}: give a number that divides both sides of in_shape={in_shape!r}.")
+def _check_shapes(in_shape: Sequence[int], depths: Sequence[int], patch: int) -> None:
+    if in_shape[1] % patch or in_shape[2] % patch:
+        raise ValueError(
+            f"ReversibleMViT: patch={patch}: give a number that divides both sides of in_shape={in_shape!r}."
+        )
     side = max(in_shape[1], in_shape[2]) // patch
     most = 1 + (side - 1).bit_length()  # halving beyond one token changes nothing
     if len(depths) > most:
         raise ValueError(
-            f"depths={depths!r} asks for {len(depths)} stages, but patch={patch} leaves {side} tokens on the longer "
-            f"side, which can be halved {most - 1} times: give at most {most} stages, or smaller patches."
+            f"ReversibleMViT: depths={depths!r} asks for {len(depths)} stages, but patch={patch} leaves {side} "
+            f"tokens on the longer side, which can be halved {most - 1} times: give at most "
+            f"{most} stages, or smaller patches."
         )
-
-
-def _check_numbers(dim: int, heads: int, mlp_ratio: float, kv_stride: int, dropout: float, drop_path: float) -> None:
-    if dim < 1 or heads < 1 or dim % heads:
-        raise ValueError(f"dim={dim} and heads={heads}: give numbers of at least 1, the second a divisor of the first.")
-    if not 0 < mlp_ratio < math.inf:
-        raise ValueError(f"mlp_ratio={mlp_ratio}: give a finite number above 0.")
-    if kv_stride < 1:
-        raise ValueError(f"kv_stride={kv_stride}: give a number of tokens of at least 1.")
-    for name, share in (("dropout", dropout), ("drop_path", drop_path)):
-        if not 0 <= share < 1:
-            raise ValueError(f"{name}={share}: give a number in [0, 1).")

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import AtLeastTwo, PositiveInt, checked
 from lightning_bpfree.methods.team_reinforce.units.exploration import Drawn, Exploration
 from lightning_bpfree.methods.team_reinforce.units.stochastic import Bernoulli, StochasticUnit
 
@@ -57,11 +58,8 @@ class Boltzmann(Exploration):
         from the abstract: the sampler, the colours and the baseline are ours).
     """
 
-    def __init__(self, sweeps: int = 4, colors: int = 2, whole_network: bool = False) -> None:
-        if sweeps < 1:
-            raise ValueError(f"sweeps={sweeps}: a Gibbs sampler needs at least one sweep.")
-        if colors < 2:
-            raise ValueError(f"colors={colors}: units of one colour are not connected; give at least 2.")
+    @checked
+    def __init__(self, sweeps: PositiveInt = 4, colors: AtLeastTwo = 2, whole_network: bool = False) -> None:
         self.sweeps, self.colors, self.whole_network = sweeps, colors, whole_network
 
     def groups(self, num_units: int) -> list[slice]:
@@ -158,9 +156,8 @@ class Recurrent(Exploration):
         from the abstract).
     """
 
-    def __init__(self, steps: int = 3) -> None:
-        if steps < 1:
-            raise ValueError(f"steps={steps}: give at least 1, which is the independent draw.")
+    @checked
+    def __init__(self, steps: PositiveInt = 3) -> None:
         self.steps = steps
 
     def draw(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import PositiveFloat, checked
 from lightning_bpfree.core.params import widen
 
 
@@ -29,10 +30,9 @@ class StochasticUnit(nn.Module, ABC):
 
     discrete: ClassVar[bool] = True
 
-    def __init__(self, temperature: float = 1.0) -> None:
+    @checked
+    def __init__(self, temperature: PositiveFloat = 1.0) -> None:
         super().__init__()
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature={temperature!r}: give a positive number; 1 leaves potentials as they are.")
         self.temperature = temperature
 
     def logits(self, potential: Tensor) -> Tensor:
@@ -111,14 +111,22 @@ class Bernoulli(StochasticUnit):
         1992.
     """
 
-    def __init__(self, values: Literal["zero_one", "plus_minus_one"] = "zero_one", temperature: float = 1.0) -> None:
+    @checked
+    def __init__(
+        self, values: Literal["zero_one", "plus_minus_one"] = "zero_one", temperature: PositiveFloat = 1.0
+    ) -> None:
         super().__init__(temperature)
-        if values not in ("zero_one", "plus_minus_one"):
-            raise ValueError(f"values={values!r}: choose 'zero_one' or 'plus_minus_one'.")
         self.values = values
-        self.step = 1.0 if values == "zero_one" else 2.0
+
+    @property
+    def step(self) -> float:
         """Distance between the two values."""
-        self.low = 0.0 if values == "zero_one" else -1.0
+        return 1.0 if self.values == "zero_one" else 2.0
+
+    @property
+    def low(self) -> float:
+        """The lower value."""
+        return 0.0 if self.values == "zero_one" else -1.0
 
     @property
     def scale(self) -> float:
@@ -195,17 +203,14 @@ class Gaussian(StochasticUnit):
 
     discrete: ClassVar[bool] = False
 
+    @checked
     def __init__(
         self,
-        variance: float = 0.3,
+        variance: PositiveFloat = 0.3,
         mean: Literal["softplus", "relu", "tanh", "linear"] = "softplus",
-        temperature: float = 1.0,
+        temperature: PositiveFloat = 1.0,
     ) -> None:
         super().__init__(temperature)
-        if not 0 < variance < float("inf"):
-            raise ValueError(f"variance={variance!r}: give a positive number.")
-        if mean not in _MEANS:
-            raise ValueError(f"mean={mean!r}: choose one of {', '.join(map(repr, _MEANS))}.")
         self.variance, self.mean_function = variance, mean  # the name alone, so that units can be pickled
 
     def mean(self, potential: Tensor) -> Tensor:
@@ -283,15 +288,6 @@ UNITS: dict[str, Callable[[], StochasticUnit]] = {
 }
 
 
-def unit_named(unit: str | StochasticUnit, argument: str, names: tuple[str, ...]) -> StochasticUnit:
-    """Return the unit of that name with default settings, or the unit itself.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    if isinstance(unit, StochasticUnit):
-        return unit
-    if unit not in names:
-        listed = ", ".join(map(repr, names))
-        raise ValueError(f"{argument}={unit!r}: choose one of {listed}, or pass a unit such as Bernoulli().")
-    return UNITS[unit]()
+def unit_named(unit: str | StochasticUnit) -> StochasticUnit:
+    """Return the unit of that name with default settings, or the unit itself."""
+    return unit if isinstance(unit, StochasticUnit) else UNITS[unit]()

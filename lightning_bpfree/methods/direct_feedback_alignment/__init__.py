@@ -1,0 +1,1 @@
+"""Direct feedback alignment: fixed random matrices bring the error at the output to every block."""

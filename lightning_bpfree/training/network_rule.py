@@ -1,0 +1,291 @@
+"""The base of rules that work inside a network: on its blocks, or in the place of its forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
+from lightning_bpfree.core.blocks import Blocks, Cut, cut, find_network
+from lightning_bpfree.core.forward_ad import compiled_parts
+from lightning_bpfree.core.forward_override import ForwardOverride, override_of, removed
+from lightning_bpfree.core.learning_rates import BlockRates
+from lightning_bpfree.core.params import ParameterSlots
+from lightning_bpfree.training.training_rule import TrainingRule
+
+
+class LearningRateFactors(Protocol):
+    """Factors on what a step of the optimizer changes, such as :class:`BlockRates`."""
+
+    def attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Listen to the steps of ``optimizers``, and to no others."""
+
+    def detach(self) -> None:
+        """Stop listening."""
+
+
+class NetworkRule(TrainingRule):
+    """Base of rules that cut a network into blocks, or compute in the place of its forward pass.
+
+    A subclass sets :attr:`network` and :attr:`blocks`, implements :meth:`estimate`, and overrides what it needs of:
+
+    - :meth:`find_parts` cuts the network, and refuses what the rule cannot work on.
+    - :meth:`override` returns what computes in the place of ``network.forward``, during the fit and after it.
+    - :meth:`auxiliary` names the modules that the rule trains beside the user's.
+    - :meth:`learning_rate_factors` returns factors on the learning rate of parts; by default :attr:`learning_rates`.
+    - :meth:`start_over` drops what was learned beside another network.
+    - :meth:`on_turn` is called at the start of each of the rule's epochs, and when a fit is resumed inside one.
+
+    The base does the rest: it finds the network and cuts it before the first batch (:meth:`install`), gives the forward
+    pass back in epochs that are not the rule's and takes it again in those that are, predicts as trained in
+    ``validate``, ``test`` and ``predict``, lets auxiliary modules step with the user's optimizer, saves them with the
+    checkpoint, applies learning rates of blocks, refuses compiled modules, and lets go of the network after the fit.
+
+    Args:
+        **settings: see :class:`TrainingRule`.
+
+    Examples:
+        >>> from lightning_bpfree.core.block_hooks import leaving
+        >>> from lightning_bpfree.core.step import Estimate
+        >>> class NoisyFirstBlock(NetworkRule):
+        ...     blocks = 1
+        ...
+        ...     def estimate(self, step):
+        ...         with leaving({0: self.parts.blocks[0].modules[-1]}, lambda _, z: z + torch.randn_like(z)):
+        ...             return Estimate(step.loss())
+        >>> rule = NoisyFirstBlock()
+        >>> rule.install(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))))
+        >>> [block.name for block in rule.parts.blocks]
+        ['0..1']
+    """
+
+    network: str | None = None
+    """Name of the submodule that maps inputs to outputs; see :func:`lightning_bpfree.core.blocks.find_network`."""
+    blocks: Blocks | None = None
+    """How to cut it, see :func:`lightning_bpfree.core.blocks.cut`; None for rules that find parts of another kind."""
+    learning_rates: Any = None
+    """Factors on the optimizer's learning rate, one for each block; None for 1."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._found: nn.Module | None = None  # the network
+        self._made_of: Any = None
+        self._parts: Any = None
+        self._override: ForwardOverride | None = None
+        self._factors: LearningRateFactors | None = None
+        self._loaded = False  # state of a checkpoint waits for its network
+
+    # --- what a rule says of itself ---
+
+    def find_parts(self, name: str, network: nn.Module) -> Any:
+        """Return the parts of the network that the rule works on; by default its blocks, a :class:`Cut`.
+
+        Args:
+            name: of the network within the module.
+            network: the network.
+
+        Raises:
+            ValueError: if the rule cannot work on this network; nothing has changed then.
+        """
+        parts = cut(network, 1 if self.blocks is None else self.blocks)
+        rates = self.learning_rates
+        if rates is not None and len(rates) != len(parts.blocks):
+            raise ValueError(
+                f"learning_rates={list(rates)}: give one factor for each of the {len(parts.blocks)} blocks "
+                f"({', '.join(block.name for block in parts.blocks)})."
+            )
+        return parts
+
+    def made_of(self) -> Any:
+        """Return the settings that parts and override follow from: where they have changed, both are made anew."""
+        return self.blocks
+
+    def override(self, network: nn.Module, parts: Any) -> ForwardOverride | None:
+        """Return what computes in the place of the network's forward pass; None leaves it alone.
+
+        Args:
+            network: the network.
+            parts: what :meth:`find_parts` has returned.
+        """
+        return None
+
+    def auxiliary(self) -> Mapping[str, AuxiliaryModules]:
+        """Return the modules that the rule trains beside the user's, by the names under which they are saved."""
+        return {}
+
+    def learning_rate_factors(self) -> LearningRateFactors | None:
+        """Return factors on the learning rate for the parts of the network; called once before the first batch."""
+        if self.learning_rates is None:
+            return None
+        return BlockRates([(b.parameters, f) for b, f in zip(self.parts.blocks, self.learning_rates, strict=True)])
+
+    def start_over(self) -> None:
+        """Drop what was learned beside another network, unless a checkpoint has brought it for this one."""
+
+    def on_turn(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Prepare an epoch of the rule's; called after the network has been taken."""
+
+    # --- the network ---
+
+    @property
+    def parts(self) -> Cut:
+        """Blocks and rest of the network, once the rule has been installed."""
+        assert self._parts is not None, "the rule has not seen its network yet"
+        parts: Cut = self._parts
+        return parts
+
+    @property
+    def found_network(self) -> nn.Module:
+        """The network, once the rule has been installed."""
+        assert self._found is not None, "the rule has not seen its network yet"
+        return self._found
+
+    @property
+    def replaces_forward(self) -> bool:
+        """Whether the rule computes in the place of the network's forward pass."""
+        return type(self).override is not NetworkRule.override
+
+    def install(self, module: nn.Module) -> None:
+        """Find the network in ``module``, and let it compute as during the fit if the rule replaces its forward pass.
+
+        Call it for weights that such a rule has trained and that are used without it: after loading a checkpoint, call
+        ``load_state_dict(checkpoint["callbacks"][rule.state_key])`` if the rule has modules of its own, and then this.
+
+        Args:
+            module: the LightningModule, or a module that holds the network under the same name.
+        """
+        name, network = find_network(module, self.network)
+        self.resolve()  # attributes may have been set
+        another = self._found is not network
+        if another or self._made_of != self.made_of():
+            parts, self._made_of = self.find_parts(name, network), self.made_of()
+            self.uninstall(module)
+            if another and self._found is not None and not self._loaded:
+                self.start_over()
+            self._found = None  # until everything has succeeded
+            made = self.override(network, parts)
+            self._found, self._parts, self._override, self._loaded = network, parts, made, False
+            if made is not None:
+                made.set_rule(type(self).__name__)
+        if self._override is not None:
+            self._override.install()
+
+    def uninstall(self, module: nn.Module | None = None) -> None:
+        """Give the network's own forward pass back.
+
+        Args:
+            module: whose network, such as a copy of the one in training; None for the last one that was installed.
+        """
+        found = self._override
+        if module is not None and self.replaces_forward:
+            found = override_of(find_network(module, self.network)[1])
+        if found is not None and found.rule == type(self).__name__:
+            found.remove()
+
+    def without(self) -> AbstractContextManager[None]:
+        """Return a context in which the network computes as it does without the rule."""
+        return removed(self._override)
+
+    def never_called(self) -> MisconfigurationException:
+        """Return the error for a training step that has not called the network."""
+        return MisconfigurationException(
+            f"{type(self).__name__}: the training step never called {self.network or 'its network'}: name the "
+            "submodule that maps inputs to scores, network=...."
+        )
+
+    # --- one fit ---
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Replace the training step, of modules that the rule can look into."""
+        super().setup(trainer, pl_module, stage)
+        compiled = compiled_parts(pl_module) if stage == "fit" else []
+        if compiled:
+            raise MisconfigurationException(
+                f"{type(self).__name__} works inside the network while it runs, which torch.compile does not allow: "
+                f"{', '.join(compiled)} is compiled. Train the module as it was before torch.compile."
+            )
+
+    def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
+        """Cut the network, and take its forward pass if the first epoch is the rule's."""
+        self.install(module)
+        self._factors = self.learning_rate_factors()
+        if not self.active(trainer.current_epoch):
+            self.uninstall()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take one's turn: a fit that is resumed inside an epoch starts none."""
+        self._take_turn(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note whose epoch this is, and take one's turn."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._take_turn(trainer, pl_module)
+
+    def _take_turn(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        active = self.active(trainer.current_epoch)
+        if self._factors is not None:
+            self._factors.attach(trainer.optimizers if active else [])
+        if not active:
+            self.uninstall(pl_module)
+            return
+        self.install(pl_module)
+        self.on_turn(trainer, pl_module)
+
+    def predict_as_trained(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Let the network compute as it was trained; called when an evaluation starts."""
+        if trainer.state.fn == TrainerFn.FITTING or not self.replaces_forward:
+            return
+        self.install(module) if self.record.trained_last(self.active(0)) else self.uninstall(module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Predict as trained."""
+        self.predict_as_trained(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Predict as trained."""
+        self.predict_as_trained(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Predict as trained."""
+        self.predict_as_trained(trainer, pl_module)
+
+    def on_batch_settled(self, succeeded: bool) -> None:
+        """Keep what auxiliary modules have learned from the batch, or drop it."""
+        for own in self.auxiliary().values():
+            own.settle(succeeded)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Let auxiliary modules take their steps too."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        mean = partial(trainer.strategy.reduce, reduce_op="mean")
+        for own in self.auxiliary().values():
+            own.step(mean if trainer.world_size > 1 else None)
+
+    def _restore(self) -> None:
+        super()._restore()
+        if self._factors is not None:
+            self._factors.detach()
+        self._factors = None
+        if not self.replaces_forward and not self.auxiliary():  # else the network goes on needing the rule
+            self._found = self._parts = None
+
+    # --- checkpoints ---
+
+    def rule_state(self) -> dict[str, Any]:
+        """Return the auxiliary modules, and the states of their optimizers."""
+        return {name: own.state_dict() for name, own in self.auxiliary().items()}
+
+    def load_rule_state(self, state: dict[str, Any]) -> None:
+        """Take the auxiliary modules back."""
+        self._loaded = True
+        for name, own in self.auxiliary().items():
+            if state.get(name) is not None:
+                own.load_state_dict(state[name])
