@@ -23,6 +23,7 @@ _INTERNAL = frozenset(
     {
         "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_trainer", "_fabric", "_hparams_initial",
         "_metric_attributes", "_param_requires_grad_state", "_device_mesh", "_compiler_ctx", "_flat_weights",
+        "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
     }
 )  # fmt: skip
 HOOKS = (
