@@ -42,7 +42,7 @@ class ChangeSettings:
         sparsity: weight of the size of the change in free numbers (L1; of boards and tokens, positions changed), >= 0.
         steps: of Adam, >= 1.
         lr: its learning rate, which falls to 0 along a cosine.
-        sparsify: whether the smallest changes are undone in the end, as long as the target stays reached.
+        sparsify: whether the smallest changes are undone in the end, as many as leave the target reached.
         stop_when_reached: end a sample's search at the target; cheaper, and farther from the smallest change.
 
     Raises:
@@ -225,11 +225,10 @@ class _Search:
         steps = 0
         for step in range(self.settings.steps + 1):
             seen = self.look(x, free, reference)
-            reached = self.reached(seen.logit) & seen.legal
-            best.offer(free, reached, seen.size.detach(), self.sign * seen.logit.detach())
+            cost = self.cost(seen.logit, seen.size, multiplier)
+            best.offer(free, *self.standing(seen, cost.detach()))
             if step == self.settings.steps or (self.settings.stop_when_reached and bool(best.reached.all())):
                 break
-            cost = self.cost(seen.logit, seen.size, multiplier)
             (free.grad,) = torch.autograd.grad(cost.sum(), [free])  # a sum: samples do not interact
             if self.settings.stop_when_reached:
                 free.grad[best.reached] = 0.0
@@ -241,8 +240,16 @@ class _Search:
             with torch.no_grad():
                 self.parameterization.project(x, free)
             steps += 1
-        free = self.sparser(x, best.free) if self.settings.sparsify else best.free
-        return (self.shorter(x, free) if self.parameterization.continuous else free), steps
+        found = self.sparser(x, best.free) if self.settings.sparsify else best.free
+        shortens = self.parameterization.continuous and self.settings.loss == "smallest"
+        return (self.shorter(x, found) if shortens else found), steps
+
+    def standing(self, seen: _Seen, cost: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which samples have what is asked for, and the value by which they are compared among themselves."""
+        if self.settings.loss == "bce":
+            return seen.legal, cost
+        reached = self.reached(seen.logit) & seen.legal
+        return reached, torch.where(reached, seen.size.detach(), -self.sign * seen.logit.detach())
 
     def look(self, x: Tensor, free: Tensor, reference: Tensor) -> _Seen:
         """Return logit, cost and penalties of every sample."""
@@ -362,22 +369,18 @@ class _Search:
 
 
 class _Best:
-    """The best free numbers of every sample so far."""
+    """The best free numbers of every sample so far: of those that reach the target, else of all, the lowest value."""
 
     def __init__(self, free: Tensor) -> None:
         self.free = free.detach().clone()
         self.reached = torch.zeros(len(free), dtype=torch.bool, device=free.device)
-        self.size = torch.full((len(free),), torch.inf, device=free.device, dtype=free.dtype)
-        self.height = torch.full((len(free),), -torch.inf, device=free.device, dtype=free.dtype)
+        self.value = torch.full((len(free),), torch.inf, device=free.device, dtype=torch.float64)
 
-    def offer(self, free: Tensor, reached: Tensor, size: Tensor, height: Tensor) -> None:
-        """Keep what reaches the target at a smaller size; before any does, what is higher."""
-        smaller = reached & (~self.reached | (size < self.size))
-        higher = ~self.reached & ~reached & (height > self.height)
-        better = smaller | higher
+    def offer(self, free: Tensor, reached: Tensor, value: Tensor) -> None:
+        """Keep what reaches the target where nothing did so far, or has a lower value at the same standing."""
+        better = (reached & ~self.reached) | ((reached == self.reached) & (value < self.value))
         self.free = torch.where(_per_sample(better, free), free.detach(), self.free)
-        self.size = torch.where(better, size.to(self.size), self.size)
-        self.height = torch.where(better, height.to(self.height), self.height)
+        self.value = torch.where(better, value.double(), self.value)
         self.reached = self.reached | reached
 
 
