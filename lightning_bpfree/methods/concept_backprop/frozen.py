@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -43,6 +43,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
         parts: list[Recoverable] = [streams, attributes, Metrics(module)]
         for part in parts:
             stack.callback(part.load, part.save())
+        stack.callback(_set_modes, [(part, part.training) for part in module.modules()])
         buffers = Buffers(module)
         buffers.remember()
         stack.enter_context(buffers.copies())
@@ -51,6 +52,11 @@ def frozen(module: nn.Module) -> Iterator[None]:
         stack.enter_context(whole_graph())
         module.eval()
         yield
+
+
+def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
+    for part, training in modes:  # metrics too, whose other attributes are put back by their states
+        part.training = training
 
 
 @contextlib.contextmanager
