@@ -37,7 +37,9 @@ def test_the_smallest_change_of_a_linear_network_is_the_closed_form(distance):
     gap = math.log(9) - probe.logit(x)
     least = gap / (probe.weight.norm() if distance == "l2" else probe.weight.abs().max())
     assert change.reached.all()
-    assert (change.distance[distance] >= least * (1 - 1e-5)).all()  # no change can be smaller; 1e-6 of slack in the logit
+    assert (
+        change.distance[distance] >= least * (1 - 1e-5)
+    ).all()  # no change can be smaller; 1e-6 of slack in the logit
     assert float((change.distance[distance] / least).mean()) < 1.05  # a search of 200 steps
     if distance == "l2":
         cosines = torch.nn.functional.cosine_similarity(change.delta, probe.weight[None])
@@ -77,7 +79,9 @@ def test_samples_of_a_batch_do_not_meet(loss):
     settings = ChangeSettings(loss=loss, steps=30, sparsify=True)
     together = change_concept(net, x, probe, settings)
     alone = [change_concept(net, row[None], probe, settings).changed for row in x]
-    torch.testing.assert_close(together.changed, torch.cat(alone), rtol=1e-10, atol=1e-12)  # matrix products of 5 and 1 rows
+    torch.testing.assert_close(
+        together.changed, torch.cat(alone), rtol=1e-10, atol=1e-12
+    )  # matrix products of 5 and 1 rows
 
 
 def test_what_shows_the_concept_already_is_left_alone():
@@ -93,7 +97,9 @@ def test_lowering_is_raising_of_the_opposite():
     down = change_concept(net, x, probe, ChangeSettings("lower", 0.1))
     opposite = probe_of(-probe.weight, 1.0)
     up = change_concept(net, x, opposite, ChangeSettings("raise", 0.9))
-    torch.testing.assert_close(down.changed, up.changed, rtol=1e-6, atol=1e-6)  # log(9) and -log(1/9) differ in the last bits
+    torch.testing.assert_close(
+        down.changed, up.changed, rtol=1e-6, atol=1e-6
+    )  # log(9) and -log(1/9) differ in the last bits
     assert down.reached.all()
 
 
@@ -196,7 +202,9 @@ def test_straight_through_choices_are_near_the_brute_force_optimum():
     least = [fewest(board, probe, net, 0.9) for board in found]
     reachable = torch.tensor([n is not None for n in least])
     assert (change.reached == reachable).float().mean() >= 0.95
-    extra = [float(change.distance["l0"][i]) / 2 - n for i, n in enumerate(least) if n is not None and change.reached[i]]
+    extra = [
+        float(change.distance["l0"][i]) / 2 - n for i, n in enumerate(least) if n is not None and change.reached[i]
+    ]
     assert sum(extra) / len(extra) < 0.25  # squares; a relaxation need not find the fewest
 
 
@@ -204,9 +212,7 @@ def test_rules_of_a_board_are_never_broken():
     found, probe, net = boards()
     allowed = torch.ones(3, 2, 2, dtype=torch.bool)
     allowed[2, 0] = False  # no new piece of the third kind in the first row
-    change = change_concept(
-        net, found, probe, ChangeSettings(sparsity=0.1), parameterization=CategoryChange(allowed)
-    )
+    change = change_concept(net, found, probe, ChangeSettings(sparsity=0.1), parameterization=CategoryChange(allowed))
     new = change.changed.bool() & ~found.bool()
     assert not new[:, 2, 0].any()
 

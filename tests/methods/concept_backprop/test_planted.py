@@ -69,7 +69,9 @@ def test_orthogonal_concepts_are_not_entangled_and_copies_are():
     matrix = analysis.analyze(nn.Sequential(nn.Identity()), [(x, x)]).entanglement
     assert abs(matrix["axis0"]["axis1"]) < 0.05
     assert abs(matrix["axis1"]["axis0"]) < 0.05
-    assert matrix["axis0"]["axis3"] == pytest.approx(matrix["axis0"]["axis0"], abs=1e-3)  # probes of equal features are equal
+    assert matrix["axis0"]["axis3"] == pytest.approx(
+        matrix["axis0"]["axis0"], abs=1e-3
+    )  # probes of equal features are equal
 
 
 def test_the_effect_of_a_linear_head_is_the_correlation():

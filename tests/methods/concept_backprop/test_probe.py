@@ -65,7 +65,10 @@ def test_scores_do_not_see_the_units_of_features():
     plain, scaled = fit_probe(x, labels), fit_probe(x * scale + shift, labels)
     assert plain.score == scaled.score
     torch.testing.assert_close(
-        plain.probe.logit(x), scaled.probe.logit(x * scale + shift), rtol=1e-4, atol=1e-4  # both stop at 1e-7
+        plain.probe.logit(x),
+        scaled.probe.logit(x * scale + shift),
+        rtol=1e-4,
+        atol=1e-4,  # both stop at 1e-7
     )
 
 
