@@ -58,8 +58,8 @@ class NextByteDataModule(LightningDataModule):
         sequence_length: T, at least 1.
         batch_size: Windows a batch, at least 1.
         max_sequences: At most so many windows of each split, from all over its text; None: all.
-        quoted: Whether to take only windows with a double quotation mark that begin outside of a quotation, eight to the
-            length of one: the samples of a concept that is rare in the text.
+        quoted: Whether to take only windows with a double quotation mark that begin outside of a quotation, eight to
+            the length of one: the samples of a concept that is rare in the text.
 
     Attributes:
         vocab_size: 128.
