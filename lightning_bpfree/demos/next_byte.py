@@ -16,7 +16,7 @@ from lightning_bpfree.demos.in_memory import BatchDataset, pass_through
 from lightning_bpfree.demos.nets import check_at_least
 from lightning_bpfree.demos.text import MODULES, read_docstrings, split_of
 
-__all__ = ["ByteGRU", "NextByteDataModule"]
+__all__ = ["ByteGRU", "NextByteDataModule", "QuotedWindows"]
 
 _ASCII = 128
 
@@ -145,3 +145,26 @@ class NextByteDataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader[Any]:
         """Test batches in a fixed order."""
         return self._loader("test")
+
+
+class QuotedWindows(DataLoader[Any]):
+    """All windows with double quotation marks that begin outside of a quotation, in a fixed order.
+
+    Batches are those of :class:`NextByteDataModule` with `quoted`, of all its splits together.
+
+    Args:
+        sequence_length: T, at least 1.
+        batch_size: Windows a batch, at least 1.
+
+    Example:
+        >>> tokens, _ = next(iter(QuotedWindows(sequence_length=16, batch_size=4)))
+        >>> bool((tokens == ord('"')).any(1).all())
+        True
+    """
+
+    def __init__(self, sequence_length: int = 48, batch_size: int = 256) -> None:
+        data = NextByteDataModule(sequence_length, batch_size, quoted=True)
+        data.setup()
+        parts = [data.dataset(split).tensors for split in ("train", "val", "test")]
+        tensors = [torch.cat(column) for column in zip(*parts, strict=True)]
+        super().__init__(BatchDataset(*tensors), batch_size=batch_size, collate_fn=pass_through)

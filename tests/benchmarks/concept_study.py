@@ -38,8 +38,8 @@ from lightning_bpfree.methods.concept_backprop.report import candidates
 from lightning_bpfree.methods.concept_backprop.sensitivity import concept_sensitivity, tcav
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "methods/concept_backprop"))
-from planted import CONCEPTS as PLANTED  # noqa: E402
-from planted import planted  # noqa: E402
+from planted import CONCEPTS as PLANTED
+from planted import planted
 
 SEEDS = (0, 1, 2)
 UP = bpf.ChangeSettings(target=0.9)
@@ -127,7 +127,7 @@ def image_task(name, seed):
     else:
         data = FashionMNISTDataModule(batch_size=64, download=False, train_size=6000, seed=seed)
         net, concept, epochs, size = SmallCNN((1, 28, 28), [8, 16, 16]), label.long_sleeves, 3, (1, 28, 28)
-        judge, grid, latent = MLP(784, [64, 64], 2), 7, 24
+        judge, grid, latent = MLP(784, [64, 64], 2), 7, 16
     data.prepare_data()
     data.setup()
     return data, net, concept, epochs, size, judge, grid, latent
@@ -154,53 +154,67 @@ def run_images(seed, name):
     module = Classifier(net, optimizer="adam", lr=2e-3)
     fit(module, data, epochs)
     x, y = data.dataset("val").tensors  # not trained on
-    x, y = x[:3000], y[:3000]
+    x, y = x[:1500], y[:1500]
     train_x, train_y = data.dataset("train").tensors
     see = concept_judge(judge, train_x, torch.as_tensor(truth(train_x, train_y)).double(), seed)
     low, high = float(train_x.min()), float(train_x.max())
     concept = bpf.Concept(truth.__name__, truth)
-    layers = [n for n, part in net.named_modules() if isinstance(part, nn.ReLU)] + ["head"]
-    layers = [f"net.{n}" for n in layers]
+    layers = [*[f"net.{n}" for n, part in net.named_modules() if isinstance(part, nn.ReLU)][-2:], "net.head"]
     samples = collect_activations(module, [(x, y)], layers, [concept], pool="flatten")
-    found = detect_concepts(samples, [concept], bpf.ProbeSettings(strength=0.03))
-    felt = {n: concept_sensitivity(module, x[:256], found[concept.name, n], features=samples.features[n]) for n in layers}
+    found = detect_concepts(samples, [concept], bpf.ProbeSettings(strength=0.3))
+    loose = detect_concepts(samples, [concept], bpf.ProbeSettings(strength=0.01))
+    felt = {
+        n: concept_sensitivity(module, x[:256], found[concept.name, n], features=samples.features[n]) for n in layers
+    }
     scores = {n: found[concept.name, n].score for n in layers}
     layer = max(scores, key=scores.get)
     probe = found[concept.name, layer].probe
     known = ~samples.labels[concept.name].isnan()
     rows = candidates(probe, samples.features[layer], UP, len(x))
     absent = (probe.score(samples.features[layer]) < 0.1) & known & (samples.labels[concept.name] == 0)
-    chosen = x[rows[absent[rows]][:128]]
+    chosen = x[rows[absent[rows]][:96]]
     other = Autoencoder(size, latent=latent, epochs=60 if name == "digits" else 20, seed=seed + 500)
     other.fit(train_x)  # the judge; the one that changes images is another
     usual = float((other(x) - x).square().flatten(1).mean(1).median().detach())
     making = Autoencoder(size, latent=latent, epochs=60 if name == "digits" else 20, seed=seed)
     making.fit(train_x)
+    plain, smooth = bpf.AdditiveChange(low, high), bpf.GridChange(grid, low, high)
+    decoded, weak = bpf.LatentChange(making, low, high), loose[concept.name, layer].probe
     ways = {
-        "additive": bpf.AdditiveChange(low, high),
-        "grid": bpf.GridChange(grid, low, high),
-        "latent": bpf.LatentChange(making, low, high),
+        "additive, 0.9": (plain, probe, 0.9),
+        "additive, 0.99": (plain, probe, 0.99),
+        "grid, 0.9": (smooth, probe, 0.9),
+        "grid, 0.99": (smooth, probe, 0.99),
+        "latent, 0.9": (decoded, probe, 0.9),
+        "latent, 0.99": (decoded, probe, 0.99),
+        "latent, 0.99, weak penalty": (decoded, weak, 0.99),
     }
     real = x[known & (samples.labels[concept.name] == 1)]
     result = {
         "layer": layer,
         "scores": scores,
+        "weak_penalty_score": loose[concept.name, layer].score,
         "controls": {n: found[concept.name, n].control for n in layers},
         "effects": {n: felt[n].effect for n in layers},
         "ratios": {n: felt[n].ratio for n in layers},
-        "judge_on_real": {"with": float((see(real) > 0.5).float().mean()), "without": float((see(chosen) > 0.5).float().mean())},
+        "judge_on_real": {
+            "with": float((see(real) > 0.5).float().mean()),
+            "without": float((see(chosen) > 0.5).float().mean()),
+        },
         "ways": {},
         "pictures": {"before": listed(chosen[:6])},
         "size": size,
     }
-    for way, parameterization in ways.items():
-        settings = bpf.ChangeSettings(target=0.9, steps=200, lr=0.05)
+    for way, (parameterization, by, target) in ways.items():
+        settings = bpf.ChangeSettings(target=target, steps=200, lr=0.05)
         start = time.perf_counter()
-        change = change_concept(module, chosen, probe, settings, parameterization=parameterization)
+        change = change_concept(module, chosen, by, settings, parameterization=parameterization)
         seconds = time.perf_counter() - start
         error = (other(change.changed) - change.changed).square().flatten(1).mean(1).median().detach()
         targets = torch.zeros(len(chosen), dtype=torch.int64)  # a top: the rule looks at the picture
-        row = summary(change, seconds=seconds, true_by_rule=float(torch.as_tensor(truth(change.changed, targets)).float().mean()))
+        row = summary(
+            change, seconds=seconds, true_by_rule=float(torch.as_tensor(truth(change.changed, targets)).float().mean())
+        )
         row["seen_by_judge"] = float((see(change.changed) > 0.5).float().mean())
         row["autoencoder_error_ratio"] = float(error) / usual
         row["same_class"] = float((change.outputs_before.argmax(1) == change.outputs_after.argmax(1)).float().mean())
@@ -226,8 +240,12 @@ def run_table(seed):
         for n in ("mean radius", "mean texture", "mean smoothness", "fractal dimension error")
     ]
     analysis = bpf.ConceptBackprop(
-        concepts, ["net.layers.1", "net.layers.3"], change=bpf.ChangeSettings(target=0.9, distance="l2"), max_samples=None,
-        change_layer="net.layers.1", pictures=False,
+        concepts,
+        ["net.layers.1", "net.layers.3"],
+        change=bpf.ChangeSettings(target=0.9, distance="l2"),
+        max_samples=None,
+        change_layer="net.layers.1",
+        pictures=False,
     )
     report = analysis.analyze(module, [(x, y)])
     changes = {}
@@ -251,7 +269,11 @@ def run_board(seed):
     accuracy = trainer.test(module, datamodule=data, verbose=False)[0]["test_acc"]
     x = torch.cat([data.dataset(split).tensors[0] for split in ("val", "test")])
     y = torch.cat([data.dataset(split).tensors[1] for split in ("val", "test")])
-    truths = {"win in one": tictactoe.win_in_one, "must defend": tictactoe.must_defend, "center is mine": tictactoe.center_is_mine}
+    truths = {
+        "win in one": tictactoe.win_in_one,
+        "must defend": tictactoe.must_defend,
+        "center is mine": tictactoe.center_is_mine,
+    }
     concepts = [bpf.Concept(n, f) for n, f in truths.items()]
     layers = ["net.layers.1", "net.layers.3"]
     samples = collect_activations(module, [(x, y)], layers, concepts)
@@ -259,18 +281,33 @@ def run_board(seed):
     scores = {}
     for (concept, layer), detection in found.items():
         felt = concept_sensitivity(module, x[:256], detection, features=samples.features[layer])
-        scores.setdefault(concept, {})[layer] = {"score": detection.score, "control": detection.control, "ratio": felt.ratio}
+        scores.setdefault(concept, {})[layer] = {
+            "score": detection.score,
+            "control": detection.control,
+            "ratio": felt.ratio,
+        }
     probe = found["win in one", "net.layers.1"].probe
     rows = candidates(probe, samples.features["net.layers.1"], UP, len(x))
     chosen = x[rows]
     chosen = chosen[(probe.score(samples.features["net.layers.1"][rows]) < 0.1) & ~tictactoe.win_in_one(chosen)][:128]
-    result = {"accuracy": accuracy, "scores": scores, "ways": {}, "pictures": {"before": chosen[:6].argmax(1).flatten(1).tolist()}}
+    result = {
+        "accuracy": accuracy,
+        "scores": scores,
+        "ways": {},
+        "pictures": {"before": chosen[:6].argmax(1).flatten(1).tolist()},
+    }
     ways = {
-        "greedy": lambda: flip_concept(module, chosen, probe, lambda b: single_changes(b, tictactoe.legal), UP, max_flips=6),
+        "greedy": lambda: flip_concept(
+            module, chosen, probe, lambda b: single_changes(b, tictactoe.legal), UP, max_flips=6
+        ),
         "greedy, any squares": lambda: flip_concept(module, chosen, probe, single_changes, UP, max_flips=6),
         "straight-through": lambda: change_concept(
-            module, chosen, probe, bpf.ChangeSettings(target=0.9, distance_weight=0.0, sparsity=0.3, lr=0.1, steps=300),
-            parameterization=bpf.CategoryChange(), legal=tictactoe.legal,
+            module,
+            chosen,
+            probe,
+            bpf.ChangeSettings(target=0.9, distance_weight=0.0, sparsity=0.3, lr=0.1, steps=300),
+            parameterization=bpf.CategoryChange(),
+            legal=tictactoe.legal,
         ),
     }
     for way, make in ways.items():
@@ -281,7 +318,9 @@ def run_board(seed):
         row["true_by_rule"] = float(tictactoe.win_in_one(change.changed[good]).float().mean())
         row["legal"] = float(tictactoe.legal(change.changed[good]).float().mean())
         row["squares"] = float((change.changed[good] != change.inputs[good]).any(1).flatten(1).sum(1).float().mean())
-        row["predicted_win"] = [float((o[good].argmax(1) == 2).float().mean()) for o in (change.outputs_before, change.outputs_after)]
+        row["predicted_win"] = [
+            float((o[good].argmax(1) == 2).float().mean()) for o in (change.outputs_before, change.outputs_after)
+        ]
         result["ways"][way] = row
         result["pictures"][way] = change.changed[:6].argmax(1).flatten(1).tolist()
     return result
@@ -292,38 +331,47 @@ def run_board(seed):
 
 def run_text(seed):
     pl.seed_everything(seed)
-    module = LanguageModel(ByteGRU(128, 32, 96), vocab_size=128, optimizer="adamw", lr=3e-3)
+    module = LanguageModel(ByteGRU(128, 32, 96), vocab_size=128, optimizer="adamw", lr=5e-3, lr_schedule="cosine")
     data = NextByteDataModule(sequence_length=48, batch_size=64)
-    trainer = fit(module, data, 3)
+    trainer = fit(module, data, 4)
     loss = trainer.test(module, datamodule=data, verbose=False)[0]["test_loss"]
     quoted = NextByteDataModule(sequence_length=48, quoted=True)
     quoted.setup()
     x = torch.cat([quoted.dataset(split).tensors[0] for split in ("train", "val", "test")])
     concept = bpf.Concept("inside a quotation", label.inside_quotation)
     layers = ["net.embed", "net.rnn"]
-    settings = bpf.ProbeSettings(pool="last", controls=5)
+    settings = bpf.ProbeSettings(strength=0.1, pool="last", controls=5)
     samples = collect_activations(module, [(x, x)], layers, [concept], pool="last")
     found = detect_concepts(samples, [concept], settings)
     probe = found[concept.name, "net.rnn"].probe
     features = samples.features["net.rnn"]
     rows = candidates(probe, features, UP, len(x))
-    chosen = x[rows[(probe.score(features[rows]) < 0.1) & ~label.inside_quotation(x[rows])]][:24]
+    chosen = x[rows[(probe.score(features[rows]) < 0.1) & ~label.inside_quotation(x[rows])]][:12]
     quotes = ord('"')
     printable = torch.arange(32, 127)
     felt = concept_sensitivity(
-        module, x[:256], found[concept.name, "net.rnn"], features=features, output_of=lambda out: out.view(-1, 48, 128)[:, -1]
+        module,
+        x[:256],
+        found[concept.name, "net.rnn"],
+        features=features,
+        output_of=lambda out: out.view(-1, 48, 128)[:, -1],
     )
     result = {
         "test_loss": loss,
-        "scores": {n: {"score": found[concept.name, n].score, "control": found[concept.name, n].control} for n in layers},
+        "scores": {
+            n: {"score": found[concept.name, n].score, "control": found[concept.name, n].control} for n in layers
+        },
         "effect": felt.effect,
         "ratio": felt.ratio,
         "ways": {},
     }
     ways = {
-        "greedy": lambda: flip_concept(module, chosen, probe, lambda t: token_changes(t, printable), UP, max_flips=4),
+        "greedy": lambda: flip_concept(module, chosen, probe, lambda t: token_changes(t, printable), UP, max_flips=3),
         "straight-through": lambda: change_concept(
-            module, chosen, probe, bpf.ChangeSettings(target=0.9, distance_weight=0.0, sparsity=0.3, lr=0.1, steps=300),
+            module,
+            chosen,
+            probe,
+            bpf.ChangeSettings(target=0.9, distance_weight=0.0, sparsity=0.3, lr=0.1, steps=300),
             parameterization=bpf.TokenChange("net.embed", printable.tolist()),
         ),
     }
@@ -336,7 +384,10 @@ def run_text(seed):
         row = summary(change, seconds=time.perf_counter() - start, characters=float(new[good].sum(1).float().mean()))
         row["true_by_rule"] = float(label.inside_quotation(change.changed[good]).float().mean())
         row["changes_that_touch_a_mark"] = float(toggles)
-        ends = [o.view(-1, 48, 128)[good, -1].softmax(1)[:, quotes].mean() for o in (change.outputs_before, change.outputs_after)]
+        ends = [
+            o.view(-1, 48, 128)[good, -1].softmax(1)[:, quotes].mean()
+            for o in (change.outputs_before, change.outputs_after)
+        ]
         row["probability_of_a_mark_next"] = [float(p) for p in ends]
         result["ways"][way] = row
         result.setdefault("texts", {"before": [bytes(t).decode() for t in chosen[:5].tolist()]})
@@ -350,7 +401,11 @@ RULES = {
     "backprop": (lambda: [], "adam", 3e-3),
     "Forward-Forward": (lambda: [bpf.ForwardForward(prediction="readout", temperature=10.0)], "adam", 1e-2),
     "evolution strategy": (lambda: [bpf.EvolutionStrategy("openai_es", population_size=64)], "adam", 1e-2),
-    "forward gradient": (lambda: [bpf.ForwardGradient(num_directions=64, directions="rademacher", chunk_size=64)], "adam", 1e-2),
+    "forward gradient": (
+        lambda: [bpf.ForwardGradient(num_directions=64, directions="rademacher", chunk_size=64)],
+        "adam",
+        1e-2,
+    ),
 }
 RULE_CONCEPTS = [
     bpf.Concept("closed loop", label.closed_loop),
@@ -387,7 +442,11 @@ def run_rules(seed, epochs=40):
         change = change_concept(
             module, chosen, probe, UP, parameterization=bpf.AdditiveChange(float(test_x.min()), float(test_x.max()))
         )
-        makers[rule] = {"before": listed(chosen), "after": listed(change.changed), "scores": [change.before.tolist(), change.after.tolist()]}
+        makers[rule] = {
+            "before": listed(chosen),
+            "after": listed(change.changed),
+            "scores": [change.before.tolist(), change.after.tolist()],
+        }
         history = look.history
         result[rule] = {"accuracy": accuracy, "history": history, "seconds": time.perf_counter() - start}
         print(seed, rule, accuracy, round(time.perf_counter() - start, 1), flush=True)
@@ -449,7 +508,11 @@ def main():
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "seeds": args.seeds,
             "machine": {"threads": 1, "processor": platform.machine()},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__},
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "lightning": lightning.__version__,
+            },
         }
         path.write_text(json.dumps(found, indent=1))
 

@@ -100,7 +100,7 @@ class ConceptBackprop(Callback):
         layers: str | Sequence[str],
         *,
         every_n_epochs: int | None = 1,
-        data: Literal["val", "train"] | Iterable[Any] = "val",
+        data: Literal["val", "train"] | DataLoader[Any] | Iterable[Any] = "val",
         inputs: Inputs = None,
         forward: Forward = None,
         max_samples: int | None = 2000,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bpfree.methods.concept_backprop.layers import find_layers
+from lightning_bpfree.methods.concept_backprop.parameterizations import Parameterization
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -37,7 +38,7 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     return made
 
 
-class CategoryChange:
+class CategoryChange(Parameterization):
     """Chooses a category for every position of one-hot inputs ``(B, K, ...)``, by a straight-through softmax.
 
     What the network sees is always one-hot; gradients are those of the softmax. Free numbers are logits.
@@ -61,9 +62,6 @@ class CategoryChange:
             raise ValueError(f"hold={hold}: give a number above 0.")
         self.allowed, self.hold = allowed, hold
 
-    def prepare(self, inputs: Tensor) -> None:
-        """Learn nothing."""
-
     def start(self, inputs: Tensor) -> Tensor:
         """Return logits that choose what is there."""
         one_hot = ((inputs == 0) | (inputs == 1)).all() and (inputs.sum(1) == 1).all()
@@ -73,10 +71,6 @@ class CategoryChange:
                 f"{tuple(inputs.shape)}. Give every position a category, an empty one too."
             )
         return self.hold * inputs.float()
-
-    def reference(self, inputs: Tensor) -> Tensor:
-        """Return the inputs."""
-        return inputs
 
     def apply(self, inputs: Tensor, free: Tensor) -> Tensor:
         """Return one-hot inputs, through which gradients of the softmax flow."""
@@ -94,12 +88,8 @@ class CategoryChange:
         """Keep logits small, so that a position that has won can lose again."""
         free.clamp_(-3 * self.hold, 3 * self.hold)
 
-    def attached(self, module: nn.Module, free: Tensor) -> contextlib.AbstractContextManager[None]:
-        """Change nothing in the module."""
-        return contextlib.nullcontext()
 
-
-class TokenChange:
+class TokenChange(Parameterization):
     """Chooses a token for every position of token ids ``(B, T)``, by a straight-through softmax over an embedding.
 
     Args:
@@ -123,9 +113,6 @@ class TokenChange:
         self.embedding, self.allowed, self.positions, self.hold = embedding, allowed, positions, hold
         self._vocabulary = 0
 
-    def prepare(self, inputs: Tensor) -> None:
-        """Learn nothing."""
-
     def bind(self, module: nn.Module) -> None:
         """Look at the module's embedding.
 
@@ -146,10 +133,6 @@ class TokenChange:
 
     def _one_hot(self, inputs: Tensor) -> Tensor:
         return nn.functional.one_hot(inputs, self._vocabulary).float()
-
-    def reference(self, inputs: Tensor) -> Tensor:
-        """Return the ids."""
-        return inputs
 
     def _masked(self, inputs: Tensor, free: Tensor) -> Tensor:
         own = self._one_hot(inputs).bool()

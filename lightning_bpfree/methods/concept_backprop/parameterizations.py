@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,18 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Parameterization(Protocol):
+class Parameterization(ABC):
     """From free numbers, one set a sample, to changed inputs.
 
     Attributes:
         continuous: whether half of a change is a change too.
     """
 
-    continuous: bool
+    continuous: bool = True
 
-    def prepare(self, inputs: Tensor) -> None:
-        """Learn what is to be learned from many inputs; called once before the first change."""
+    def prepare(self, inputs: Tensor) -> None:  # noqa: B027  # most have nothing to learn
+        """Learn what is to be learned from many inputs; called before inputs are changed."""
 
+    @abstractmethod
     def start(self, inputs: Tensor) -> Tensor:
         """Return the free numbers ``(B, ...)`` that change nothing.
 
@@ -30,23 +31,27 @@ class Parameterization(Protocol):
             ValueError: for inputs that cannot be changed in this way.
         """
 
-    def reference(self, inputs: Tensor) -> Tensor:
-        """Return what the inputs are compared with: themselves, or what an autoencoder makes of them."""
-
+    @abstractmethod
     def apply(self, inputs: Tensor, free: Tensor) -> Tensor:
         """Return changed inputs."""
 
+    def reference(self, inputs: Tensor) -> Tensor:
+        """Return what changed inputs are compared with: the inputs, or what an autoencoder makes of them."""
+        return inputs
+
     def size(self, inputs: Tensor, free: Tensor) -> Tensor:
         """Return the size of the change in free numbers, ``(B,)``: the sparsity penalty."""
+        return free.abs().flatten(1).sum(1)
 
-    def project(self, inputs: Tensor, free: Tensor) -> None:
+    def project(self, inputs: Tensor, free: Tensor) -> None:  # noqa: B027  # most leave them free
         """Move the free numbers, in place, to the nearest ones that are allowed."""
 
     def attached(self, module: nn.Module, free: Tensor) -> contextlib.AbstractContextManager[None]:
         """Return the context in which the module sees the changed inputs."""
+        return contextlib.nullcontext()
 
 
-class AdditiveChange:
+class AdditiveChange(Parameterization):
     """Adds a number to every value of the input, within a range.
 
     Args:
@@ -62,15 +67,10 @@ class AdditiveChange:
         tensor([[0.7000, 1.0000]])
     """
 
-    continuous = True
-
     def __init__(self, low: float | None = None, high: float | None = None, mask: Tensor | None = None) -> None:
         if low is not None and high is not None and not low < high:
             raise ValueError(f"low={low}, high={high}: the range of inputs is empty.")
         self.low, self.high, self.mask = low, high, mask
-
-    def prepare(self, inputs: Tensor) -> None:
-        """Learn nothing."""
 
     def start(self, inputs: Tensor) -> Tensor:
         """Return zeros."""
@@ -78,17 +78,9 @@ class AdditiveChange:
         check_range(inputs, self.low, self.high)
         return torch.zeros_like(inputs)
 
-    def reference(self, inputs: Tensor) -> Tensor:
-        """Return the inputs."""
-        return inputs
-
     def apply(self, inputs: Tensor, free: Tensor) -> Tensor:
         """Return the sums."""
         return inputs + free
-
-    def size(self, inputs: Tensor, free: Tensor) -> Tensor:
-        """Return the sum of absolute changes."""
-        return free.abs().flatten(1).sum(1)
 
     def project(self, inputs: Tensor, free: Tensor) -> None:
         """Keep the sums in the range, and zeros where nothing may change."""
@@ -96,10 +88,6 @@ class AdditiveChange:
             free.mul_(self.mask.to(free))
         if self.low is not None or self.high is not None:
             free.copy_((inputs + free).clamp(self.low, self.high) - inputs)
-
-    def attached(self, module: nn.Module, free: Tensor) -> contextlib.AbstractContextManager[None]:
-        """Change nothing in the module."""
-        return contextlib.nullcontext()
 
 
 class GridChange(AdditiveChange):
@@ -154,7 +142,7 @@ class Autoencoder(Protocol):
         """Return inputs."""
 
 
-class LatentChange:
+class LatentChange(Parameterization):
     """Adds to the latents of an autoencoder: changed inputs are those that its decoder can make.
 
     Args:
@@ -167,12 +155,11 @@ class LatentChange:
         ValueError: for an object without these methods.
     """
 
-    continuous = True
-
-    def __init__(self, autoencoder: Any, low: float | None = None, high: float | None = None) -> None:
+    def __init__(self, autoencoder: nn.Module, low: float | None = None, high: float | None = None) -> None:
         if not isinstance(autoencoder, Autoencoder):
             raise ValueError(f"autoencoder: {type(autoencoder).__name__} has no methods encode and decode.")
-        self.autoencoder, self.low, self.high, self._fitted = autoencoder, low, high, False
+        self.autoencoder: Any = autoencoder
+        self.low, self.high, self._fitted = low, high, False
 
     def prepare(self, inputs: Tensor) -> None:
         """Fit the autoencoder, where it can be fitted and has not been."""
@@ -195,18 +182,6 @@ class LatentChange:
         """Return the decoded latents."""
         made: Tensor = self.autoencoder.decode(self.autoencoder.encode(inputs).detach() + free)
         return made if self.low is None and self.high is None else made.clamp(self.low, self.high)
-
-    def size(self, inputs: Tensor, free: Tensor) -> Tensor:
-        """Return the sum of absolute changes of latents."""
-        return free.abs().flatten(1).sum(1)
-
-    def project(self, inputs: Tensor, free: Tensor) -> None:
-        """Leave latents free."""
-
-    @contextlib.contextmanager
-    def attached(self, module: nn.Module, free: Tensor) -> Iterator[None]:
-        """Change nothing in the module."""
-        yield
 
 
 def check_floating(inputs: Tensor, name: str) -> None:

@@ -124,14 +124,14 @@ def tcav(
 
     Returns:
         ``sign_count``: share of samples whose output grows along the vector, in [0, 1]; ``magnitude``: sum of the
-        positive slopes over that of all absolute ones.
+        positive slopes over that of all absolute ones; ``mean_slope``: their mean, which captum 0.9 calls magnitude.
 
     Examples:
         >>> net = nn.Sequential(nn.Identity(), nn.Linear(2, 1))
         >>> _ = net[1].weight.data.copy_(torch.tensor([[1.0, 0.0]]))
         >>> probe = LinearProbe("first", "0", "binary", torch.tensor([2.0, 0.0]), torch.tensor(0.0))
         >>> tcav(net, torch.zeros(4, 2), probe)
-        {'sign_count': 1.0, 'magnitude': 1.0}
+        {'sign_count': 1.0, 'magnitude': 1.0, 'mean_slope': 1.0}
 
     References:
         B. Kim et al., "Interpretability Beyond Feature Attribution: Quantitative Testing with Concept Activation
@@ -146,7 +146,11 @@ def tcav(
         (slopes,) = torch.autograd.grad(_output(made, None)[:, output].sum(), [start])
         along = slopes.double() @ direction.to(slopes.device, torch.float64)
     total = float(along.abs().sum().clamp_min(1e-24))
-    return {"sign_count": float((along > 0).double().mean()), "magnitude": float(along.clamp_min(0).sum()) / total}
+    return {
+        "sign_count": float((along > 0).double().mean()),
+        "magnitude": float(along.clamp_min(0).sum()) / total,
+        "mean_slope": float(along.mean()),
+    }
 
 
 def entanglement(
