@@ -23,7 +23,7 @@ class TableDataModule(InMemoryDataModule):
 
     Args:
         name: ``breast_cancer`` (569 rows, 30 features, 2 classes), ``wine`` (178, 13, 3) or ``iris`` (150, 4, 3).
-        **kwargs: Arguments of :class:`InMemoryDataModule`.
+        **kwargs: Further arguments of :class:`InMemoryDataModule`, without `flatten`.
 
     Attributes:
         feature_names: Names of the features; empty until :meth:`setup`.
@@ -45,7 +45,7 @@ class TableDataModule(InMemoryDataModule):
         features, self.num_classes = _SIZES[name]
         self.in_shape = (1, 1, features)
         self.feature_names: list[str] = []
-        super().__init__(**{"flatten": True, **kwargs})
+        super().__init__(flatten=True, **kwargs)
 
     def load(self) -> Arrays:
         """The rows and their fixed test split."""

@@ -100,7 +100,8 @@ class ConceptBackprop(Callback):
         layers: str | Sequence[str],
         *,
         every_n_epochs: int | None = 1,
-        data: Literal["val", "train"] | DataLoader[Any] | Iterable[Any] = "val",
+        # plain: jsonargparse makes no object of a class in brackets
+        data: Literal["val", "train"] | DataLoader | Iterable[Any] = "val",  # type: ignore[type-arg]
         inputs: Inputs = None,
         forward: Forward = None,
         max_samples: int | None = 2000,

@@ -25,7 +25,7 @@ def show(figure: Figure, name: str, step: int, *, folder: Path | None, loggers: 
     """
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name.replace('/', '_')}.png")
+        figure.savefig(folder / f"{name.replace('/', '_').replace(' ', '_')}.png")
     for logger in loggers:
         kind = {base.__name__ for base in type(logger).__mro__}
         if "WandbLogger" in kind:

@@ -88,7 +88,7 @@ def change_picture(change: ConceptChange, names: Sequence[str] | None = None, mo
     if not change.inputs.is_floating_point():
         return _texts(change, names, most)
     if change.inputs.dim() == 4:
-        return _images(change, most)
+        return _boards(change, most) if _one_hot(change.inputs) else _images(change, most)
     return _bars(change, names)
 
 
@@ -117,10 +117,38 @@ def _images(change: ConceptChange, most: int) -> Figure:
 
 
 def _pixels(images: Tensor) -> Tensor:
-    """Return ``(B, H, W, 1 or 3)``; boards of other numbers of planes are shown by the number of their category."""
-    if images.shape[1] in (1, 3) and not _one_hot(images):
-        return images.float().movedim(1, -1)
-    return images.argmax(1).float()[..., None]
+    """Return ``(B, H, W, 1 or 3)``; of other numbers of channels the mean."""
+    shown = images if images.shape[1] in (1, 3) else images.mean(1, keepdim=True)
+    return shown.float().movedim(1, -1)
+
+
+def _boards(change: ConceptChange, most: int) -> Figure:
+    """Squares with a sign for every category, those that have changed in red."""
+    count, signs = min(most, len(change.inputs)), "·×○△□◇+*#@" + "?" * change.inputs.shape[1]
+    height, width = change.inputs.shape[2:]
+    figure = _figure(figsize=(1.15 * count + 0.8, 2.9))
+    panels = figure.subplots(2, count, squeeze=False)
+    boards = change.inputs.argmax(1), change.changed.argmax(1)
+    for j in range(count):
+        for i, (board, score) in enumerate(zip(boards, (change.before[j], change.after[j]), strict=True)):
+            axes = panels[i, j]
+            axes.set_xlim(-0.5, width - 0.5)
+            axes.set_ylim(height - 0.5, -0.5)
+            axes.set_aspect("equal")
+            axes.set_xticks([x + 0.5 for x in range(width - 1)], [])
+            axes.set_yticks([y + 0.5 for y in range(height - 1)], [])
+            axes.tick_params(length=0)
+            axes.grid(color="0.8")
+            axes.set_title(f"{float(score):.2f}", fontsize=8)
+            for y in range(height):
+                for x in range(width):
+                    new = i == 1 and bool(boards[0][j, y, x] != boards[1][j, y, x])
+                    sign, color = signs[int(board[j, y, x])], "tab:red" if new else "0.15"
+                    axes.text(x, y, sign, ha="center", va="center", fontsize=13, color=color)
+    panels[0, 0].set_ylabel("before", fontsize=9)
+    panels[1, 0].set_ylabel("after", fontsize=9)
+    figure.suptitle(f"{change.concept!r} at {change.layer}; above each board the probe's score", fontsize=9)
+    return figure
 
 
 def _one_hot(images: Tensor) -> bool:

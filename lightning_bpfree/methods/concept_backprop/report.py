@@ -135,7 +135,10 @@ def report_on(module: nn.Module, samples: Samples, concepts: Sequence[Concept], 
             raise ValueError(f"layer={layer!r} is not among the layers {sorted({key[1] for key in detections})}.")
         probe = detections[concept.name, layer].probe
         others = [found.probe for (_, where), found in detections.items() if where == layer]
-        chosen = samples.inputs[candidates(probe, samples.features[layer], plan.change, plan.num_inputs)]
+        rows = candidates(probe, samples.features[layer], plan.change, len(samples.inputs))
+        chosen = samples.inputs[
+            _without(concept, samples.labels[concept.name][rows], plan.change, rows)[: plan.num_inputs]
+        ]
         changes[concept.name] = change_concept(
             module, chosen, probe, plan.change, parameterization=parameterization, forward=plan.forward, others=others
         )
@@ -156,6 +159,14 @@ def candidates(probe: LinearProbe, features: Tensor, settings: ChangeSettings, c
         rest = height.argsort()
         rows = torch.cat([rows, rest[~torch.isin(rest, rows)]])
     return rows[:count]
+
+
+def _without(concept: Concept, labels: Tensor, settings: ChangeSettings, rows: Tensor) -> Tensor:
+    """Return the rows, in their order, first those that by their labels do not have what is asked for; none unlabelled."""
+    if concept.kind == "continuous":
+        return rows[~labels.isnan()]
+    has_not = labels == (0.0 if settings.direction == "raise" else 1.0)
+    return torch.cat([rows[has_not], rows[~has_not & ~labels.isnan()]])
 
 
 def _moved(change: ConceptChange, probes: Sequence[LinearProbe], outputs: Tensor | None) -> dict[str, float]:

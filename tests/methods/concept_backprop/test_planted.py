@@ -107,3 +107,18 @@ def test_tables_name_what_is_used(found):
     table = found.table()
     assert "| planted | 1 |" in table
     assert table.splitlines()[2].endswith("| yes |")
+
+
+@pytest.mark.parametrize("direction", ["raise", "lower"])
+def test_inputs_to_change_are_those_whose_labels_lack_the_concept(direction):
+    x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    labels = (x[:, 0] > 0).double()
+    labels[::4] = torch.nan
+    concept = Concept("c", key="c")
+    analysis = ConceptBackprop(
+        concept, "0", inputs="x", change=ChangeSettings(direction, steps=2), sensitivity=False, num_inputs=20
+    )
+    change = analysis.analyze(nn.Sequential(nn.Identity()), [{"x": x, "c": labels}]).changes["c"]
+    wanted = 0.0 if direction == "raise" else 1.0
+    rows = [int((x == row).all(1).nonzero()) for row in change.inputs]
+    assert (labels[rows] == wanted).all()
