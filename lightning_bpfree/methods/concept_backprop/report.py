@@ -162,7 +162,7 @@ def candidates(probe: LinearProbe, features: Tensor, settings: ChangeSettings, c
 
 
 def _without(concept: Concept, labels: Tensor, settings: ChangeSettings, rows: Tensor) -> Tensor:
-    """Return the rows, in their order, first those that by their labels do not have what is asked for; none unlabelled."""
+    """Return the labelled rows in their order, first those whose labels lack what is asked for."""
     if concept.kind == "continuous":
         return rows[~labels.isnan()]
     has_not = labels == (0.0 if settings.direction == "raise" else 1.0)
