@@ -59,7 +59,7 @@ def step_over_passes(
     name: str, net: nn.Module, layer: str, x: torch.Tensor, width: int, what: str, limit: float | None
 ) -> dict[str, object]:
     probe = LinearProbe("c", layer, "binary", torch.randn(width) / width**0.5, torch.tensor(-1e4))  # is never reached
-    more, fewer = 36, 6
+    more, fewer = 14, 4
 
     def search(steps: int) -> None:
         change_concept(net, x, probe, bpf.ChangeSettings(steps=steps))
@@ -72,7 +72,7 @@ def step_over_passes(
             free = torch.zeros_like(x, requires_grad=True)
             torch.autograd.grad((frozen(x + free).flatten(1) @ weight).sum(), [free])
 
-    best = seconds({"more": lambda: search(more), "fewer": lambda: search(fewer), "passes": passes}, repeats=5)
+    best = seconds({"more": lambda: search(more), "fewer": lambda: search(fewer), "passes": passes}, repeats=20)
     note = f"over forward and backward of the frozen part up to the layer, penalties and Adam included; {what}"
     return row(name, note, (best["more"] - best["fewer"]) / best["passes"], limit)
 

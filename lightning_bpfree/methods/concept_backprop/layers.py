@@ -144,8 +144,9 @@ def run(
                     f"layer {name!r} gives {tuple(activation.shape)} for {rows} samples; their number must come first "
                     "(batch_first=True). A rule that folds labels into the batch needs prediction='readout'."
                 )
-            # A copy, since a layer that works in place may come next and change what is seen here.
-            features[name] = pooled(activation.clone(), pool, name)
+            # A copy, since a layer that works in place may come next and change what is seen here; none where none comes.
+            ends = not whole and len(features) + 1 == len(layers)
+            features[name] = pooled(activation if ends else activation.clone(), pool, name)
             return edits[name](activation) if edits and name in edits else activation
 
         made = on_first_tensor(seen, output, f"leaves {name}")
