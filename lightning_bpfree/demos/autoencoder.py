@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lightning_bpfree.demos.nets import check_at_least
+from lightning_bpfree.core.arguments import PositiveFloat, PositiveInt, PositiveInts, checked
 
 __all__ = ["Autoencoder"]
 
@@ -32,20 +31,18 @@ class Autoencoder(nn.Module):
         torch.Size([2, 1, 8, 8])
     """
 
+    @checked
     def __init__(
         self,
-        in_shape: Sequence[int] = (1, 8, 8),
-        latent: int = 16,
-        hidden: int = 128,
-        epochs: int = 100,
-        lr: float = 2e-3,
+        in_shape: PositiveInts = (1, 8, 8),
+        latent: PositiveInt = 16,
+        hidden: PositiveInt = 128,
+        epochs: PositiveInt = 100,
+        lr: PositiveFloat = 2e-3,
         *,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_at_least(1, latent=latent, hidden=hidden, epochs=epochs)
-        if not lr > 0:
-            raise ValueError(f"lr is {lr}; give a learning rate above 0.")
         self.in_shape, self.epochs, self.lr, self.seed = tuple(in_shape), epochs, lr, seed
         width = math.prod(self.in_shape)
         with torch.random.fork_rng(devices=[]):

@@ -12,8 +12,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_bpfree.core.arguments import AtLeastTwo, PositiveInt, checked
 from lightning_bpfree.demos.in_memory import BatchDataset, pass_through
-from lightning_bpfree.demos.nets import check_at_least
 from lightning_bpfree.demos.text import MODULES, read_docstrings, split_of
 
 __all__ = ["ByteGRU", "NextByteDataModule", "QuotedWindows"]
@@ -34,10 +34,9 @@ class ByteGRU(nn.Module):
         torch.Size([2, 5, 128])
     """
 
-    def __init__(self, vocab_size: int = _ASCII, dim: int = 32, hidden: int = 96) -> None:
+    @checked
+    def __init__(self, vocab_size: AtLeastTwo = _ASCII, dim: PositiveInt = 32, hidden: PositiveInt = 96) -> None:
         super().__init__()
-        check_at_least(2, vocab_size=vocab_size)
-        check_at_least(1, dim=dim, hidden=hidden)
         self.embed = nn.Embedding(vocab_size, dim)
         self.rnn = nn.GRU(dim, hidden, batch_first=True)
         self.head = nn.Linear(hidden, vocab_size)
@@ -74,17 +73,15 @@ class NextByteDataModule(LightningDataModule):
 
     vocab_size: int = _ASCII
 
+    @checked
     def __init__(
         self,
-        sequence_length: int = 48,
-        batch_size: int = 64,
-        max_sequences: int | None = None,
+        sequence_length: PositiveInt = 48,
+        batch_size: PositiveInt = 64,
+        max_sequences: PositiveInt | None = None,
         quoted: bool = False,
     ) -> None:
         super().__init__()
-        check_at_least(1, sequence_length=sequence_length, batch_size=batch_size)
-        if max_sequences is not None:
-            check_at_least(1, max_sequences=max_sequences)
         self.sequence_length, self.batch_size = sequence_length, batch_size
         self.max_sequences, self.quoted = max_sequences, quoted
         self._splits: dict[str, BatchDataset] = {}
@@ -162,7 +159,8 @@ class QuotedWindows(DataLoader[Any]):
         True
     """
 
-    def __init__(self, sequence_length: int = 48, batch_size: int = 256) -> None:
+    @checked
+    def __init__(self, sequence_length: PositiveInt = 48, batch_size: PositiveInt = 256) -> None:
         data = NextByteDataModule(sequence_length, batch_size, quoted=True)
         data.setup()
         parts = [data.dataset(split).tensors for split in ("train", "val", "test")]

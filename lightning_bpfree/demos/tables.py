@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import torch
 
+from lightning_bpfree.core.arguments import checked
 from lightning_bpfree.demos.in_memory import Arrays, InMemoryDataModule, stratified_split
-from lightning_bpfree.demos.nets import check_choice
 
 __all__ = ["TableDataModule"]
 
@@ -39,8 +39,8 @@ class TableDataModule(InMemoryDataModule):
         (torch.Size([36, 13]), 'alcohol')
     """
 
+    @checked
     def __init__(self, name: Literal["breast_cancer", "wine", "iris"] = "breast_cancer", **kwargs: Any) -> None:
-        check_choice("name", name, tuple(_SIZES))
         self.name = name
         features, self.num_classes = _SIZES[name]
         self.in_shape = (1, 1, features)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_bpfree.core.arguments import PositiveInt, Range, checked
 from lightning_bpfree.demos.in_memory import BatchDataset, pass_through, stratified_split
-from lightning_bpfree.demos.nets import check_at_least
 
 __all__ = ["TicTacToeDataModule", "center_is_mine", "legal", "must_defend", "win_in_one"]
 
@@ -107,11 +107,11 @@ class TicTacToeDataModule(LightningDataModule):
 
     num_classes: int = 3
 
-    def __init__(self, batch_size: int = 64, held_out: float = 0.2, seed: int = 0) -> None:
+    @checked
+    def __init__(
+        self, batch_size: PositiveInt = 64, held_out: Annotated[float, Range(gt=0, lt=0.5)] = 0.2, seed: int = 0
+    ) -> None:
         super().__init__()
-        check_at_least(1, batch_size=batch_size)
-        if not 0 < held_out < 0.5:
-            raise ValueError(f"held_out is {held_out}; give a share between 0 and 0.5, both excluded, such as 0.2.")
         self.batch_size, self.held_out, self.seed = batch_size, held_out, seed
         self._splits: dict[str, BatchDataset] = {}
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from lightning_bpfree.core.arguments import Patterns, PositiveInt, checked
 from lightning_bpfree.methods.concept_backprop.change import ChangeSettings
 from lightning_bpfree.methods.concept_backprop.concepts import Concept, LabelFunction, as_concepts
 from lightning_bpfree.methods.concept_backprop.detection import Inputs, Samples, collect_activations
@@ -94,35 +95,27 @@ class ConceptBackprop(Callback):
         "journal={arXiv preprint arXiv:2307.12601}, year={2023}}"
     )
 
+    @checked
     def __init__(
         self,
         concepts: Concept | Sequence[Concept] | Mapping[str, LabelFunction | str],
-        layers: str | Sequence[str],
+        layers: Patterns,
         *,
-        every_n_epochs: int | None = 1,
+        every_n_epochs: PositiveInt | None = 1,
         # plain: jsonargparse makes no object of a class in brackets
         data: Literal["val", "train"] | DataLoader | Iterable[Any] = "val",  # type: ignore[type-arg]
         inputs: Inputs = None,
         forward: Forward = None,
-        max_samples: int | None = 2000,
+        max_samples: PositiveInt | None = 2000,
         probe: ProbeSettings | None = None,
         change: ChangeSettings | None = ChangeSettings(),  # noqa: B008  # frozen
         parameterization: Parameterization | None = None,
         change_layer: str | None = None,
-        num_inputs: int = 64,
+        num_inputs: PositiveInt = 64,
         sensitivity: bool = True,
         pictures: bool = True,
         dirpath: str | Path | None = None,
     ) -> None:
-        for name, value in (
-            ("every_n_epochs", every_n_epochs),
-            ("max_samples", max_samples),
-            ("num_inputs", num_inputs),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: give a whole number of at least 1.")
-        if isinstance(data, str) and data not in ("val", "train"):
-            raise ValueError(f"data={data!r}: give 'val', 'train', a data loader or a list of batches.")
         self.concepts, self.layers = as_concepts(concepts), layers
         self.every_n_epochs, self.data, self.inputs, self.max_samples = every_n_epochs, data, inputs, max_samples
         self.pictures, self.dirpath = pictures, dirpath

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import NonNegativeFloat, PositiveFloat, PositiveInt, checked_class
 from lightning_bpfree.methods.concept_backprop.discrete import TokenChange
 from lightning_bpfree.methods.concept_backprop.frozen import Forward, device_of, frozen, usable
 from lightning_bpfree.methods.concept_backprop.layers import find_layers, run
@@ -25,6 +26,7 @@ _DUAL_RATE, _DUAL_GAIN = 0.05, 3.0
 _HALVINGS = 8
 
 
+@checked_class
 @dataclasses.dataclass(frozen=True)
 class ChangeSettings:
     """What is asked of a change.
@@ -57,23 +59,12 @@ class ChangeSettings:
     target: float | None = None
     loss: Literal["smallest", "bce"] = "smallest"
     distance: Literal["l2", "l1", "mse"] = "l2"
-    distance_weight: float = 1.0
-    sparsity: float = 0.0
-    steps: int = 200
-    lr: float = 0.05
+    distance_weight: NonNegativeFloat = 1.0
+    sparsity: NonNegativeFloat = 0.0
+    steps: PositiveInt = 200
+    lr: PositiveFloat = 0.05
     sparsify: bool = False
     stop_when_reached: bool = False
-
-    def __post_init__(self) -> None:
-        choices = {"direction": ("raise", "lower"), "loss": ("smallest", "bce"), "distance": ("l2", "l1", "mse")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: give one of {', '.join(map(repr, allowed))}.")
-        for name in ("distance_weight", "sparsity"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: give a weight of at least 0.")
-        if self.steps < 1 or not self.lr > 0:
-            raise ValueError(f"steps={self.steps}, lr={self.lr}: give one step at least, and a learning rate above 0.")
 
     def goal(self, probe: LinearProbe) -> float:
         """Return the score to reach.

@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import Name, checked
+
 Kind = Literal["binary", "continuous"]
 LabelFunction = Callable[[Any, Any], Any]
 
@@ -34,9 +36,10 @@ class Concept:
         Concept('large', binary)
     """
 
+    @checked
     def __init__(
         self,
-        name: str,
+        name: Name,
         label: LabelFunction | None = None,
         *,
         key: str | int | None = None,
@@ -48,10 +51,8 @@ class Concept:
             raise ValueError(
                 f"concept {name!r}: give one of label=, key= and examples=, not {' and '.join(given) or 'none'}."
             )
-        if not name or "/" in name:
-            raise ValueError(f"name={name!r}: give a concept a name without '/', which separates parts of a metric.")
-        if kind not in ("binary", "continuous"):
-            raise ValueError(f"concept {name!r}: kind={kind!r}; give 'binary' or 'continuous'.")
+        if "/" in name:
+            raise ValueError(f"Concept: name={name!r}: give a name without '/', which separates parts of a metric.")
         if examples is not None and len(examples[0]) != len(torch.as_tensor(examples[1])):
             raise ValueError(
                 f"concept {name!r}: {len(torch.as_tensor(examples[1]))} labels for {len(examples[0])} examples; give "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import PositiveFloat, checked
 from lightning_bpfree.methods.concept_backprop.layers import find_layers
 from lightning_bpfree.methods.concept_backprop.parameterizations import Parameterization
 
@@ -57,9 +58,8 @@ class CategoryChange(Parameterization):
 
     continuous = False
 
-    def __init__(self, allowed: Tensor | None = None, hold: float = 1.0) -> None:
-        if not hold > 0:
-            raise ValueError(f"hold={hold}: give a number above 0.")
+    @checked
+    def __init__(self, allowed: Tensor | None = None, hold: PositiveFloat = 1.0) -> None:
         self.allowed, self.hold = allowed, hold
 
     def start(self, inputs: Tensor) -> Tensor:
@@ -101,15 +101,14 @@ class TokenChange(Parameterization):
 
     continuous = False
 
+    @checked
     def __init__(
         self,
         embedding: str,
         allowed: list[int] | None = None,
         positions: list[int] | None = None,
-        hold: float = 1.0,
+        hold: PositiveFloat = 1.0,
     ) -> None:
-        if not hold > 0:
-            raise ValueError(f"hold={hold}: give a number above 0.")
         self.embedding, self.allowed, self.positions, self.hold = embedding, allowed, positions, hold
         self._vocabulary = 0
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_bpfree.core.block_hooks import whole_graph
 from lightning_bpfree.core.replay import Attributes, Buffers, RandomStreams, Recoverable
-from lightning_bpfree.training.module_state import Metrics, Quiet
+from lightning_bpfree.training.module_state import Metrics, SilencedLogging
 
 Forward = Callable[[nn.Module, Any], Any] | str | None
 """How a module is evaluated: by itself, by a submodule of this name, or by a function of the module and the inputs."""
@@ -47,7 +47,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
         buffers = Buffers(module)
         buffers.remember()
         stack.enter_context(buffers.copies())
-        stack.enter_context(Quiet(module)())
+        stack.enter_context(SilencedLogging(module)())
         stack.enter_context(_constant(module))
         stack.enter_context(whole_graph())
         module.eval()

@@ -144,7 +144,7 @@ def run(
                     f"layer {name!r} gives {tuple(activation.shape)} for {rows} samples; their number must come first "
                     "(batch_first=True). A rule that folds labels into the batch needs prediction='readout'."
                 )
-            # A copy, since a layer that works in place may come next and change what is seen here; none where none comes.
+            # A copy, since a layer that works in place may come next and change what is seen here.
             ends = not whole and len(features) + 1 == len(layers)
             features[name] = pooled(activation if ends else activation.clone(), pool, name)
             return edits[name](activation) if edits and name in edits else activation

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import PositiveInt, checked
+
 
 class Parameterization(ABC):
     """From free numbers, one set a sample, to changed inputs.
@@ -67,6 +69,7 @@ class AdditiveChange(Parameterization):
         tensor([[0.7000, 1.0000]])
     """
 
+    @checked
     def __init__(self, low: float | None = None, high: float | None = None, mask: Tensor | None = None) -> None:
         if low is not None and high is not None and not low < high:
             raise ValueError(f"low={low}, high={high}: the range of inputs is empty.")
@@ -105,10 +108,9 @@ class GridChange(AdditiveChange):
         tensor(1.)
     """
 
-    def __init__(self, cells: int = 7, low: float | None = None, high: float | None = None) -> None:
+    @checked
+    def __init__(self, cells: PositiveInt = 7, low: float | None = None, high: float | None = None) -> None:
         super().__init__(low, high)
-        if cells < 1:
-            raise ValueError(f"cells={cells}: give a grid of 1 or more cells a side.")
         self.cells = cells
 
     def start(self, inputs: Tensor) -> Tensor:
@@ -155,9 +157,12 @@ class LatentChange(Parameterization):
         ValueError: for an object without these methods.
     """
 
+    @checked
     def __init__(self, autoencoder: nn.Module, low: float | None = None, high: float | None = None) -> None:
         if not isinstance(autoencoder, Autoencoder):
-            raise ValueError(f"autoencoder: {type(autoencoder).__name__} has no methods encode and decode.")
+            raise ValueError(
+                f"{type(self).__name__}: autoencoder: {type(autoencoder).__name__} has no methods encode and decode."
+            )
         self.autoencoder: Any = autoencoder
         self.low, self.high, self._fitted = low, high, False
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import NonNegativeFloat, OpenFraction, PositiveInt, checked_class
 from lightning_bpfree.methods.concept_backprop.concepts import Kind
 from lightning_bpfree.methods.concept_backprop.layers import Pool
 from lightning_bpfree.methods.concept_backprop.linear_models import Linear, least_squares, logistic
@@ -16,6 +17,7 @@ from lightning_bpfree.methods.concept_backprop.linear_models import Linear, leas
 Penalty = Literal["l2", "l1", "mean_difference"]
 
 
+@checked_class
 @dataclasses.dataclass(frozen=True)
 class ProbeSettings:
     """How probes are fitted.
@@ -39,22 +41,12 @@ class ProbeSettings:
     """
 
     penalty: Penalty = "l2"
-    strength: float = 0.01
-    held_out: float = 0.3
-    controls: int = 3
+    strength: NonNegativeFloat = 0.01
+    held_out: OpenFraction = 0.3
+    controls: PositiveInt = 3
     balanced: bool = True
     pool: Pool = "flatten"
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.penalty not in ("l2", "l1", "mean_difference"):
-            raise ValueError(f"penalty={self.penalty!r}: give 'l2', 'l1' or 'mean_difference'.")
-        if not 0 <= self.strength < math.inf:
-            raise ValueError(f"strength={self.strength}: give a number of at least 0, such as 0.01.")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out={self.held_out}: give a share between 0 and 1, such as 0.3.")
-        if self.controls < 1:
-            raise ValueError(f"controls={self.controls}: one probe of random labels at least tells skill from chance.")
 
 
 @dataclasses.dataclass(frozen=True)
