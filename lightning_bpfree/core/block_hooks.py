@@ -121,6 +121,7 @@ def leaving(
         others: applied to all other tensors that leave; ``torch.Tensor.detach`` ends their graphs.
 
     Examples:
+        >>> import torch
         >>> half = nn.Linear(2, 2)
         >>> with leaving({0: half}, lambda j, z: torch.zeros_like(z)):
         ...     half(torch.ones(1, 2)).tolist()

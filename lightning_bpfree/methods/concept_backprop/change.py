@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_bpfree.core.arguments import NonNegativeFloat, PositiveFloat, PositiveInt, checked_class
+from lightning_bpfree.core.arguments import NonNegativeFloat, PositiveFloat, PositiveInt, checked, checked_class
 from lightning_bpfree.methods.concept_backprop.discrete import TokenChange
 from lightning_bpfree.methods.concept_backprop.frozen import Forward, device_of, frozen, usable
 from lightning_bpfree.methods.concept_backprop.layers import find_layers, run
@@ -121,6 +121,7 @@ class ConceptChange(NamedTuple):
         return (self.changed != self.reference).float()
 
 
+@checked
 def change_concept(
     module: nn.Module,
     inputs: Tensor,
@@ -131,7 +132,7 @@ def change_concept(
     forward: Forward = None,
     others: Sequence[LinearProbe] = (),
     validity: PerSample | None = None,
-    validity_weight: float = 1.0,
+    validity_weight: NonNegativeFloat = 1.0,
     legal: PerSample | None = None,
 ) -> ConceptChange:
     """Return inputs that are changed, as little as possible, so that the probe's score reaches a target.

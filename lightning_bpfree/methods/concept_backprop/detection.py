@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import Patterns, PositiveInt, checked
 from lightning_bpfree.methods.concept_backprop.concepts import Concept, input_of, known
 from lightning_bpfree.methods.concept_backprop.frozen import Forward, device_of, frozen, usable
 from lightning_bpfree.methods.concept_backprop.layers import Pool, find_layers, run
@@ -33,16 +34,17 @@ class Samples(NamedTuple):
     outputs: Tensor | None
 
 
+@checked
 def collect_activations(
     module: nn.Module,
     batches: Iterable[Any],
-    layers: str | Sequence[str],
+    layers: Patterns,
     concepts: Sequence[Concept] = (),
     *,
     pool: Pool = "flatten",
     inputs: Inputs = None,
     forward: Forward = None,
-    max_samples: int | None = None,
+    max_samples: PositiveInt | None = None,
     whole: bool = True,
 ) -> Samples:
     """Return features of all layers and labels of all concepts, from one pass over the data.
@@ -88,6 +90,7 @@ def collect_activations(
     return _joined(parts, [concept.name for concept in concepts])
 
 
+@checked
 def detect_concepts(samples: Samples, concepts: Sequence[Concept], settings: ProbeSettings | None = None) -> Detections:
     """Return a detection for every pair (concept, layer).
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import PositiveInt, checked
 from lightning_bpfree.methods.concept_backprop.change import ChangeSettings, ConceptChange, distances
 from lightning_bpfree.methods.concept_backprop.frozen import Forward, device_of, frozen, usable
 from lightning_bpfree.methods.concept_backprop.layers import find_layers, run
@@ -16,6 +17,7 @@ Neighbours = Callable[[Tensor], Tensor]
 """From one input ``(...)`` to all that may follow it in one step, ``(K, ...)``."""
 
 
+@checked
 def flip_concept(
     module: nn.Module,
     inputs: Tensor,
@@ -23,9 +25,9 @@ def flip_concept(
     neighbours: Neighbours,
     settings: ChangeSettings | None = None,
     *,
-    max_flips: int = 4,
+    max_flips: PositiveInt = 4,
     forward: Forward = None,
-    chunk_size: int = 4096,
+    chunk_size: PositiveInt = 4096,
 ) -> ConceptChange:
     """Return inputs after as few steps as a greedy search needs to bring the probe's score to its target.
 
@@ -51,8 +53,6 @@ def flip_concept(
         (tensor([2.]), tensor([True]))
     """
     settings = settings or ChangeSettings()
-    if max_flips < 1:
-        raise ValueError(f"max_flips={max_flips}: allow one step at least.")
     sign, goal = (1.0 if settings.direction == "raise" else -1.0), settings.goal(probe)
     with frozen(module), torch.no_grad():
         x = usable(inputs, device_of(module))
@@ -104,6 +104,7 @@ def _climb(
     return sample
 
 
+@checked
 def single_changes(board: Tensor, legal: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Return all one-hot boards ``(N, K, ...)`` that differ from ``(K, ...)`` at one position, or the legal ones.
 
@@ -130,6 +131,7 @@ def single_changes(board: Tensor, legal: Callable[[Tensor], Tensor] | None = Non
     return boards if legal is None else boards[legal(boards).bool()]
 
 
+@checked
 def token_changes(tokens: Tensor, allowed: Tensor, positions: Tensor | None = None) -> Tensor:
     """Return all sequences ``(N, T)`` that differ from ``(T,)`` in one token.
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_bpfree.core.arguments import NonNegativeFloat, OpenFraction, PositiveInt, checked_class
+from lightning_bpfree.core.arguments import NonNegativeFloat, OpenFraction, PositiveInt, checked, checked_class
 from lightning_bpfree.methods.concept_backprop.concepts import Kind
 from lightning_bpfree.methods.concept_backprop.layers import Pool
 from lightning_bpfree.methods.concept_backprop.linear_models import Linear, least_squares, logistic
@@ -49,6 +49,7 @@ class ProbeSettings:
     seed: int = 0
 
 
+@checked_class
 @dataclasses.dataclass(frozen=True)
 class LinearProbe:
     """A linear function of the features of a layer, and what it says of a concept.
@@ -136,6 +137,7 @@ class Detection:
         return self.score - self.control
 
 
+@checked
 def fit_probe(
     features: Tensor,
     labels: Tensor,

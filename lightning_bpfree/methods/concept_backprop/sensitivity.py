@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import NonNegativeInt, PositiveInt, checked
 from lightning_bpfree.methods.concept_backprop.frozen import Forward, device_of, frozen, usable
 from lightning_bpfree.methods.concept_backprop.layers import Pool, find_layers, run, spread
 from lightning_bpfree.methods.concept_backprop.probe import Detection, LinearProbe
@@ -45,6 +46,7 @@ class Sensitivity(NamedTuple):
         return self.ratio >= 0.5
 
 
+@checked
 def concept_sensitivity(
     module: nn.Module,
     inputs: Tensor,
@@ -52,9 +54,9 @@ def concept_sensitivity(
     *,
     features: Tensor,
     forward: Forward = None,
-    num_random: int = 20,
+    num_random: PositiveInt = 20,
     output_of: OutputOf | None = None,
-    seed: int = 0,
+    seed: NonNegativeInt = 0,
 ) -> Sensitivity:
     """Return how much the output changes when the activations of the probe's layer move along the concept.
 
@@ -105,12 +107,13 @@ def concept_sensitivity(
     return Sensitivity(effects[0], tuple(effects[1:]), signs[0])
 
 
+@checked
 def tcav(
     module: nn.Module,
     inputs: Tensor,
     probe: LinearProbe,
     *,
-    output: int = 0,
+    output: NonNegativeInt = 0,
     forward: Forward = None,
 ) -> dict[str, float]:
     """Return TCAV scores: how often, and how much, an output grows along the weights of a probe.
