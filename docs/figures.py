@@ -6,6 +6,7 @@ import hashlib
 import json
 
 import depths
+from concepts import concept_drawings, concept_images
 from studies import drawings, images
 
 from lightning_bpfree.cli.compare import curves as compare_curves
@@ -26,11 +27,12 @@ def stale_figures(results, folder):
         image = folder / f"{path.stem}_depths.png"
         if depths.series(json.loads(path.read_text(encoding="utf-8"))) and _is_stale(image, digest):
             yield image, path, digest
-    for path in sorted(results.glob("*_study.json")):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        for image in images(path, json.loads(path.read_text(encoding="utf-8"))):
-            if _is_stale(folder / f"{image}.png", digest):
-                yield folder / f"{image}.png", path, digest
+    for pattern, stems in (("*_study.json", images), ("*_concepts.json", concept_images)):
+        for path in sorted(results.glob(pattern)):
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            for image in stems(path, json.loads(path.read_text(encoding="utf-8"))):
+                if _is_stale(folder / f"{image}.png", digest):
+                    yield folder / f"{image}.png", path, digest
 
 
 def _is_stale(figure, digest):
@@ -40,7 +42,9 @@ def _is_stale(figure, digest):
 def draw(figure, path, digest):
     """Draw one figure of a file of results: of a comparison, the metric of every rule, or its curves."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    if "curve" in found and figure.stem != path.stem:
+    if path.stem.endswith("_concepts"):
+        drawing = dict(concept_drawings(path, found))[figure.stem]()
+    elif "curve" in found and figure.stem != path.stem:
         drawing = compare_curves.figure(found)
     elif "rows" in found:
         drawing = depths.figure(found)

@@ -6,6 +6,7 @@ A page marks a part by ``<!-- results:NAME -->`` and ``<!-- /results -->``; what
   ``docs/results/quickstart_comparison.json``, which is a ``comparison.json`` of ``bpfree compare``;
 - ``NAME:paired`` for such a file: differences between its rules, paired by seed;
 - ``NAME_study``: the tables and figures of a ``tickets.json`` of ``bpfree tickets``;
+- ``NAME_concepts``: the tables of tests/benchmarks/concept_study.py; ``NAME_concepts:FIGURE``: one of its figures;
 - ``benchmarks``: all rows of ``docs/results/benchmarks.json``; or ``benchmarks:TEXT``, those with TEXT in their name;
   ``NAME_benchmarks:depths``: the figure of memory against depth.
 
@@ -26,6 +27,8 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))  # this file is run as a script and loaded by path: its neighbour is found either way
 
+from concepts import IMAGES as CONCEPT_IMAGES  # noqa: E402
+from concepts import concept_tables  # noqa: E402
 from figures import TITLES, draw, stale_figures  # noqa: E402
 from paired import paired_tables  # noqa: E402
 from studies import images, study_tables  # noqa: E402
@@ -129,6 +132,16 @@ def study_part(name, found, page):
     return "\n\n".join(blocks) + "\n"
 
 
+def concepts_part(name, found, text, page):
+    """Return the tables of the study of concepts, or its figure TEXT, and where they come from."""
+    if text:
+        return f"![{CONCEPT_IMAGES[text]}]({os.path.relpath(IMAGES / f'{name}_{text}.png', page.parent)})\n"
+    blocks = concept_tables(found, table)
+    blocks.append(f"{len(found['seeds'])} seeds, mean ± half width of the 95 % confidence interval.")
+    blocks.append(provenance(found, found["command"], f", {found['machine']['threads']} thread(s)"))
+    return "\n\n".join(blocks) + "\n"
+
+
 def budget_tables(found):
     """Return a table per budget, a rule a row."""
     blocks = []
@@ -222,6 +235,8 @@ def part(name, page):
     found = json.loads(path.read_text(encoding="utf-8"))
     if text == "paired":
         return paired_tables(found, table)
+    if name.endswith("_concepts"):
+        return concepts_part(name, found, text, page)
     if "barriers" in found:
         return study_part(name, found, page)
     return benchmarks_part(name, found, text, page) if "rows" in found else comparison_part(name, found, page)

@@ -9,6 +9,15 @@ from lightning_bpfree.core.directions import Directions as Directions
 from lightning_bpfree.core.step import Estimate as Estimate
 from lightning_bpfree.core.step import Step as Step
 from lightning_bpfree.methods.backprop.rule import Backprop as Backprop
+from lightning_bpfree.methods.concept_backprop.callback import ConceptBackprop as ConceptBackprop
+from lightning_bpfree.methods.concept_backprop.change import ChangeSettings as ChangeSettings
+from lightning_bpfree.methods.concept_backprop.concepts import Concept as Concept
+from lightning_bpfree.methods.concept_backprop.discrete import CategoryChange as CategoryChange
+from lightning_bpfree.methods.concept_backprop.discrete import TokenChange as TokenChange
+from lightning_bpfree.methods.concept_backprop.parameterizations import AdditiveChange as AdditiveChange
+from lightning_bpfree.methods.concept_backprop.parameterizations import GridChange as GridChange
+from lightning_bpfree.methods.concept_backprop.parameterizations import LatentChange as LatentChange
+from lightning_bpfree.methods.concept_backprop.probe import ProbeSettings as ProbeSettings
 from lightning_bpfree.methods.direct_feedback_alignment.rule import (
     DirectFeedbackAlignment as DirectFeedbackAlignment,
 )

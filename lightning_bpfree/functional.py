@@ -13,6 +13,16 @@ from lightning_bpfree.core.forward_ad import directional_derivative as direction
 from lightning_bpfree.core.forward_ad import directional_derivatives as directional_derivatives
 from lightning_bpfree.core.forward_ad import supported_kernels as supported_kernels
 from lightning_bpfree.core.injection import inject as inject
+from lightning_bpfree.methods.concept_backprop.change import change_concept as change_concept
+from lightning_bpfree.methods.concept_backprop.detection import collect_activations as collect_activations
+from lightning_bpfree.methods.concept_backprop.detection import detect_concepts as detect_concepts
+from lightning_bpfree.methods.concept_backprop.flips import flip_concept as flip_concept
+from lightning_bpfree.methods.concept_backprop.flips import single_changes as single_changes
+from lightning_bpfree.methods.concept_backprop.flips import token_changes as token_changes
+from lightning_bpfree.methods.concept_backprop.probe import LinearProbe as LinearProbe
+from lightning_bpfree.methods.concept_backprop.probe import fit_probe as fit_probe
+from lightning_bpfree.methods.concept_backprop.sensitivity import concept_sensitivity as concept_sensitivity
+from lightning_bpfree.methods.concept_backprop.sensitivity import tcav as tcav
 from lightning_bpfree.methods.evolution_strategy.search.fitness_shaping import shaped as shaped
 from lightning_bpfree.methods.forward_gradient.rule import forward_gradient as forward_gradient
 from lightning_bpfree.methods.lottery_ticket.connectivity import Barrier as Barrier

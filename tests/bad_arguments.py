@@ -20,6 +20,7 @@ from torch import nn
 
 import lightning_bpfree as bpf
 from lightning_bpfree import functional
+from lightning_bpfree.methods.concept_backprop.detection import Samples
 
 MODULES = ["data", "modules", "regression", "multiplexer", "text", "language", "corruption", "transformers_nets"]
 MODULES += ["control", "actor_critic"]
@@ -66,6 +67,31 @@ GOOD: dict[str, Callable[[], Any]] = {
     "like": lambda: dict(W),
     "num": lambda: 2,
     "seed": lambda: 0,
+    "Concept.name": lambda: "c",
+    "concepts": lambda: [bpf.Concept("c", key="c")],
+    "layers": lambda: "0",
+    "autoencoder": lambda: nn.Identity(),
+    "embedding": lambda: "0",
+    "inputs": lambda: torch.ones(1, 1),
+    "probe": lambda: functional.LinearProbe("c", "0", "binary", torch.ones(1), torch.tensor(0.0)),
+    "detection": lambda: functional.LinearProbe("c", "0", "binary", torch.ones(1), torch.tensor(0.0)),
+    "features": lambda: torch.ones(1, 1),
+    "fit_probe.labels": lambda: torch.ones(1),
+    "samples": lambda: Samples({}, {}, torch.ones(1), None),
+    "neighbours": lambda: lambda x: x[None],
+    "board": lambda: torch.eye(2),
+    "tokens": lambda: torch.ones(2, dtype=torch.int64),
+    "allowed": lambda: torch.ones(2, dtype=torch.int64),
+    "LinearProbe.concept": lambda: "c",
+    "LinearProbe.layer": lambda: "0",
+    "LinearProbe.kind": lambda: "binary",
+    "LinearProbe.weight": lambda: torch.ones(1),
+    "LinearProbe.bias": lambda: torch.tensor(0.0),
+    "change_concept.module": lambda: nn.Sequential(nn.Linear(1, 1)),
+    "collect_activations.module": lambda: nn.Sequential(nn.Linear(1, 1)),
+    "concept_sensitivity.module": lambda: nn.Sequential(nn.Linear(1, 1)),
+    "flip_concept.module": lambda: nn.Sequential(nn.Linear(1, 1)),
+    "tcav.module": lambda: nn.Sequential(nn.Linear(1, 1)),
     "supported_kernels.module": lambda: nn.Linear(1, 1),
     "module_loss.module": lambda: nn.Linear(1, 1),
     "inject.loss": lambda: torch.tensor(1.0),

@@ -4,16 +4,43 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_bpfree.core.blocks import Block
 
 Look = Callable[[int, Tensor], Tensor]
+
+_WHOLE: ContextVar[bool] = ContextVar("whole_graph", default=False)
+
+
+@contextlib.contextmanager
+def whole_graph() -> Iterator[None]:
+    """Let gradients cross the borders of blocks: to explain a network by its input, not to train it."""
+    token = _WHOLE.set(True)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(token)
+
+
+def cut_off(tensor: Tensor) -> Tensor:
+    """Return the tensor without its graph, so that no gradient crosses the border of a block.
+
+    Examples:
+        >>> import torch
+        >>> x = torch.ones(1, requires_grad=True) * 2
+        >>> cut_off(x).requires_grad
+        False
+        >>> with whole_graph():
+        ...     cut_off(x).requires_grad
+        True
+    """
+    return tensor if _WHOLE.get() else tensor.detach()
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -58,7 +85,7 @@ def block_hooks(blocks: Sequence[Block], *, enter: Look, leave: Look) -> Iterato
 
     def before(index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:  # noqa: ARG001  # a hook's signature
         what = f"enters {blocks[index].name}"
-        return on_first_tensor(partial(enter, index), (args, kwargs), what, others=torch.Tensor.detach)
+        return on_first_tensor(partial(enter, index), (args, kwargs), what, others=cut_off)
 
     def after(index: int, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  # a hook's signature
         if index in ran:
@@ -68,7 +95,7 @@ def block_hooks(blocks: Sequence[Block], *, enter: Look, leave: Look) -> Iterato
             )
         ran.append(index)
         what = f"leaves {blocks[index].name}"
-        return on_first_tensor(partial(leave, index), output, what, others=torch.Tensor.detach)
+        return on_first_tensor(partial(leave, index), output, what, others=cut_off)
 
     handles = []
     try:
@@ -94,6 +121,7 @@ def leaving(
         others: applied to all other tensors that leave; ``torch.Tensor.detach`` ends their graphs.
 
     Examples:
+        >>> import torch
         >>> half = nn.Linear(2, 2)
         >>> with leaving({0: half}, lambda j, z: torch.zeros_like(z)):
         ...     half(torch.ones(1, 2)).tolist()

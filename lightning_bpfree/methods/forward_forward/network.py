@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
-from lightning_bpfree.core.block_hooks import block_hooks
+from lightning_bpfree.core.block_hooks import block_hooks, cut_off
 from lightning_bpfree.core.blocks import Cut
 from lightning_bpfree.core.forward_override import Call, ForwardOverride
 from lightning_bpfree.methods.forward_forward.goodness import goodness, rescaled
@@ -93,7 +93,7 @@ class GoodnessNetwork(ForwardOverride):
         last = len(self.parts.blocks) - 1
 
         def leave(index: int, activity: Tensor) -> Tensor:
-            return rescaled(activity.detach(), self.settings.length) if index == last else activity.detach()
+            return rescaled(cut_off(activity), self.settings.length) if index == last else cut_off(activity)
 
         made: Tensor = self.run(self.labelled(inputs, None), None, call, leave)
         return made
@@ -162,7 +162,7 @@ class GoodnessNetwork(ForwardOverride):
 
         def enter(index: int, x: Tensor) -> Tensor:
             entered(index, x)
-            x = rescaled(x.detach(), self.settings.length)
+            x = rescaled(cut_off(x), self.settings.length)
             return x if index or self.label_embedding is None else self.label_embedding(x)(x, labels)
 
         def left(index: int, activity: Tensor) -> Tensor:

@@ -1,0 +1,153 @@
+"""Tic-tac-toe, whole: every position, its value under perfect play, and concepts whose truth is known."""
+
+from __future__ import annotations
+
+import functools
+from typing import Annotated, Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_bpfree.core.arguments import PositiveInt, Range, checked
+from lightning_bpfree.demos.in_memory import BatchDataset, pass_through, stratified_split
+
+__all__ = ["TicTacToeDataModule", "center_is_mine", "legal", "must_defend", "win_in_one"]
+
+_LINES = torch.tensor([[0, 1, 2], [3, 4, 5], [6, 7, 8], [0, 3, 6], [1, 4, 7], [2, 5, 8], [0, 4, 8], [2, 4, 6]])
+_EMPTY, _MINE, _THEIRS = 0, 1, 2
+_Board = tuple[int, ...]
+
+
+@functools.cache
+def _value(board: _Board) -> int:
+    """0, 1 or 2: the side to move loses, draws or wins under perfect play."""
+    if any(all(board[i] == _THEIRS for i in line) for line in _LINES.tolist()):
+        return 0
+    after = _moves(board)
+    return max((2 - _value(next_board) for next_board in after), default=1)
+
+
+def _moves(board: _Board) -> list[_Board]:
+    """The positions after each move, from the view of the other side."""
+    turned = [(_EMPTY, _THEIRS, _MINE)[square] for square in board]
+    return [(*turned[:i], _THEIRS, *turned[i + 1 :]) for i, square in enumerate(board) if square == _EMPTY]
+
+
+@functools.cache
+def _all_positions() -> tuple[Tensor, Tensor]:
+    """Boards to be played on, as one-hot planes (N, 3, 3, 3), and their values (N,)."""
+    seen: dict[_Board, int] = {}
+    waiting: list[_Board] = [(_EMPTY,) * 9]
+    while waiting:
+        board = waiting.pop()
+        lost = any(all(board[i] == _THEIRS for i in line) for line in _LINES.tolist())
+        if board in seen or lost or _EMPTY not in board:
+            continue
+        seen[board] = _value(board)
+        waiting += _moves(board)
+    boards = torch.tensor(sorted(seen))
+    planes = torch.nn.functional.one_hot(boards, 3).movedim(2, 1).reshape(-1, 3, 3, 3).float()
+    return planes, torch.tensor([seen[tuple(board)] for board in boards.tolist()])
+
+
+def _can_complete(inputs: Tensor, plane: int) -> Tensor:
+    """Whether some line has two stones of a plane and an empty square, booleans (B,)."""
+    squares = inputs.flatten(2)[:, :, _LINES.to(inputs.device)].sum(3)  # (B, planes, lines)
+    return ((squares[:, plane] == 2) & (squares[:, _EMPTY] == 1)).any(1)
+
+
+def win_in_one(inputs: Tensor, _targets: Tensor | None = None) -> Tensor:
+    """Whether the side to move can complete a line at once, booleans (B,), for planes (B, 3, 3, 3)."""
+    return _can_complete(inputs, _MINE)
+
+
+def must_defend(inputs: Tensor, _targets: Tensor | None = None) -> Tensor:
+    """Whether the other side threatens to complete a line, booleans (B,)."""
+    return _can_complete(inputs, _THEIRS)
+
+
+def center_is_mine(inputs: Tensor, _targets: Tensor | None = None) -> Tensor:
+    """Whether the side to move holds the center, booleans (B,)."""
+    return inputs[:, _MINE, 1, 1] == 1
+
+
+def legal(inputs: Tensor) -> Tensor:
+    """Whether a position can come up in a game that goes on, booleans (B,), for planes (B, 3, 3, 3).
+
+    Example:
+        >>> empty = torch.zeros(1, 3, 3, 3).index_fill_(1, torch.tensor(0), 1.0)
+        >>> legal(empty)
+        tensor([True])
+    """
+    counts = inputs.flatten(2).sum(2)
+    lead = counts[:, _THEIRS] - counts[:, _MINE]  # the side to move has as many stones, or one less
+    complete = inputs.flatten(2)[:, 1:, _LINES.to(inputs.device)].prod(3).amax((1, 2)) > 0
+    return ((lead == 0) | (lead == 1)) & ~complete & (counts[:, _EMPTY] > 0)
+
+
+class TicTacToeDataModule(LightningDataModule):
+    """All 4,520 positions of tic-tac-toe in which there is a move to make, and their values.
+
+    Batches are pairs: one-hot planes float32, (B, 3, 3, 3), for empty squares, stones of the side to move and stones of
+    the other side; labels int64, (B,): 0, 1 or 2 if the side to move loses, draws or wins under perfect play.
+
+    Args:
+        batch_size: Positions a batch, at least 1.
+        held_out: Share of the positions for validation, and another for the test; in (0, 0.5).
+        seed: Of the split.
+
+    Example:
+        >>> data = TicTacToeDataModule()
+        >>> data.setup()
+        >>> sum(len(data.dataset(split)) for split in ("train", "val", "test"))
+        4520
+    """
+
+    num_classes: int = 3
+
+    @checked
+    def __init__(
+        self, batch_size: PositiveInt = 64, held_out: Annotated[float, Range(gt=0, lt=0.5)] = 0.2, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.batch_size, self.held_out, self.seed = batch_size, held_out, seed
+        self._splits: dict[str, BatchDataset] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Enumerate the game; does nothing the second time."""
+        if self._splits:
+            return
+        planes, values = _all_positions()
+        rest, test = stratified_split(values, self.held_out, self.seed)
+        train, val = stratified_split(values[rest], self.held_out / (1 - self.held_out), self.seed)
+        parts = {"train": rest[train], "val": rest[val], "test": test}
+        self._splits = {name: BatchDataset(planes[rows], values[rows]) for name, rows in parts.items()}
+
+    def dataset(self, split: str) -> BatchDataset:
+        """The positions of ``train``, ``val`` or ``test``.
+
+        Raises:
+            RuntimeError: :meth:`setup` has not run.
+        """
+        if not self._splits:
+            raise RuntimeError(f"{type(self).__name__} holds no data yet; call setup() first.")
+        return self._splits[split]
+
+    def _loader(self, split: str) -> DataLoader[Any]:
+        return DataLoader(
+            self.dataset(split), batch_size=self.batch_size, shuffle=split == "train", collate_fn=pass_through
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training batches, shuffled by torch's global generator."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Validation batches in a fixed order."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Test batches in a fixed order."""
+        return self._loader("test")
