@@ -13,6 +13,15 @@ from lightning_bpfree.core.forward_ad import directional_derivative as direction
 from lightning_bpfree.core.forward_ad import directional_derivatives as directional_derivatives
 from lightning_bpfree.core.forward_ad import supported_kernels as supported_kernels
 from lightning_bpfree.core.injection import inject as inject
+from lightning_bpfree.methods.deep_ensemble.aggregation import disagreement as disagreement
+from lightning_bpfree.methods.deep_ensemble.aggregation import majority_vote as majority_vote
+from lightning_bpfree.methods.deep_ensemble.aggregation import mean_and_variance as mean_and_variance
+from lightning_bpfree.methods.deep_ensemble.aggregation import mean_probability as mean_probability
+from lightning_bpfree.methods.deep_ensemble.aggregation import mutual_information as mutual_information
+from lightning_bpfree.methods.deep_ensemble.aggregation import vote_shares as vote_shares
+from lightning_bpfree.methods.deep_ensemble.bootstrap import bootstrap_rows as bootstrap_rows
+from lightning_bpfree.methods.deep_ensemble.stacking import cross_fitted as cross_fitted
+from lightning_bpfree.methods.deep_ensemble.stacking import stacking_weights as stacking_weights
 from lightning_bpfree.methods.evolution_strategy.search.fitness_shaping import shaped as shaped
 from lightning_bpfree.methods.forward_gradient.rule import forward_gradient as forward_gradient
 from lightning_bpfree.methods.lottery_ticket.connectivity import Barrier as Barrier

@@ -156,7 +156,8 @@ def entropy(probabilities: Tensor) -> Tensor:
         >>> entropy(torch.tensor([1.0, 0.0]))
         tensor(0.)
     """
-    return torch.special.entr(probabilities).sum(-1)
+    summed: Tensor = torch.special.entr(probabilities).sum(-1)
+    return summed
 
 
 def mutual_information(probabilities: Tensor) -> Tensor:

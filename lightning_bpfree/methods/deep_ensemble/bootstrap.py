@@ -108,14 +108,16 @@ class Bootstrap:
             MisconfigurationException: for anything but a DataLoader that batches samples of known number.
         """
         dataset = getattr(loader, "dataset", None)
-        known = isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
+        known = (
+            isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
+        )
         if not known or loader.batch_sampler is None:
             raise MisconfigurationException(
                 "DeepEnsemble(bootstrap=True) draws from a training set of known size: give a DataLoader over a data "
                 f"set with a length and with a batch_size, not {type(loader).__name__} over {type(dataset).__name__}."
             )
         rows = torch.stack([bootstrap_rows(len(dataset), seed) for seed in self.seeds])  # type: ignore[arg-type]
-        clone = copy.copy(loader)
+        clone: Any = copy.copy(loader)
         object.__setattr__(clone, "dataset", MemberBatches(dataset, rows))  # a DataLoader lets nobody assign it
-        clone.collate_fn = MemberCollate(loader.collate_fn)
+        clone.__dict__["collate_fn"] = MemberCollate(loader.collate_fn)
         return clone

@@ -26,6 +26,7 @@ from lightning_bpfree.methods.deep_ensemble.report import Report, TargetsOf
 from lightning_bpfree.methods.deep_ensemble.run import EnsembleRun
 from lightning_bpfree.methods.deep_ensemble.settings import Route, Settings
 from lightning_bpfree.methods.deep_ensemble.stacking import cross_fitted, stacking_weights
+from lightning_bpfree.training.training_rule import TrainingRule
 
 
 class DeepEnsemble(Callback):
@@ -42,8 +43,8 @@ class DeepEnsemble(Callback):
 
     Args:
         members: how many, >= 1; None: 5, or as many as there are activations.
-        activations: names of activations that replace the module's own: neighbouring members share one, and members must
-            be a multiple of their number. Of ``relu``, ``relu6``, ``elu``, ``selu``, ``celu``, ``gelu``, ``silu``,
+        activations: names of activations that replace the module's own: neighbouring members share one, and members
+            must be a multiple of their number. Of ``relu``, ``relu6``, ``elu``, ``selu``, ``celu``, ``gelu``, ``silu``,
             ``mish``, ``tanh``, ``leaky_relu``, ``softplus``, ``hardswish``.
         combine: ``"mean"`` of the probabilities or values; ``"vote"``: the class of most votes, a tie going to the
             larger mean probability; ``"stack"``: the mean with weights fitted to the validation data.
@@ -123,6 +124,7 @@ class DeepEnsemble(Callback):
         self._report: Report | None = None
         self._bootstrap: Bootstrap | None = None
         self._loaded: dict[str, Any] | None = None
+        self._fitted: Any = None  # weights before the evaluation
         self._network_name: str | None = network
 
     # --- what a run has made ---
@@ -136,6 +138,12 @@ class DeepEnsemble(Callback):
     def route(self) -> str:
         """One line that says how the members are trained; empty before the first fit."""
         return "" if self._run is None else self._run.route()
+
+    @property
+    def rule_copies(self) -> list[TrainingRule]:
+        """The training rules of all members but the first, which has the Trainer's; empty outside of a fit."""
+        rules = None if self._run is None else self._run.rules
+        return [] if rules is None else list(rules.copies)
 
     def member_states(self) -> list[dict[str, Tensor]]:
         """Return copies of all members' parameters (tied ones once) and buffers, by name.
@@ -250,7 +258,7 @@ class DeepEnsemble(Callback):
         self._network = EnsembleNetwork(module, self._evaluation, self.settings.network)
 
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        if self._run is None or self._loaded is not None and not trainer.state.fn == "fit":
+        if self._run is None or (self._loaded is not None and trainer.state.fn != "fit"):
             self._take_loaded(module, stage)
         if self.combination.combine == "stack" and self.combination.weights is None and stage in ("test", "predict"):
             raise MisconfigurationException(
@@ -273,8 +281,8 @@ class DeepEnsemble(Callback):
         loaded, self._loaded = self._loaded, None
         if loaded is None:
             raise MisconfigurationException(
-                f"DeepEnsemble has no members to {stage}: fit first with this callback, or give ckpt_path of a run that "
-                "had it."
+                f"DeepEnsemble has no members to {stage}: fit first with this callback, or give ckpt_path of a run "
+                "that had it."
             )
         self._run = EnsembleRun(module, loaded["members"], loaded["seeds"], self.settings)
         self._run.side_by_side = bool(loaded["route"]["side_by_side"])

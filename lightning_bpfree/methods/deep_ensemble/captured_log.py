@@ -26,7 +26,9 @@ class CapturedLog:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Keep what is logged in this context."""
-        saved = [{key: part.__dict__[key] for key in ("log", "log_dict") if key in part.__dict__} for part in self.parts]
+        saved = [
+            {key: part.__dict__[key] for key in ("log", "log_dict") if key in part.__dict__} for part in self.parts
+        ]
         for index, part in enumerate(self.parts):
             part.__dict__.update(log=_Log(self, index), log_dict=_LogDict(self, index))
         try:

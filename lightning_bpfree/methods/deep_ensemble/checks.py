@@ -18,7 +18,7 @@ from lightning_bpfree.training.training_rule import TrainingRule
 
 # What changes weights or gradients of the module alone, which is one member. By name, since methods know no others.
 _ONE_MEMBER = {"LotteryTicket", "WeightAveraging", "EMAWeightAveraging", "ReversibleRecompute", "LearnableArchitecture"}
-_LARGE = 1 << 20  # parameters of a member, beyond which side by side gains nothing on a CPU
+_LARGE = 1 << 19  # parameters of a member, beyond which side by side gains nothing on a CPU
 _HOOKS = ("configure_gradient_clipping", "on_before_optimizer_step", "on_after_backward")
 
 
@@ -27,8 +27,8 @@ def check_strategy(trainer: pl.Trainer) -> None:
     # By name, for a Trainer from `pytorch_lightning` brings its own class.
     if "SingleDeviceStrategy" not in {kind.__name__ for kind in type(trainer.strategy).__mro__}:
         raise MisconfigurationException(
-            f"DeepEnsemble trains all members on one device, and {type(trainer.strategy).__name__} would synchronise the "
-            "gradients of the first alone: use devices=1, or one run for each member."
+            f"DeepEnsemble trains all members on one device, and {type(trainer.strategy).__name__} would synchronise "
+            "the gradients of the first alone: use devices=1, or one run for each member."
         )
 
 
@@ -48,8 +48,8 @@ def check_fit(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     for rule in callbacks_of(trainer, TrainingRule):
         if not rule.estimates_user_loss:
             raise MisconfigurationException(
-                f"DeepEnsemble cannot train members by {type(rule).__name__}, which puts its own layers and losses into "
-                "the one module that all members share: train the members in separate runs."
+                f"DeepEnsemble cannot train members by {type(rule).__name__}, which puts its own layers and losses "
+                "into the one module that all members share: train the members in separate runs."
             )
     kinds = (BaseFinetuning, ModelPruning, StochasticWeightAveraging, GradientAlignment)
     for kind in kinds:
@@ -62,8 +62,8 @@ def check_fit(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 def _refuse(name: str) -> None:
     raise MisconfigurationException(
-        f"DeepEnsemble cannot be combined with {name}, which sees or changes the module's own parameters, and these are "
-        "those of the first member alone: leave one of the two out."
+        f"DeepEnsemble cannot be combined with {name}, which sees or changes the module's own parameters, and these "
+        "are those of the first member alone: leave one of the two out."
     )
 
 

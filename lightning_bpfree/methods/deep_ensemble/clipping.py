@@ -29,4 +29,4 @@ def clip_members_(grads: Sequence[Tensor], max_norm: float) -> Tensor:
     factors = (max_norm / (total + 1e-6)).clamp(max=1.0)  # as torch's
     for grad in grads:
         grad.mul_(factors.reshape(-1, *[1] * (grad.dim() - 1)))
-    return total
+    return total  # type: ignore[no-any-return]  # vector_norm is untyped

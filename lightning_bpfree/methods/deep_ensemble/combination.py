@@ -111,7 +111,7 @@ class Combination:
         wide = predictions.float() if predictions.dtype in (torch.float16, torch.bfloat16) else predictions
         tiny = torch.finfo(wide.dtype).tiny  # keeps logarithms of what rounds to zero finite
         if self.task == "binary":
-            if wide.dim() > 2 and wide.shape[-1] == 1 or wide.dim() == 3:
+            if wide.dim() > 2:
                 self._check_single(wide)
                 wide = wide.squeeze(-1)
             both = [1 - wide, wide] if self.probabilities else [torch.sigmoid(-wide), torch.sigmoid(wide)]

@@ -45,7 +45,7 @@ class Evaluation:
         if self.side_by_side:
             try:
                 return self._all_at_once(forward, args, kwargs)
-            except Exception:  # noqa: BLE001  # in turn, either it works or it says what is wrong
+            except Exception:  # in turn, either it works or it says what is wrong
                 self.side_by_side = False
             finally:
                 self.at_work.index = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -92,7 +93,7 @@ def _resets(module: nn.Module) -> tuple[list[Callable[[], Any]], set[int]]:
                 break
     outermost = [p for p in pretrained if not any(p is not q and p in list(q.modules()) for q in pretrained)]
     for part in outermost:
-        resets.append(lambda model=part: _redraw_transformers(model))
+        resets.append(partial(_redraw_transformers, part))
         reached |= {id(parameter) for parameter in part.parameters()}
     return resets, reached
 

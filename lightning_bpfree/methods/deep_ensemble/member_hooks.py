@@ -78,7 +78,10 @@ class MemberHooks:
             return
         # Only what the optimizer moves counts, as for one member alone.
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if str(getattr(gradient_clip_algorithm or self.algorithm, "value", gradient_clip_algorithm or self.algorithm)) == "value":
+        if (
+            str(getattr(gradient_clip_algorithm or self.algorithm, "value", gradient_clip_algorithm or self.algorithm))
+            == "value"
+        ):
             for grad in grads:
                 grad.clamp_(-value, value)
         elif grads:

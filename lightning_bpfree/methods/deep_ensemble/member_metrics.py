@@ -71,7 +71,7 @@ class MemberMetrics:
         try:
             with torch.no_grad():
                 tensors = [leaves[place].detach() for place in places]
-                found = list(per_member(each, self.at_work, self.at_work.index, *tensors))  # type: ignore[arg-type]
+                found = list(per_member(each, self.at_work, self.at_work.index, *tensors))
         finally:
             self._counting = False
         result_spec, are_tensors, result = shape

@@ -46,6 +46,7 @@ class EnsembleNetwork:
         self.inside = False
         self.found: str | None = name
         self.calls = 0
+        self._entered: set[str] = set()
         parts = dict(module.named_modules())
         if name is not None and name not in parts:
             near = ", ".join(list(dict(module.named_children()))) or "none"
@@ -78,7 +79,7 @@ class EnsembleNetwork:
     def begin(self) -> None:
         """Begin another step."""
         self.calls = 0
-        self._entered: set[str] = set()
+        self._entered = set()
 
     def asked(self, part: _Answering, args: Any, kwargs: Any) -> Any:
         """Return the ensemble's output for one call of a part.
@@ -90,9 +91,9 @@ class EnsembleNetwork:
         if len(self._entered) > 1:
             names = " and ".join(repr(name or "the module itself") for name in sorted(self._entered))
             raise MisconfigurationException(
-                f"an evaluation step of {type(self.module).__name__} calls {names} one after the other, and DeepEnsemble "
-                "cannot tell whose output is the prediction. Call all of the network in forward(), and self(x) in the "
-                "step; or name the part that predicts: network='...'."
+                f"an evaluation step of {type(self.module).__name__} calls {names} one after the other, and "
+                "DeepEnsemble cannot tell whose output is the prediction. Call all of the "
+                "network in forward(), and self(x) in the step; or name the part that predicts: network='...'."
             )
         self.found, self.calls = part.name, self.calls + 1
         self.inside = True

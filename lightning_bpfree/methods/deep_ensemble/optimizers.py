@@ -58,8 +58,8 @@ def move_to_module(optimizer: Optimizer, members: Members) -> None:
 def _translated(params: Sequence[Tensor], table: Mapping[int, Any]) -> list[Any]:
     if any(id(parameter) not in table for parameter in params):
         raise MisconfigurationException(
-            "DeepEnsemble: configure_optimizers() returns an optimizer of tensors that are no parameters of the module, "
-            "which no member but the first would have: register them as parameters."
+            "DeepEnsemble: configure_optimizers() returns an optimizer of tensors that are no parameters of the "
+            "module, which no member but the first would have: register them as parameters."
         )
     return [table[id(parameter)] for parameter in params]
 
@@ -122,7 +122,9 @@ class MemberOptimizers(Optimizer):
         """
         states = state_dict.get("members", [])
         if len(states) != len(self.optimizers):
-            raise ValueError(f"the checkpoint has optimizers of {len(states)} members, this run {len(self.optimizers)}.")
+            raise ValueError(
+                f"the checkpoint has optimizers of {len(states)} members, this run {len(self.optimizers)}."
+            )
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
 
@@ -138,7 +140,7 @@ def one_for_each(trainer: pl.Trainer, module: pl.LightningModule, members: Membe
         for group in optimizer.param_groups:
             group["params"] = _translated(group["params"], own)
         # What an optimizer has prepared for its parameters goes along.
-        by_module = {slot.parameter: members.apart[member][slot.name] for slot in members.slots}
+        by_module: dict[Tensor, Tensor] = {slot.parameter: members.apart[member][slot.name] for slot in members.slots}
         for parameter in list(optimizer.state):
             optimizer.state[by_module.get(parameter, parameter)] = optimizer.state.pop(parameter)
         optimizers.append(optimizer)
@@ -154,8 +156,8 @@ def only_optimizer(trainer: pl.Trainer) -> Optimizer:
     optimizers = trainer.strategy.optimizers
     if len(optimizers) != 1:
         raise MisconfigurationException(
-            f"DeepEnsemble trains with one optimizer, and configure_optimizers() returns {len(optimizers)}: return one, "
-            "with several parameter groups if need be."
+            f"DeepEnsemble trains with one optimizer, and configure_optimizers() returns {len(optimizers)}: return "
+            "one, with several parameter groups if need be."
         )
     if isinstance(optimizers[0], torch.optim.LBFGS):
         raise MisconfigurationException(

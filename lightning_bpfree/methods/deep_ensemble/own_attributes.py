@@ -54,6 +54,9 @@ class OwnAttributes:
                         self._set(index, key, saved.get(key, _MISSING))
             else:
                 self._left = dict(self._own[0])
+                for index, key in self._own[0]:  # the others begin with what the first one began with
+                    for own in self._own[1:]:
+                        own.setdefault((index, key), before[index].get(key, _MISSING))
 
     def _forget_changed(self) -> None:
         for (index, key), value in self._left.items():

@@ -29,7 +29,7 @@ class _PerMember(torch.autograd.Function):
     """Calls a function with the tensors of all members, unbatched; its operations are seen by autograd as they are."""
 
     @staticmethod
-    def forward(call: Callable[..., Any], index: Tensor, *tensors: Tensor) -> Any:
+    def forward(*_: Any) -> Any:
         raise RuntimeError("per_member works inside of torch.func.vmap only")
 
     @staticmethod
@@ -37,7 +37,7 @@ class _PerMember(torch.autograd.Function):
         pass
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, call: Callable[..., Any], index: Tensor, *tensors: Tensor) -> Any:
+    def vmap(info: Any, in_dims: Any, call: Callable[..., Any], _: Tensor, *tensors: Tensor) -> Any:
         stacked = [
             tensor.movedim(dim, 0) if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
             for tensor, dim in zip(tensors, in_dims[2:], strict=True)

@@ -48,8 +48,8 @@ class ClassificationReport(nn.Module):
     def __init__(self, members: int, classes: int) -> None:
         super().__init__()
         self.classes = classes
-        self.scores = nn.ModuleList(_scores(classes) for _ in range(members + 1))
-        self.spread = nn.ModuleDict({name: MeanMetric() for name in ("Disagreement", "Entropy", "MI")})
+        self.scores: Any = nn.ModuleList(_scores(classes) for _ in range(members + 1))
+        self.spread: Any = nn.ModuleDict({name: MeanMetric() for name in ("Disagreement", "Entropy", "MI")})
 
     def update(self, members: Tensor, combined: Tensor, targets: Tensor | None) -> None:
         """Count a batch.
@@ -106,7 +106,7 @@ class RegressionReport(nn.Module):
 
     def __init__(self, members: int) -> None:
         super().__init__()
-        self.scores = nn.ModuleList(
+        self.scores: Any = nn.ModuleList(
             MetricCollection({"MSE": MeanSquaredError(), "MAE": MeanAbsoluteError()}, compute_groups=False)
             for _ in range(members + 1)
         )
@@ -156,6 +156,9 @@ class Report:
             members = self.combination.member_probabilities(predictions).flatten(1, -2)
             one = self.combination.member_probabilities(combined.unsqueeze(0))[0].flatten(0, -2)
             targets = _labels(targets, one)
+            if targets is not None and bool((targets < 0).any()):  # as cross-entropy ignores -100
+                counted = targets >= 0
+                members, one, targets = members[:, counted], one[counted], targets[counted]
         if loader not in self.parts:
             count, classes = len(members), one.shape[-1]
             made = RegressionReport(count) if self.combination.task == "regression" else None
@@ -186,5 +189,4 @@ def _labels(targets: Tensor | None, probabilities: Tensor) -> Tensor | None:
     if targets is None or targets.numel() != len(probabilities):
         return None
     labels = targets.reshape(-1).to(torch.int64)
-    low, high = int(labels.min()), int(labels.max())
-    return labels if low >= 0 and high < probabilities.shape[-1] else None
+    return labels if int(labels.max()) < probabilities.shape[-1] else None

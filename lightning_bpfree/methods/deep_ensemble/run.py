@@ -61,6 +61,7 @@ class EnsembleRun:
         self._side: SideBySide | None = None
         self._turn: InTurn | None = None
         self._swap: Swap | None = None
+        self._inner: list[Swap] = []  # of training rules, below
         self._hooks: MemberHooks | None = None
         self._settled = False
 
@@ -82,9 +83,12 @@ class EnsembleRun:
             self.reason = None
         self.side_by_side = self.reason is None if resumed is None else resumed["side_by_side"]
         self._settled = resumed is not None
-        stacked = why_not_stacked(optimizer, self.settings.lr_factors) is None if resumed is None else resumed["stacked"]
+        stacked = (
+            why_not_stacked(optimizer, self.settings.lr_factors) is None if resumed is None else resumed["stacked"]
+        )
         self._arrange(trainer, stacked and self.side_by_side)
         self.activations.install()
+        self._inner = [rule._swap for rule in callbacks_of(trainer, TrainingRule) if rule._swap is not None]
         self._swap = Swap(self.module, lambda original, *a, **k: self._step(trainer, original, *a, **k))
 
     def _refuse_rules(self, trainer: pl.Trainer) -> None:
@@ -116,9 +120,7 @@ class EnsembleRun:
         wrapped = trainer.strategy.optimizers[0]
         each = wrapped.optimizers if isinstance(wrapped, MemberOptimizers) else []
         clip: Any = trainer
-        self._hooks = MemberHooks(
-            self.module, self.members, each, clip.gradient_clip_val, clip.gradient_clip_algorithm
-        )
+        self._hooks = MemberHooks(self.module, self.members, each, clip.gradient_clip_val, clip.gradient_clip_algorithm)
         shared = (self.module, self.members, self.streams, self.log, self.at_work)
         self._side = SideBySide(*shared, own_batches=self.settings.bootstrap) if self.side_by_side else None
         self._turn = None if self.side_by_side else InTurn(*shared, own_batches=self.settings.bootstrap)
@@ -194,12 +196,15 @@ class EnsembleRun:
         """Give the module its own training step, hooks and activations back; it keeps the first member's weights."""
         if self._swap is not None:
             self._swap.undo()
+            for inner in self._inner:
+                if self.rules is None or self.rules.rule.original_step is None:
+                    inner.undo()  # whose rule has ended before, and could not undo what was below
         if self._hooks is not None:
             self._hooks.undo()
         self.activations.remove()
         if self.members.stacked:
             self.members.release()
-        self._swap = self._hooks = self._side = self._turn = self.rules = None
+        self._swap = self._hooks = self._side = self._turn = None
 
 
 def _factor(trainer: pl.Trainer) -> Tensor:

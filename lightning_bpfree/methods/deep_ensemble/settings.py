@@ -59,14 +59,18 @@ class Settings:
         factors = self.lr_factors or [1.0] * self.members
         if len(factors) != self.members or not all(0 < factor < float("inf") for factor in factors):
             raise ValueError(
-                f"lr_factors={list(factors)}: give {self.members} numbers above 0, by which each member's learning rate "
-                "differs from the one configured."
+                f"lr_factors={list(factors)}: give {self.members} numbers above 0, by which each member's learning "
+                "rate differs from the one configured."
             )
         self.lr_factors = [float(factor) for factor in factors]
         if self.initialise not in ("reset", "same") and not callable(self.initialise):
-            raise ValueError(f"initialise={self.initialise!r}: choose 'reset', 'same', or give a function of the module.")
+            raise ValueError(
+                f"initialise={self.initialise!r}: choose 'reset', 'same', or give a function of the module."
+            )
         if isinstance(self.seed, Sequence) and (len(self.seed) != self.members or len(set(self.seed)) < self.members):
-            raise ValueError(f"seed={list(self.seed)}: give {self.members} different seeds, one a member, or one for all.")
+            raise ValueError(
+                f"seed={list(self.seed)}: give {self.members} different seeds, one a member, or one for all."
+            )
 
     def _check_combination(self) -> None:
         if self.combine == "stack" and self.weights is not None:
