@@ -9,12 +9,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_bpfree.core.seeds import mix
+from lightning_bpfree.methods.deep_ensemble.overriding import overridden
 
 _STREAM = 0xB007  # apart from all other uses of a member's seed
 
@@ -88,7 +88,7 @@ class Bootstrap:
         self.seeds = list(seeds)
         for owner in (module, trainer.datamodule):  # type: ignore[attr-defined]
             for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
-                if owner is not None and is_overridden(hook, owner):
+                if owner is not None and overridden(hook, owner):
                     raise MisconfigurationException(
                         f"DeepEnsemble(bootstrap=True) gives {hook} of {type(owner).__name__} a list with a batch for "
                         "each member, which it does not expect: do its work in the data set or in training_step."

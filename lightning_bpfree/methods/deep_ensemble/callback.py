@@ -124,6 +124,7 @@ class DeepEnsemble(Callback):
         self._report: Report | None = None
         self._bootstrap: Bootstrap | None = None
         self._loaded: dict[str, Any] | None = None
+        self._global: dict[str, Any] | None = None  # random streams of a checkpoint
         self._fitted: Any = None  # weights before the evaluation
         self._network_name: str | None = network
 
@@ -203,6 +204,9 @@ class DeepEnsemble(Callback):
         self._run.start(trainer, resumed)
         if self.settings.bootstrap:
             self._bootstrap = Bootstrap(trainer, pl_module, seeds)
+        if loaded is not None:
+            self._global = loaded["global"]
+            self._continue_stream(pl_module)  # before the data loaders draw their order
         self._prepare_evaluation(pl_module)
         for logger in trainer.loggers:
             logger.log_hyperparams({"bpfree_ensemble": self.settings.plain()})
@@ -212,8 +216,11 @@ class DeepEnsemble(Callback):
         loaded, self._loaded = self._loaded, None
         self._running().copy_rules(trainer, None if loaded is None else loaded["rules"])
         if loaded is not None:
-            RandomStreams([pl_module.device]).from_plain(loaded["global"])
             rank_zero_info(self.route)
+
+    def _continue_stream(self, module: pl.LightningModule) -> None:
+        if self._global is not None:
+            RandomStreams([module.device]).from_plain(self._global)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell the members' rules."""
@@ -223,6 +230,9 @@ class DeepEnsemble(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Settle how members are trained, before the first batch; tell the members' rules."""
+        if batch_idx > 0:  # resumed inside an epoch, behind the loader's draw
+            self._continue_stream(pl_module)
+        self._global = None
         run = self._running()
         run.settle(trainer, batch, batch_idx)
         run.forward("on_train_batch_start", batch, batch_idx)

@@ -20,7 +20,9 @@ class CapturedLog:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.parts: list[Any] = [part for part in module.modules() if isinstance(part, pl.LightningModule)]
+        self.parts: list[Any] = [
+            part for part in module.modules() if isinstance(part, pl.LightningModule) or part is module
+        ]
         self._calls: dict[tuple[int, str], tuple[list[Any], dict[str, Any]]] = {}
 
     @contextlib.contextmanager

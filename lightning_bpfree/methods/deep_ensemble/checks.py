@@ -8,10 +8,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_bpfree.core.vectorizing import vectorises_badly
+from lightning_bpfree.methods.deep_ensemble.overriding import overridden
 from lightning_bpfree.training.gradient_alignment import GradientAlignment
 from lightning_bpfree.training.trainer_attributes import callbacks_of
 from lightning_bpfree.training.training_rule import TrainingRule
@@ -73,7 +73,7 @@ def why_in_turn(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:
     if rules:
         return f"{type(rules[0]).__name__} evaluates each member by itself"
     for hook in _HOOKS:
-        if is_overridden(hook, module):
+        if overridden(hook, module):
             return f"{type(module).__name__} defines {hook}, which is called for each member"
     return why_not_worth_it(module)
 

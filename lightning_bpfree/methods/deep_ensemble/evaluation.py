@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_bpfree.core.forward_ad import plain_attention
 from lightning_bpfree.methods.deep_ensemble.combination import Combination
 from lightning_bpfree.methods.deep_ensemble.members import Members
 from lightning_bpfree.methods.deep_ensemble.per_member import AtWork
@@ -64,7 +65,7 @@ class Evaluation:
 
         def one(params: Any, buffers: Any, index: Tensor) -> Any:
             self.at_work.index = index
-            with self.members.placed(params, buffers) as left:
+            with self.members.placed(params, buffers) as left, plain_attention():
                 output = forward(*args, **kwargs)
             leaves, spec = tree_flatten(output)
             shape[:] = [spec, leaves]

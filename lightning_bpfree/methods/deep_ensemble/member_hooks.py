@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 from lightning_bpfree.methods.deep_ensemble.clipping import clip_members_
 from lightning_bpfree.methods.deep_ensemble.members import Members
+from lightning_bpfree.methods.deep_ensemble.overriding import overridden
 
 _HOOKS = ("on_before_optimizer_step", "on_after_backward")
 _CLIP = "configure_gradient_clipping"
@@ -40,10 +40,10 @@ class MemberHooks:
         self.clip_val, self.algorithm = clip_val, algorithm
         self._replaced: list[str] = []
         for hook in _HOOKS:
-            if is_overridden(hook, module):
+            if overridden(hook, module):
                 self._replace(hook, partial(self._each, getattr(module, hook)))
         if members.stacked:
-            if not is_overridden(_CLIP, module):
+            if not overridden(_CLIP, module):
                 self._replace(_CLIP, self._clip_stacks)
         else:
             self._replace(_CLIP, partial(self._each, getattr(module, _CLIP)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_bpfree.core.forward_ad import plain_attention
 from lightning_bpfree.core.replay import Attributes, RandomStreams
 from lightning_bpfree.core.step import SkipBatchError, loss_of
 from lightning_bpfree.core.vectorizing import first_line
@@ -94,7 +97,7 @@ class SideBySide:
         params, buffers = self.members.stacks(), self.members.buffer_stacks()
         index = torch.arange(self.members.count, device=next(iter(params.values())).device)
         tensor_dims = [dims[place] for place in places]
-        with self.metrics.listening(), self.log.listening(), self._one_at_a_time():
+        with self.metrics.listening(), self.log.listening(), self._one_at_a_time(), plain_attention():
             run = vmap(one, in_dims=(0, 0, 0, tensor_dims), randomness="error")
             losses, left, logged, kept = run(params, buffers, index, [leaves[place] for place in places])
         self.log.replace(list(logged))
@@ -120,7 +123,9 @@ class SideBySide:
         streams = RandomStreams([self.streams.device])
         before, world, counted = _copied(attributes.save()), streams.save(), metrics.save()
         try:
-            with self.streams.rewound():
+            with self.streams.rewound(), warnings.catch_warnings():
+                # An operation without a batching rule is computed member by member, which a loop does better.
+                warnings.filterwarnings("error", message="There is a performance drop")
                 losses, _ = self._evaluate(step, args, kwargs)
                 after = streams.save()
                 if losses is not None:
@@ -130,7 +135,7 @@ class SideBySide:
         except NotStackableError:
             raise
         except Exception as error:
-            raise NotStackableError(first_line(error)) from error
+            raise NotStackableError(_why(error)) from error
         finally:
             attributes.load(before)
             metrics.load(counted)
@@ -152,6 +157,16 @@ class SideBySide:
                     raise NotStackableError(
                         f"training_step keeps a tensor in {type(part).__name__}.{key}, which is none outside of vmap"
                     )
+
+
+def _why(error: Exception) -> str:
+    said = first_line(error)
+    missing = re.search(r"batching rule for ([\w:]+)", said)
+    if missing:
+        return f"torch.func.vmap has no rule for {missing[1]}"
+    if "random operation" in said:
+        return "training_step draws random numbers of a kind that vmap cannot draw for each member"
+    return said
 
 
 def stacked_batch(batches: Any) -> Any:

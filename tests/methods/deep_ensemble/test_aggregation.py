@@ -131,7 +131,9 @@ def test_combined_single_logits(shape):
 
 
 def test_several_outputs_keep_their_form():
-    outputs = [{"loss": torch.tensor(float(m)), "logits": torch.randn(2, 3), "ids": torch.tensor([m])} for m in range(3)]
+    outputs = [
+        {"loss": torch.tensor(float(m)), "logits": torch.randn(2, 3), "ids": torch.tensor([m])} for m in range(3)
+    ]
     combined = Combination().combined(outputs)
     assert float(combined["loss"]) == 1
     assert combined["ids"].tolist() == [0]

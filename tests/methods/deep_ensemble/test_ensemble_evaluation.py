@@ -135,6 +135,7 @@ def test_training_logs_the_mean_over_members():
     found = [fit(e, limit_val_batches=0)[0].callback_metrics for e in (ensemble, one)]
     for name in ("train_acc", "train_loss", "batch_acc"):
         assert float(found[0][name]) == pytest.approx(float(found[1][name]), rel=1e-4), name
+
     # Members that start alike and see the same batch without dropout log the same: the mean is one member's.
     def make():
         return Judged(dropout=0.0)
@@ -225,8 +226,15 @@ def test_a_mapping_as_batch_and_ignored_labels():
     data = DataLoader([{"x": a, "labels": b} for a, b in zip(x, y, strict=True)], 32)
     torch.manual_seed(7)
     trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[bpf.DeepEnsemble(2)], num_sanity_val_steps=0, log_every_n_steps=1,
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[bpf.DeepEnsemble(2)],
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
     )
     trainer.fit(Mapped(), data, data)
     found = trainer.callback_metrics

@@ -21,9 +21,7 @@ def compare(make, ensemble: bpf.DeepEnsemble, exact: bool, data=None, lr_factors
     _, _, before, after = train(make, ensemble, data() if data else None, **settings)
     for member, (start, end) in enumerate(zip(before, after, strict=True)):
         factor = lr_factors[member] if lr_factors else 1.0
-        other = alone(
-            make, start, ensemble.seeds[member], data() if data else None, lr_factor=factor, **settings
-        )
+        other = alone(make, start, ensemble.seeds[member], data() if data else None, lr_factor=factor, **settings)
         assert any(not torch.equal(start[name], end[name]) for name in start), "it has moved"
         if exact:
             assert all(torch.equal(end[name], other[name]) for name in end), member
