@@ -13,7 +13,7 @@ from lightning_bpfree.methods.direct_feedback_alignment.rule import (
     DirectFeedbackAlignment as DirectFeedbackAlignment,
 )
 from lightning_bpfree.methods.deep_ensemble.callback import DeepEnsemble as DeepEnsemble
-from lightning_bpfree.methods.deep_ensemble.exported import EnsembleModule as EnsembleModule
+from lightning_bpfree.methods.deep_ensemble.combining.exported import EnsembleModule as EnsembleModule
 from lightning_bpfree.methods.evolution_strategy.rule import EvolutionStrategy as EvolutionStrategy
 from lightning_bpfree.methods.evolution_strategy.search.des import DES as DES
 from lightning_bpfree.methods.evolution_strategy.search.openai_es import OpenAIES as OpenAIES

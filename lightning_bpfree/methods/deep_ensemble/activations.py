@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_bpfree.core.forward_override import StandIn
-from lightning_bpfree.methods.deep_ensemble.per_member import AtWork, per_member
+from lightning_bpfree.methods.deep_ensemble.vectorized.per_member import AtWork, per_member
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,

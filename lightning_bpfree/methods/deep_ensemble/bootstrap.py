@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -93,9 +93,9 @@ class Bootstrap:
                         f"DeepEnsemble(bootstrap=True) gives {hook} of {type(owner).__name__} a list with a batch for "
                         "each member, which it does not expect: do its work in the data set or in training_step."
                     )
-        self._source: Any = trainer.fit_loop._data_source
+        self._source = cast("Any", trainer.fit_loop._data_source)
         original = self._source.dataloader
-        self._source.dataloader = lambda: tree_map(self.bootstrapped, original())
+        self._source.dataloader = lambda: tree_map(self.bootstrapped, original())  # a collection of loaders, or one
 
     def undo(self) -> None:
         """Let the Trainer ask for its data as before."""

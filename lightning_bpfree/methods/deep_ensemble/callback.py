@@ -14,18 +14,16 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_bpfree.core.replay import RandomStreams
+from lightning_bpfree.methods.deep_ensemble.answers import Answers
 from lightning_bpfree.methods.deep_ensemble.bootstrap import Bootstrap
 from lightning_bpfree.methods.deep_ensemble.checks import check_fit, check_strategy
-from lightning_bpfree.methods.deep_ensemble.combination import Combination, Combine, Task
-from lightning_bpfree.methods.deep_ensemble.evaluation import Evaluation
-from lightning_bpfree.methods.deep_ensemble.exported import EnsembleModule
+from lightning_bpfree.methods.deep_ensemble.combining.combination import Combination, Combine, Task
+from lightning_bpfree.methods.deep_ensemble.combining.exported import EnsembleModule
+from lightning_bpfree.methods.deep_ensemble.combining.report import TargetsOf
 from lightning_bpfree.methods.deep_ensemble.initialisation import Initialise, initial_states
-from lightning_bpfree.methods.deep_ensemble.network import EnsembleNetwork
 from lightning_bpfree.methods.deep_ensemble.optimizers import MemberOptimizers
-from lightning_bpfree.methods.deep_ensemble.report import Report, TargetsOf
 from lightning_bpfree.methods.deep_ensemble.run import EnsembleRun
 from lightning_bpfree.methods.deep_ensemble.settings import Route, Settings
-from lightning_bpfree.methods.deep_ensemble.stacking import cross_fitted, stacking_weights
 from lightning_bpfree.training.training_rule import TrainingRule
 
 
@@ -119,13 +117,10 @@ class DeepEnsemble(Callback):
         )
         self.combination = Combination(combine, task, weights, probabilities=probabilities, class_dim=class_dim)
         self._run: EnsembleRun | None = None
-        self._evaluation: Evaluation | None = None
-        self._network: EnsembleNetwork | None = None
-        self._report: Report | None = None
+        self._answers: Answers | None = None
         self._bootstrap: Bootstrap | None = None
         self._loaded: dict[str, Any] | None = None
         self._global: dict[str, Any] | None = None  # random streams of a checkpoint
-        self._fitted: Any = None  # weights before the evaluation
         self._network_name: str | None = network
 
     # --- what a run has made ---
@@ -207,7 +202,7 @@ class DeepEnsemble(Callback):
         if loaded is not None:
             self._global = loaded["global"]
             self._continue_stream(pl_module)  # before the data loaders draw their order
-        self._prepare_evaluation(pl_module)
+        self._answers = Answers(self._run, self.combination, self.settings)
         for logger in trainer.loggers:
             logger.log_hyperparams({"bpfree_ensemble": self.settings.plain()})
 
@@ -262,30 +257,16 @@ class DeepEnsemble(Callback):
 
     # --- evaluation ---
 
-    def _prepare_evaluation(self, module: pl.LightningModule) -> None:
-        run = self._running()
-        self._evaluation = Evaluation(run.members, self.combination, run.at_work, run.side_by_side)
-        self._network = EnsembleNetwork(module, self._evaluation, self.settings.network)
-
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        if self._run is None or (self._loaded is not None and trainer.state.fn != "fit"):
+        fitting = trainer.state.fn == "fit"
+        if not fitting and (self._run is None or self._loaded is not None):
             self._take_loaded(module, stage)
-        if self.combination.combine == "stack" and self.combination.weights is None and stage in ("test", "predict"):
-            raise MisconfigurationException(
-                "DeepEnsemble(combine='stack') has not fitted its weights: fit with validation data, or call "
-                "trainer.validate first."
-            )
         run = self._running()
-        if self._evaluation is None or self._evaluation.members is not run.members:
-            self._prepare_evaluation(module)
-        assert self._network is not None
-        if trainer.state.fn != "fit":
+        if self._answers is None or not self._answers.speaks_for(run):
+            self._answers = Answers(run, self.combination, self.settings)
+        if not fitting:
             run.activations.install()
-        self._report = Report(self.combination, self.settings.targets, keep=self.settings.combine == "stack")
-        self._fitted = self.combination.weights
-        if self.settings.combine == "stack" and stage == "val":
-            self.combination.weights = None  # what these data are going to decide, they are not shown
-        self._network.install()
+        self._answers.begin(stage)
 
     def _take_loaded(self, module: pl.LightningModule, stage: str) -> None:
         loaded, self._loaded = self._loaded, None
@@ -298,53 +279,20 @@ class DeepEnsemble(Callback):
         self._run.side_by_side = bool(loaded["route"]["side_by_side"])
 
     def _begin_batch(self) -> None:
-        if self._network is not None:
-            self._network.begin()
+        if self._answers is not None:
+            self._answers.begin_batch()
 
-    def _end_batch(self, stage: str, batch: Any, loader: int) -> None:
-        network, evaluation = self._network, self._evaluation
-        if network is None or evaluation is None:
-            return
-        network.check_called({"val": "validation"}.get(stage, stage))
-        self._network_name = network.found
-        if self._report is not None and network.calls == 1 and evaluation.predictions is not None:
-            assert evaluation.combined is not None
-            self._report.update(batch, evaluation.predictions, evaluation.combined, loader)
+    def _end_batch(self, batch: Any, loader: int) -> None:
+        if self._answers is not None:
+            self._network_name = self._answers.end_batch(batch, loader)
 
-    def _log(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        if self._report is None:
-            return
-        values = self._report.compute(stage)
-        if self.settings.combine == "stack" and stage == "val":
-            values |= self._fit_weights(trainer)
-        module.log_dict(values, on_step=False, on_epoch=True)
-
-    def _fit_weights(self, trainer: pl.Trainer) -> dict[str, Tensor]:
-        """Fit the weights to the validation data, and return the cross-fitted scores."""
-        kept = self._report.everything() if self._report is not None else None
-        self.combination.weights = self._fitted
-        if trainer.sanity_checking:
-            return {}
-        if kept is None:
-            raise MisconfigurationException(
-                "DeepEnsemble(combine='stack') found no targets in the validation batches to fit its weights to: say "
-                "where they are, targets='labels' or targets=lambda batch: batch[1]."
-            )
-        predictions, targets = kept
-        regression = self.settings.task == "regression"
-        self.combination.weights = stacking_weights(predictions, targets, regression=regression).tolist()
-        held_out = cross_fitted(predictions, targets, min(5, len(targets)), regression=regression)
-        if regression:
-            return {"val/stack/MSE": ((held_out - targets) ** 2).mean()}
-        return {
-            "val/stack/Acc": (held_out.argmax(-1) == targets).float().mean(),
-            "val/stack/NLL": nn.functional.nll_loss(held_out.log(), targets),
-        }
+    def _log(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self._answers is not None:
+            module.log_dict(self._answers.report(trainer.sanity_checking), on_step=False, on_epoch=True)
 
     def _end_evaluation(self) -> None:
-        if self._network is not None:
-            self._network.remove()
-        self._report = None
+        if self._answers is not None:
+            self._answers.end()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to answer for the network."""
@@ -386,7 +334,7 @@ class DeepEnsemble(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count the members' predictions."""
-        self._end_batch("val", batch, dataloader_idx)
+        self._end_batch(batch, dataloader_idx)
 
     def on_test_batch_end(
         self,
@@ -398,7 +346,7 @@ class DeepEnsemble(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count the members' predictions."""
-        self._end_batch("test", batch, dataloader_idx)
+        self._end_batch(batch, dataloader_idx)
 
     def on_predict_batch_end(
         self,
@@ -410,16 +358,15 @@ class DeepEnsemble(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """See that the step has asked the ensemble."""
-        self._report = None
-        self._end_batch("predict", batch, dataloader_idx)
+        self._end_batch(batch, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the report."""
-        self._log(trainer, pl_module, "val")
+        self._log(trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the report."""
-        self._log(trainer, pl_module, "test")
+        self._log(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the module be itself."""

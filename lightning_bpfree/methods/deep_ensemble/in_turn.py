@@ -14,8 +14,8 @@ from lightning_bpfree.core.step import SkipBatchError, loss_of
 from lightning_bpfree.methods.deep_ensemble.captured_log import CapturedLog
 from lightning_bpfree.methods.deep_ensemble.members import Members
 from lightning_bpfree.methods.deep_ensemble.own_attributes import OwnAttributes
-from lightning_bpfree.methods.deep_ensemble.per_member import AtWork
 from lightning_bpfree.methods.deep_ensemble.streams import MemberStreams
+from lightning_bpfree.methods.deep_ensemble.vectorized.per_member import AtWork
 
 Step = Callable[..., Any]
 

@@ -9,9 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 
-from lightning_bpfree.methods.deep_ensemble.clipping import clip_members_
 from lightning_bpfree.methods.deep_ensemble.members import Members
 from lightning_bpfree.methods.deep_ensemble.overriding import overridden
+from lightning_bpfree.methods.deep_ensemble.vectorized.clipping import clip_members_
 
 _HOOKS = ("on_before_optimizer_step", "on_after_backward")
 _CLIP = "configure_gradient_clipping"

@@ -35,28 +35,36 @@ class OwnAttributes:
         """Let the module have one member's attributes, and keep what it assigns."""
         if member == 0:
             self._forget_changed()
-        before = [part.__dict__.copy() for part in self.modules]
-        if member:
-            for (index, key), value in self._own[member].items():
-                self._set(index, key, value)
-        started = [part.__dict__.copy() for part in self.modules] if member and self._own[member] else before
+        before = self._now()
+        for (index, key), value in self._own[member].items() if member else ():
+            self._set(index, key, value)
+        started = self._now() if member and self._own[member] else before
         try:
             yield
         finally:
-            for index, (part, saved) in enumerate(zip(self.modules, started, strict=True)):
-                for key in part.__dict__.keys() | saved.keys():
-                    now = part.__dict__.get(key, _MISSING)
-                    if now is not saved.get(key, _MISSING) and key not in _SHARED:
-                        self._own[member][index, key] = now
-            if member:
-                for index, (part, saved) in enumerate(zip(self.modules, before, strict=True)):
-                    for key in (part.__dict__.keys() | saved.keys()) - _SHARED:
-                        self._set(index, key, saved.get(key, _MISSING))
-            else:
+            self._keep(member, started)
+            if member == 0:
                 self._left = dict(self._own[0])
                 for index, key in self._own[0]:  # the others begin with what the first one began with
                     for own in self._own[1:]:
                         own.setdefault((index, key), before[index].get(key, _MISSING))
+            else:
+                self._restore(before)
+
+    def _now(self) -> list[dict[str, Any]]:
+        return [part.__dict__.copy() for part in self.modules]
+
+    def _keep(self, member: int, started: list[dict[str, Any]]) -> None:
+        for index, (part, saved) in enumerate(zip(self.modules, started, strict=True)):
+            for key in (part.__dict__.keys() | saved.keys()) - _SHARED:
+                now = part.__dict__.get(key, _MISSING)
+                if now is not saved.get(key, _MISSING):
+                    self._own[member][index, key] = now
+
+    def _restore(self, before: list[dict[str, Any]]) -> None:
+        for index, (part, saved) in enumerate(zip(self.modules, before, strict=True)):
+            for key in (part.__dict__.keys() | saved.keys()) - _SHARED:
+                self._set(index, key, saved.get(key, _MISSING))
 
     def _forget_changed(self) -> None:
         for (index, key), value in self._left.items():

@@ -26,11 +26,11 @@ from lightning_bpfree.methods.deep_ensemble.optimizers import (
     only_optimizer,
     why_not_stacked,
 )
-from lightning_bpfree.methods.deep_ensemble.per_member import AtWork
 from lightning_bpfree.methods.deep_ensemble.rule_copies import RuleCopies
 from lightning_bpfree.methods.deep_ensemble.settings import Settings
-from lightning_bpfree.methods.deep_ensemble.side_by_side import NotStackableError, SideBySide
 from lightning_bpfree.methods.deep_ensemble.streams import MemberStreams
+from lightning_bpfree.methods.deep_ensemble.vectorized.per_member import AtWork
+from lightning_bpfree.methods.deep_ensemble.vectorized.side_by_side import NotStackableError, SideBySide
 from lightning_bpfree.training.step_swap import Swap
 from lightning_bpfree.training.trainer_attributes import callbacks_of
 from lightning_bpfree.training.training_rule import TrainingRule

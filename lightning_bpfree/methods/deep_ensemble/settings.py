@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.deep_ensemble.activations import check_activations
-from lightning_bpfree.methods.deep_ensemble.aggregation import check_weights
-from lightning_bpfree.methods.deep_ensemble.combination import Combine, Task
+from lightning_bpfree.methods.deep_ensemble.combining.aggregation import check_weights
+from lightning_bpfree.methods.deep_ensemble.combining.combination import Combine, Task
+from lightning_bpfree.methods.deep_ensemble.combining.report import TargetsOf
 from lightning_bpfree.methods.deep_ensemble.initialisation import Initialise
-from lightning_bpfree.methods.deep_ensemble.report import TargetsOf
 
 Route = Literal["auto", "stacked", "sequential"]
 _CHOICES: dict[str, tuple[str, ...]] = {

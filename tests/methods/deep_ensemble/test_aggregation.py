@@ -16,8 +16,8 @@ from lightning_bpfree.functional import (
     stacking_weights,
     vote_shares,
 )
-from lightning_bpfree.methods.deep_ensemble.aggregation import vote_probabilities
-from lightning_bpfree.methods.deep_ensemble.combination import Combination
+from lightning_bpfree.methods.deep_ensemble.combining.aggregation import vote_probabilities
+from lightning_bpfree.methods.deep_ensemble.combining.combination import Combination
 
 
 def members(count: int = 5, rows: int = 400, classes: int = 4, dtype=torch.float64) -> torch.Tensor:

@@ -185,7 +185,7 @@ def test_the_network_is_found_or_named():
     fit(bpf.DeepEnsemble(2, network="head"), Parts)
     with pytest.raises(MisconfigurationException, match="calls no part that has parameters"):
         fit(bpf.DeepEnsemble(2), Nothing)
-    with pytest.raises(MisconfigurationException, match="network='nett'.*Its outermost parts are: net"):
+    with pytest.raises(MisconfigurationException, match=r"network='nett'.*Its outermost parts are: net"):
         fit(bpf.DeepEnsemble(2, network="nett"))
 
 

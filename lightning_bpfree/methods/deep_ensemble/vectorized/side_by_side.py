@@ -18,11 +18,11 @@ from lightning_bpfree.core.replay import Attributes, RandomStreams
 from lightning_bpfree.core.step import SkipBatchError, loss_of
 from lightning_bpfree.core.vectorizing import first_line
 from lightning_bpfree.methods.deep_ensemble.captured_log import CapturedLog
-from lightning_bpfree.methods.deep_ensemble.member_metrics import MemberMetrics
-from lightning_bpfree.methods.deep_ensemble.member_randomness import MemberRandomness
 from lightning_bpfree.methods.deep_ensemble.members import Members
-from lightning_bpfree.methods.deep_ensemble.per_member import AtWork
 from lightning_bpfree.methods.deep_ensemble.streams import MemberStreams
+from lightning_bpfree.methods.deep_ensemble.vectorized.member_metrics import MemberMetrics
+from lightning_bpfree.methods.deep_ensemble.vectorized.member_randomness import MemberRandomness
+from lightning_bpfree.methods.deep_ensemble.vectorized.per_member import AtWork
 from lightning_bpfree.training.module_state import Metrics
 
 Step = Callable[..., Any]

@@ -102,11 +102,11 @@ class EnsembleNetwork:
         finally:
             self.inside = False
 
-    def check_called(self, stage: str) -> None:
-        """Raise MisconfigurationException if the step that has ended called no network."""
+    def check_called(self, step: str) -> None:
+        """Raise MisconfigurationException if the step that has ended, of that name, called no network."""
         if self.calls == 0:
             raise MisconfigurationException(
-                f"{stage}_step of {type(self.module).__name__} calls no part that has parameters"
+                f"{step} of {type(self.module).__name__} calls no part that has parameters"
                 + (f" named {self.name!r}" if self.name else "")
                 + ", so that it would see the first member alone. Call self(x) there, with the network in forward()."
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_bpfree.methods.deep_ensemble.aggregation import mean_and_variance, mean_probability
+from lightning_bpfree.methods.deep_ensemble.combining.aggregation import mean_and_variance, mean_probability
 
 _STEPS = 500  # of the fixed-point iteration; both problems are convex and their values settle long before
 

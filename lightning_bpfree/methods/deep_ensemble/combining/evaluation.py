@@ -11,9 +11,9 @@ from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_bpfree.core.forward_ad import plain_attention
-from lightning_bpfree.methods.deep_ensemble.combination import Combination
+from lightning_bpfree.methods.deep_ensemble.combining.combination import Combination
 from lightning_bpfree.methods.deep_ensemble.members import Members
-from lightning_bpfree.methods.deep_ensemble.per_member import AtWork
+from lightning_bpfree.methods.deep_ensemble.vectorized.per_member import AtWork
 
 
 class Evaluation:

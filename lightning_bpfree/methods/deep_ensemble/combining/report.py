@@ -11,8 +11,8 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
 
-from lightning_bpfree.methods.deep_ensemble.aggregation import disagreement, entropy, mutual_information
-from lightning_bpfree.methods.deep_ensemble.combination import Combination
+from lightning_bpfree.methods.deep_ensemble.combining.aggregation import disagreement, entropy, mutual_information
+from lightning_bpfree.methods.deep_ensemble.combining.combination import Combination
 
 TargetsOf = str | Callable[[Any], Tensor] | None
 _KEYS = ("labels", "label", "targets", "target", "y")

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_bpfree.methods.deep_ensemble.aggregation import mean_and_variance, mean_probability, vote_probabilities
+from lightning_bpfree.methods.deep_ensemble.combining.aggregation import (
+    mean_and_variance,
+    mean_probability,
+    vote_probabilities,
+)
 
 Combine = Literal["mean", "vote", "stack"]
 Task = Literal["classification", "binary", "regression"]

@@ -11,7 +11,7 @@ import torchmetrics
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_bpfree.methods.deep_ensemble.per_member import AtWork, per_member
+from lightning_bpfree.methods.deep_ensemble.vectorized.per_member import AtWork, per_member
 
 
 class MemberMetrics:

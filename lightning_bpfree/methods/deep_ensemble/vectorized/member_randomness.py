@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_bpfree.methods.deep_ensemble.per_member import AtWork, per_member
 from lightning_bpfree.methods.deep_ensemble.streams import MemberStreams
+from lightning_bpfree.methods.deep_ensemble.vectorized.per_member import AtWork, per_member
 
 _FACTORIES: set[Any] = {torch.rand, torch.randn, torch.randint, torch.randperm}
 _LIKE: dict[Any, Callable[..., Tensor]] = {torch.rand_like: torch.rand, torch.randn_like: torch.randn}
