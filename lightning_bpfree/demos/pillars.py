@@ -45,7 +45,7 @@ class SafetyFactor:
     Examples:
         >>> factor = SafetyFactor()
         >>> round(float(factor(*torch.tensor([12.0, 3.0, 6.0, 100.0]))), 3)
-        1.946
+        1.944
     """
 
     strength: float = 7.2
@@ -128,8 +128,8 @@ def simulated_pillars(
             raise ValueError(f"{name} is {count}; give 1 or more.")
     if spread < 0 or not 0 <= weak_share <= 1 or not 0 < weak_strength <= 1:
         raise ValueError(
-            f"spread is {spread}, weak_share {weak_share}, weak_strength {weak_strength}; give a spread of 0 or more, a "
-            "share from 0 to 1, and a strength above 0 and up to 1."
+            f"spread is {spread}, weak_share {weak_share}, weak_strength {weak_strength}; give a spread of 0 or more, "
+            "a share from 0 to 1, and a strength above 0 and up to 1."
         )
     state, factor = np.random.RandomState(seed), factor or SafetyFactor()
     wanted, rows = {True: num_failed, False: num_intact}, []
@@ -151,8 +151,8 @@ def simulated_pillars(
 def read_pillars(path: str | Path) -> dict[str, Tensor]:
     """Pillars of a CSV file, by column.
 
-    The file has a header and one row a pillar: ``w`` pillar width, ``h`` mining height, ``B`` bord width, ``H`` depth to
-    floor, all in metres, ``failed`` 0 or 1, and, if it likes, ``ratio``, which is w / h. Other columns are ignored.
+    The file has a header and one row a pillar: ``w`` pillar width, ``h`` mining height, ``B`` bord width, ``H`` depth
+    to floor, all in metres, ``failed`` 0 or 1, and, if it likes, ``ratio``, which is w / h. Other columns are ignored.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""Small tables of numbers with a class for each row, split anew by every seed, and a classifier that reports by class."""
+"""Small tables of numbers with a class for each row, and a classifier that reports by class."""
 
 from __future__ import annotations
 

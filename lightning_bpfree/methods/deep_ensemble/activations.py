@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_bpfree.core.forward_override import StandIn
+from lightning_bpfree.core.forward_override import ForwardOverride
 from lightning_bpfree.methods.deep_ensemble.vectorized.per_member import AtWork, per_member
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -55,7 +55,7 @@ def activation_modules(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-class MemberActivation(StandIn):
+class MemberActivation(ForwardOverride):
     """Computes each member's activation in the place of one module's.
 
     Args:
@@ -90,7 +90,7 @@ class MemberActivation(StandIn):
 
 
 class MemberActivations:
-    """The stand-ins of all activations of a module.
+    """The overrides of all activations of a module.
 
     Args:
         module: the module.
@@ -103,15 +103,15 @@ class MemberActivations:
 
     def __init__(self, module: nn.Module, names: Sequence[str] | None, at_work: AtWork) -> None:
         self.names = names
-        self.stand_ins: dict[str, MemberActivation] = {}
+        self.overrides: dict[str, MemberActivation] = {}
         if names is None:
             return
         kinds = {name: ACTIVATIONS[name]() for name in names}
         self.of_members = [names[group_of(m, at_work.members, len(names))] for m in range(at_work.members)]
         for path, part in activation_modules(module).items():
             own = [kinds[name] for name in self.of_members]
-            self.stand_ins[path] = MemberActivation(part, own, at_work)
-        if not self.stand_ins:
+            self.overrides[path] = MemberActivation(part, own, at_work)
+        if not self.overrides:
             raise MisconfigurationException(
                 f"activations={list(names)}: {type(module).__name__} contains no activation modules to replace (looked "
                 f"for {', '.join(ACTIVATIONS)}). Functions such as F.relu in forward() cannot be replaced: write "
@@ -120,17 +120,17 @@ class MemberActivations:
 
     def install(self) -> None:
         """Take the places of the module's activations."""
-        for stand_in in self.stand_ins.values():
-            stand_in.install()
+        for override in self.overrides.values():
+            override.install()
 
     def remove(self) -> None:
         """Give the module its own activations back."""
-        for stand_in in self.stand_ins.values():
-            stand_in.remove()
+        for override in self.overrides.values():
+            override.remove()
 
     def put_into(self, copy: nn.Module, member: int, prefix: str = "") -> None:
         """Replace the activations of a copy of the module, or of its part ``prefix``, by the member's."""
-        for path in self.stand_ins:
+        for path in self.overrides:
             if prefix and not path.startswith(f"{prefix}."):
                 continue
             inside = path[len(prefix) + 1 :] if prefix else path

@@ -12,11 +12,11 @@ import lightning.pytorch as pl
 
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.deep_ensemble.members import Members
-from lightning_bpfree.training.module_state import Quiet
+from lightning_bpfree.training.module_state import SilencedLogging
 from lightning_bpfree.training.record import Record
 from lightning_bpfree.training.training_rule import TrainingRule
 
-_SHARED = {"_swap", "_view", "_streams", "probes", "_slots", "masks"}  # that know the module, not the member
+_SHARED = {"_swap", "_module_state", "_streams", "observers", "_slots", "masks"}  # that know the module, not the member
 _HOOKS = ("on_train_epoch_start", "on_train_batch_start", "on_before_optimizer_step")
 
 
@@ -41,7 +41,7 @@ class RuleCopies:
         clone = copy.copy(rule)
         own = {key: value for key, value in rule.__dict__.items() if key not in _SHARED}
         clone.__dict__.update(copy.deepcopy(own, memo))
-        clone.probes = []
+        clone.observers = []
         clone.record = Record(type(rule).__name__)
         clone.record.load_state_dict(rule.record.state_dict())
         clone.record.seed = mix(rule.record.seed or 0, member)
@@ -55,13 +55,13 @@ class RuleCopies:
     def forward(self, hook: str, members: Members, *args: Any) -> None:
         """Call a hook of the copies, each while its member is at work."""
         for member, clone in enumerate(self.copies, start=1):
-            clone._view = self.rule._view
+            clone._module_state = self.rule._module_state
             with members.at_work(member, grads=hook == "on_before_optimizer_step"), self._silent():
                 getattr(clone, hook)(self.trainer, self.module, *args)
 
     @contextmanager
     def _silent(self) -> Iterator[None]:
-        with Quiet(self.module)():
+        with SilencedLogging(self.module)():
             yield
 
     def state_dict(self) -> list[dict[str, Any]]:

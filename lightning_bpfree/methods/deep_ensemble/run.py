@@ -31,7 +31,7 @@ from lightning_bpfree.methods.deep_ensemble.settings import Settings
 from lightning_bpfree.methods.deep_ensemble.streams import MemberStreams
 from lightning_bpfree.methods.deep_ensemble.vectorized.per_member import AtWork
 from lightning_bpfree.methods.deep_ensemble.vectorized.side_by_side import NotStackableError, SideBySide
-from lightning_bpfree.training.step_swap import Swap
+from lightning_bpfree.training.step_swap import StepSwap
 from lightning_bpfree.training.trainer_attributes import callbacks_of
 from lightning_bpfree.training.training_rule import TrainingRule
 
@@ -60,8 +60,8 @@ class EnsembleRun:
         self.rules: RuleCopies | None = None
         self._side: SideBySide | None = None
         self._turn: InTurn | None = None
-        self._swap: Swap | None = None
-        self._inner: list[Swap] = []  # of training rules, below
+        self._swap: StepSwap | None = None
+        self._inner: list[StepSwap] = []  # of training rules, below
         self._hooks: MemberHooks | None = None
         self._settled = False
 
@@ -89,7 +89,7 @@ class EnsembleRun:
         self._arrange(trainer, stacked and self.side_by_side)
         self.activations.install()
         self._inner = [rule._swap for rule in callbacks_of(trainer, TrainingRule) if rule._swap is not None]
-        self._swap = Swap(self.module, lambda original, *a, **k: self._step(trainer, original, *a, **k))
+        self._swap = StepSwap(self.module, lambda original, *a, **k: self._step(trainer, original, *a, **k))
 
     def _refuse_rules(self, trainer: pl.Trainer) -> None:
         rules = callbacks_of(trainer, TrainingRule)

@@ -10,10 +10,10 @@ import torchmetrics
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_bpfree.core.forward_override import StandIn
+from lightning_bpfree.core.forward_override import ForwardOverride
 
 
-class _Answering(StandIn):
+class _Answering(ForwardOverride):
     """Stands in for the forward pass of a module: asks the ensemble where the user's step calls it."""
 
     rule = "DeepEnsemble"
@@ -54,7 +54,7 @@ class EnsembleNetwork:
                 f"network={name!r}: {type(module).__name__} has no such part. Its outermost parts are: {near}; '' is "
                 "the module itself."
             )
-        self._stand_ins = [_Answering(part, path, self) for path, part in self._candidates(parts)]
+        self._overrides = [_Answering(part, path, self) for path, part in self._candidates(parts)]
 
     def _candidates(self, parts: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
         if self.name is not None:
@@ -68,13 +68,13 @@ class EnsembleNetwork:
 
     def install(self) -> None:
         """Begin to answer."""
-        for stand_in in self._stand_ins:
-            stand_in.install()
+        for override in self._overrides:
+            override.install()
 
     def remove(self) -> None:
         """Let every part be itself again."""
-        for stand_in in reversed(self._stand_ins):
-            stand_in.remove()
+        for override in reversed(self._overrides):
+            override.remove()
 
     def begin(self) -> None:
         """Begin another step."""
