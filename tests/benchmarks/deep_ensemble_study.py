@@ -34,18 +34,18 @@ from lightning_bpfree.demos.tables import ScikitTableDataModule, TableClassifier
 from lightning_bpfree.methods.deep_ensemble.combining.aggregation import vote_probabilities
 
 TABLES = {
-    "pillars, simulated": (CoalPillarDataModule, {"batch_size": 32}, 5, 4),
-    "pillars, simulated, 5 x": (CoalPillarDataModule, {"batch_size": 128, "num_failed": 430, "num_intact": 1685}, 5, 4),
-    "breast cancer": (ScikitTableDataModule, {"batch_size": 32, "name": "breast_cancer"}, 30, 2),
-    "wine": (ScikitTableDataModule, {"batch_size": 32, "name": "wine"}, 13, 3),
-    "digits": (ScikitTableDataModule, {"batch_size": 128, "name": "digits"}, 64, 10),
+    "pillars, simulated": (CoalPillarDataModule, {"batch_size": 64}, 5, 4),
+    "pillars, simulated, 5 x": (CoalPillarDataModule, {"batch_size": 256, "num_failed": 430, "num_intact": 1685}, 5, 4),
+    "breast cancer": (ScikitTableDataModule, {"batch_size": 64, "name": "breast_cancer"}, 30, 2),
+    "wine": (ScikitTableDataModule, {"batch_size": 64, "name": "wine"}, 13, 3),
+    "digits": (ScikitTableDataModule, {"batch_size": 256, "name": "digits"}, 64, 10),
 }
 ARMS = {
     "3 activations": {"activations": ["relu", "elu", "gelu"]},
     "3 seeds, relu": {"members": 3},
     "30: 10 x 3 activations": {"members": 30, "activations": ["relu", "elu", "gelu"]},
 }
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 EPOCHS, TUNED_ON = 40, (100, 101)
 
 
@@ -118,11 +118,13 @@ def main() -> None:
         "hidden": [32, 32],
         "tables": {},
     }
-    for table in TABLES:
-        lr, losses = tuned(table)
-        entry = report["tables"][table] = {"lr": lr, "tuning": losses, "arms": {}}
-        for arm, settings in ARMS.items():
-            runs = []
+    for arm, settings in ARMS.items():
+        for table in TABLES:
+            if table not in report["tables"]:
+                lr, losses = tuned(table)
+                report["tables"][table] = {"lr": lr, "tuning": losses, "arms": {}}
+            entry, runs = report["tables"][table], []
+            lr = entry["lr"]
             for seed in range(options.seeds):
                 parts, route = trained(table, seed, lr, settings)
                 members, labels = parts["test"]

@@ -32,8 +32,14 @@ def initial_states(module: pl.LightningModule, seeds: list[int], initialise: Ini
             function that initialises the module that it is given, in place.
 
     Raises:
-        MisconfigurationException: if nothing in the module can be reset.
+        MisconfigurationException: if nothing in the module can be reset, or parameters have no shape yet.
     """
+    lazy = [slot.name for slot in ParameterSlots(module) if nn.parameter.is_lazy(slot.parameter)]
+    if lazy:
+        raise MisconfigurationException(
+            f"DeepEnsemble copies parameters before the first batch, and {', '.join(lazy)} have no shape yet: let the "
+            "module see one batch before fit, or give its layers their sizes."
+        )
     own = state_of(module)
     if initialise == "same" or len(seeds) == 1:
         return [own] * len(seeds)

@@ -68,6 +68,14 @@ class Unreachable(Small):
         return x @ self.weight
 
 
+class Lazy(Small):
+    """Has a layer that waits for its first input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.LazyLinear(3)
+
+
 class Lbfgs(Small):
     """Needs a closure."""
 
@@ -89,6 +97,7 @@ class Elsewhere(Small):
         (ManualOptimBoringModel, {}, [], "automatic_optimization=False"),
         (Functional, {"activations": ["relu", "elu"]}, [], "contains no activation modules"),
         (Unreachable, {}, [], "has a method reset_parameters"),
+        (Lazy, {}, [], "net.weight, net.bias have no shape yet"),
         (Lbfgs, {}, [], "LBFGS asks for the loss again"),
         (Elsewhere, {}, [], "no parameters of the module"),
         (Small, {}, [lambda: StochasticWeightAveraging(1e-2)], "StochasticWeightAveraging"),
