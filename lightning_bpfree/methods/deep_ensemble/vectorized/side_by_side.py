@@ -130,7 +130,8 @@ class SideBySide:
                 after = streams.save()
                 if losses is not None:
                     leaves = [leaf for leaf in self.members.leaves() if leaf.requires_grad]
-                    torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+                    with torch.autocast(losses.device.type, enabled=False):  # as where Lightning goes backward
+                        torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
             self._check_attributes(before)
         except NotStackableError:
             raise
