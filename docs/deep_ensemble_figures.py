@@ -34,8 +34,8 @@ def tables(found):
     names = list(found["tables"])
     panels = {
         "acc": "accuracy (right is better)",
-        "nll": "negative log-likelihood (left is better)",
-        "ece": "calibration error",
+        "nll": "log-likelihood loss over the member's (left is better)",
+        "ece": "calibration error (left is better)",
     }
     for axis, (score, title) in zip(axes, panels.items(), strict=True):
         arms = list(next(iter(found["tables"].values()))["arms"])
@@ -43,7 +43,11 @@ def tables(found):
             for row, name in enumerate(names):
                 if arm not in found["tables"][name]["arms"]:
                     continue
-                values = differences(found["tables"][name]["arms"][arm]["runs"], score)
+                runs = found["tables"][name]["arms"][arm]["runs"]
+                values = differences(runs, score)
+                if score == "nll":  # tables differ by orders of magnitude
+                    members = [statistics.fmean(m["nll"] for m in run["members"]) for run in runs]
+                    values = [value / own for value, own in zip(values, members, strict=True)]
                 mean, half = interval(values)
                 y = row + 0.25 * (place - (len(arms) - 1) / 2)
                 axis.plot(values, [y] * len(values), "|", color=f"C{place}", alpha=0.4, markersize=5)
@@ -53,10 +57,11 @@ def tables(found):
         axis.axvline(0, color="0.5", linewidth=0.8)
         axis.set_title(f"{title}", fontsize=9)
         axis.tick_params(labelsize=8)
+        axis.locator_params(axis="x", nbins=4)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     figure.supxlabel("ensemble less its mean member; 95 % interval of the mean, a stroke for each split", fontsize=9)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
     return figure
 
 

@@ -174,7 +174,7 @@ class Members:
 
     def take_buffers(self, stacks: Mapping[str, Tensor]) -> None:
         """Take the buffers that an evaluation side by side has left."""
-        for member in range(self.count):
+        for member in range(self.count) if stacks else ():
             own = {name: stack[member] for name, stack in stacks.items()}
             if member == 0:
                 self._hold({**self._held_buffers(), **own})
