@@ -34,7 +34,7 @@ def tables(found):
     names = list(found["tables"])
     panels = {
         "acc": "accuracy (right is better)",
-        "nll": "log-likelihood loss over the member's (left is better)",
+        "nll": "relative log-likelihood loss (left is better)",
         "ece": "calibration error (left is better)",
     }
     for axis, (score, title) in zip(axes, panels.items(), strict=True):
@@ -55,7 +55,7 @@ def tables(found):
                     mean, y, xerr=half, fmt="o", color=f"C{place}", markersize=4, label=arm if row == 0 else None
                 )
         axis.axvline(0, color="0.5", linewidth=0.8)
-        axis.set_title(f"{title}", fontsize=9)
+        axis.set_title(title, fontsize=8)
         axis.tick_params(labelsize=8)
         axis.locator_params(axis="x", nbins=4)
     axes[0].set_yticks(range(len(names)), names)
