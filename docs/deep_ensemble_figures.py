@@ -83,7 +83,8 @@ def times(found):
             continue
         label = LABELS.get(way, way)
         left.plot(counts, [least(found, way, m, "cpu_seconds") / one for m in counts], "o-", color=color, label=label)
-        right.plot(counts, [least(found, way, m, "grown_mib") for m in counts], "o-", color=color, label=label)
+        if way in LABELS:
+            right.plot(counts, [least(found, way, m, "grown_mib") for m in counts], "o-", color=color, label=label)
     left.axhline(3, color="0.5", linewidth=0.8, linestyle=":")
     for axis, title in (
         (left, "CPU time of an epoch, over one network's in Lightning"),

@@ -9,11 +9,11 @@ from lightning_bpfree.core.directions import Directions as Directions
 from lightning_bpfree.core.step import Estimate as Estimate
 from lightning_bpfree.core.step import Step as Step
 from lightning_bpfree.methods.backprop.rule import Backprop as Backprop
+from lightning_bpfree.methods.deep_ensemble.callback import DeepEnsemble as DeepEnsemble
+from lightning_bpfree.methods.deep_ensemble.combining.exported import EnsembleModule as EnsembleModule
 from lightning_bpfree.methods.direct_feedback_alignment.rule import (
     DirectFeedbackAlignment as DirectFeedbackAlignment,
 )
-from lightning_bpfree.methods.deep_ensemble.callback import DeepEnsemble as DeepEnsemble
-from lightning_bpfree.methods.deep_ensemble.combining.exported import EnsembleModule as EnsembleModule
 from lightning_bpfree.methods.evolution_strategy.rule import EvolutionStrategy as EvolutionStrategy
 from lightning_bpfree.methods.evolution_strategy.search.des import DES as DES
 from lightning_bpfree.methods.evolution_strategy.search.openai_es import OpenAIES as OpenAIES
