@@ -39,9 +39,9 @@ def test_dropout_batchnorm_scheduler_clipping_and_accumulation(route, optimizer)
 
 @pytest.mark.parametrize("route", ["sequential", "stacked"])
 def test_a_learning_rate_for_each(route):
-    factors = [1.0, 0.5, 2.0]
+    factors = [0.5, 1.0, 2.0]
     ensemble = bpf.DeepEnsemble(3, route=route, seed=3, lr_factors=factors)
-    compare(Small, ensemble, route == "sequential", lr_factors=factors, **FULL)
+    compare(Small, ensemble, route == "sequential", lr_factors=factors, max_epochs=2, accumulate_grad_batches=3)
 
 
 @pytest.mark.parametrize("route", ["sequential", "stacked"])
