@@ -119,7 +119,9 @@ def test_stacking_weights_come_from_validation_and_serve_in_test():
     ensemble = bpf.DeepEnsemble(3, seed=3, combine="stack")
     trainer, module = fit(ensemble)
     weights = ensemble.combination.weights
-    members, _, y = expected(ensemble)
+    members, mean, y = expected(ensemble)
+    # What the weights are fitted to is judged without them, also in the second epoch.
+    assert float(trainer.callback_metrics["val_loss"]) == pytest.approx(float(F.nll_loss(mean.log(), y)), rel=1e-5)
     from lightning_bpfree.functional import stacking_weights
 
     assert torch.allclose(torch.tensor(weights), stacking_weights(members, y), atol=1e-4)  # float32 iterations
