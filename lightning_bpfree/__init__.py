@@ -18,6 +18,8 @@ from lightning_bpfree.methods.concept_backprop.parameterizations import Additive
 from lightning_bpfree.methods.concept_backprop.parameterizations import GridChange as GridChange
 from lightning_bpfree.methods.concept_backprop.parameterizations import LatentChange as LatentChange
 from lightning_bpfree.methods.concept_backprop.probe import ProbeSettings as ProbeSettings
+from lightning_bpfree.methods.deep_ensemble.callback import DeepEnsemble as DeepEnsemble
+from lightning_bpfree.methods.deep_ensemble.combining.exported import EnsembleModule as EnsembleModule
 from lightning_bpfree.methods.direct_feedback_alignment.rule import (
     DirectFeedbackAlignment as DirectFeedbackAlignment,
 )

@@ -23,6 +23,15 @@ from lightning_bpfree.methods.concept_backprop.probe import LinearProbe as Linea
 from lightning_bpfree.methods.concept_backprop.probe import fit_probe as fit_probe
 from lightning_bpfree.methods.concept_backprop.sensitivity import concept_sensitivity as concept_sensitivity
 from lightning_bpfree.methods.concept_backprop.sensitivity import tcav as tcav
+from lightning_bpfree.methods.deep_ensemble.bootstrap import bootstrap_rows as bootstrap_rows
+from lightning_bpfree.methods.deep_ensemble.combining.aggregation import disagreement as disagreement
+from lightning_bpfree.methods.deep_ensemble.combining.aggregation import majority_vote as majority_vote
+from lightning_bpfree.methods.deep_ensemble.combining.aggregation import mean_and_variance as mean_and_variance
+from lightning_bpfree.methods.deep_ensemble.combining.aggregation import mean_probability as mean_probability
+from lightning_bpfree.methods.deep_ensemble.combining.aggregation import mutual_information as mutual_information
+from lightning_bpfree.methods.deep_ensemble.combining.aggregation import vote_shares as vote_shares
+from lightning_bpfree.methods.deep_ensemble.combining.stacking import cross_fitted as cross_fitted
+from lightning_bpfree.methods.deep_ensemble.combining.stacking import stacking_weights as stacking_weights
 from lightning_bpfree.methods.evolution_strategy.search.fitness_shaping import shaped as shaped
 from lightning_bpfree.methods.forward_gradient.rule import forward_gradient as forward_gradient
 from lightning_bpfree.methods.lottery_ticket.connectivity import Barrier as Barrier

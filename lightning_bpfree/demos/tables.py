@@ -1,63 +1,235 @@
-"""scikit-learn's real tables as LightningDataModules: a row is a vector of standardised features."""
+"""Small tables of numbers with a class for each row, and a classifier that reports by class."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassFBetaScore,
+    MulticlassStatScores,
+)
 
-from lightning_bpfree.core.arguments import checked
-from lightning_bpfree.demos.in_memory import Arrays, InMemoryDataModule, stratified_split
+from lightning_bpfree.demos.in_memory import BatchDataset, pass_through, stratified_split
+from lightning_bpfree.demos.modules import Classifier
 
-__all__ = ["TableDataModule"]
-
-_SIZES = {"breast_cancer": (30, 2), "wine": (13, 3), "iris": (4, 3)}
-_TEST_SEED = 0
+__all__ = ["ScikitTableDataModule", "TableClassifier", "TableDataModule"]
 
 
-class TableDataModule(InMemoryDataModule):
-    """One of scikit-learn's tables with classes; features have mean 0 and variance 1 over the rows not for the test.
+class TableDataModule(LightningDataModule):
+    """What the tables here share; a subclass says in :meth:`load` where the rows come from.
 
-    Batches are pairs: inputs float32, (B, D); labels int64, (B,). A stratified fifth, the same always, is the test
-    split.
+    Batches are pairs: inputs float32, (B, num_features), labels int64, (B,). Each feature is standardised with mean and
+    deviation of the training rows; rows for validation and test do not take part in that. All splits are stratified.
 
     Args:
-        name: ``breast_cancer`` (569 rows, 30 features, 2 classes), ``wine`` (178, 13, 3) or ``iris`` (150, 4, 3).
-        **kwargs: Further arguments of :class:`InMemoryDataModule`, without `flatten`.
+        batch_size: Rows a batch, at least 1.
+        test_fraction: Share of all rows set apart for the test, in (0, 1).
+        val_fraction: Share of the others set apart for validation, in (0, 1).
+        seed: Of both splits: with a few hundred rows, repeat an experiment with several.
 
     Attributes:
-        feature_names: Names of the features; empty until :meth:`setup`.
+        class_names: Names of the classes, by their numbers.
+        feature_names: Names of the columns.
+
+    Raises:
+        ValueError: An argument is out of range; from :meth:`setup` where a split has no rows.
+    """
+
+    class_names: Sequence[str] = ()
+    feature_names: Sequence[str] = ()
+
+    def __init__(
+        self, batch_size: int = 32, test_fraction: float = 0.2, val_fraction: float = 0.2, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; give 1 or more rows a batch.")
+        for name, share in (("test_fraction", test_fraction), ("val_fraction", val_fraction)):
+            if not 0 < share < 1:
+                raise ValueError(f"{name} is {share}; give a share between 0 and 1, both excluded, such as 0.2.")
+        self.batch_size, self.test_fraction = batch_size, test_fraction
+        self.val_fraction, self.seed = val_fraction, seed
+        self._splits: dict[str, BatchDataset] = {}
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        """All rows, (N, num_features), and their classes, (N,)."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load, split and standardise; does nothing the second time."""
+        if self._splits:
+            return
+        x, y = self.load()
+        rest, test = stratified_split(y, self.test_fraction, self.seed)
+        train, val = stratified_split(y[rest], self.val_fraction, self.seed + 1)
+        parts = {"train": rest[train], "val": rest[val], "test": test}
+        for name, rows in parts.items():
+            if not len(rows):
+                raise ValueError(f"the {name} split of {len(y)} rows has none; choose other fractions.")
+        std, mean = torch.std_mean(x[parts["train"]].double(), 0, correction=0)
+        std = torch.where(std > 0, std, 1.0)  # constant columns: nothing to scale
+        self._splits = {
+            name: BatchDataset(((x[rows].double() - mean) / std).float(), y[rows].long())
+            for name, rows in parts.items()
+        }
+
+    def dataset(self, split: Literal["train", "val", "test"]) -> BatchDataset:
+        """The rows of one split; its ``tensors`` are the standardised inputs and the labels.
+
+        Raises:
+            RuntimeError: :meth:`setup` has not run.
+        """
+        if not self._splits:
+            raise RuntimeError(f"{type(self).__name__} holds no data yet; call setup() first.")
+        return self._splits[split]
+
+    def _loader(self, split: Literal["train", "val", "test"]) -> DataLoader[Any]:
+        return DataLoader(
+            self.dataset(split), batch_size=self.batch_size, shuffle=split == "train", collate_fn=pass_through
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training batches, shuffled by torch's global generator (``seed_everything`` decides the order)."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Validation batches in a fixed order."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Test batches in a fixed order."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The test batches, labels included."""
+        return self._loader("test")
+
+
+class ScikitTableDataModule(TableDataModule):
+    """One of the tables that come with scikit-learn: 569 tumors, 178 wines, or 1,797 digits of 64 pixels.
+
+    Args:
+        name: ``breast_cancer``, ``wine`` or ``digits``.
+        **kwargs: Arguments of :class:`TableDataModule`.
 
     Raises:
         ModuleNotFoundError: From :meth:`setup`, where scikit-learn is not installed.
-        ValueError: The name is unknown.
+        ValueError: An argument is out of range.
 
     Example:
-        >>> data = TableDataModule("wine", batch_size=32)
+        >>> data = ScikitTableDataModule("wine", batch_size=16)
         >>> data.setup()
-        >>> data.dataset("test").tensors[0].shape, data.feature_names[0]
-        (torch.Size([36, 13]), 'alcohol')
+        >>> x, y = next(iter(data.train_dataloader()))
+        >>> tuple(x.shape), tuple(y.shape)
+        ((16, 13), (16,))
     """
 
-    @checked
-    def __init__(self, name: Literal["breast_cancer", "wine", "iris"] = "breast_cancer", **kwargs: Any) -> None:
+    def __init__(self, name: Literal["breast_cancer", "wine", "digits"] = "breast_cancer", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if name not in ("breast_cancer", "wine", "digits"):
+            raise ValueError(f"name is {name!r}; give 'breast_cancer', 'wine' or 'digits'.")
         self.name = name
-        features, self.num_classes = _SIZES[name]
-        self.in_shape = (1, 1, features)
-        self.feature_names: list[str] = []
-        super().__init__(flatten=True, **kwargs)
 
-    def load(self) -> Arrays:
-        """The rows and their fixed test split."""
+    def load(self) -> tuple[Tensor, Tensor]:
+        """The table as scikit-learn has it."""
         try:
             from sklearn import datasets
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                'This data set needs scikit-learn: pip install "lightning-bpfree[recipes]"'
+                'This table needs scikit-learn: pip install "lightning-bpfree[recipes]"'
             ) from error
         bunch = getattr(datasets, f"load_{self.name}")()
+        self.class_names = [str(name) for name in bunch.target_names]
         self.feature_names = [str(name) for name in bunch.feature_names]
-        x, y = torch.from_numpy(bunch.data).float(), torch.from_numpy(bunch.target)
-        train, test = stratified_split(y, 0.2, _TEST_SEED)
-        x = (x - x[train].mean(0)) / x[train].std(0)
-        return x[train], y[train], x[test], y[test]
+        return torch.from_numpy(bunch.data), torch.from_numpy(bunch.target)
+
+
+class TableClassifier(Classifier):
+    """A classifier that reports each class in the test: accuracy (recall), F2 score, rows, and a confusion matrix.
+
+    F2 is ``5 P R / (4 P + R)`` of precision P and recall R: a missed row costs more than a false alarm. Logged as
+    ``test_acc/<class>``, ``test_f2/<class>`` and ``test_rows/<class>``; classes without rows in the test are left out.
+
+    Args:
+        net: Network from inputs to logits of shape (B, num_classes).
+        num_classes: Number of classes, at least 2.
+        class_names: Names for what is logged, num_classes of them; None: their numbers.
+        confusion_plot: File for a figure of the confusion matrix of the test, such as ``confusion.png``; None: none.
+        **kwargs: Arguments of :class:`Classifier`: optimizer, learning rate and its schedule.
+
+    Raises:
+        ValueError: An argument is out of range.
+        ModuleNotFoundError: At the end of the test, where matplotlib is not installed and a figure is wanted.
+
+    Example:
+        >>> model = TableClassifier(nn.Linear(5, 3), num_classes=3, lr=0.1)
+        >>> model(torch.zeros(2, 5)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        num_classes: int,
+        class_names: Sequence[str] | None = None,
+        confusion_plot: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(net, num_classes, **kwargs)
+        if class_names is not None and len(class_names) != num_classes:
+            raise ValueError(f"class_names has {len(class_names)} names for {num_classes} classes; give one each.")
+        self.class_names = [str(name) for name in class_names or range(num_classes)]
+        self.confusion_plot = confusion_plot
+        each: dict[str, Any] = {"average": "none", "validate_args": False}
+        self.class_accuracy = MulticlassAccuracy(num_classes, **each)
+        self.class_f2 = MulticlassFBetaScore(2.0, num_classes, **each)
+        self.class_rows = MulticlassStatScores(num_classes, **each)
+        self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log ``test_loss`` and ``test_acc``, and count by class."""
+        x, y = batch
+        logits = self(x)
+        self.test_acc.update(logits, y)
+        loss = nn.functional.cross_entropy(logits, y)
+        log = functools.partial(self.log, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(y))
+        log("test_loss", loss, sync_dist=True)
+        log("test_acc", self.test_acc)
+        for metric in (self.class_accuracy, self.class_f2, self.class_rows, self.confusion):
+            metric.update(logits, y)
+
+    def on_test_epoch_end(self) -> None:
+        """Log what was counted by class, and draw the confusion matrix."""
+        accuracy, f2 = self.class_accuracy.compute(), self.class_f2.compute()
+        rows = self.class_rows.compute()[:, 4]
+        for name, own, score, count in zip(self.class_names, accuracy, f2, rows, strict=True):
+            if count:
+                self.log_dict({f"test_acc/{name}": own, f"test_f2/{name}": score, f"test_rows/{name}": count.float()})
+        if self.confusion_plot is not None:
+            self._draw(Path(self.confusion_plot))
+        for metric in (self.class_accuracy, self.class_f2, self.class_rows, self.confusion):
+            metric.reset()
+
+    def _draw(self, path: Path) -> None:
+        try:
+            from matplotlib import pyplot
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                'A figure needs matplotlib: pip install "lightning-bpfree[recipes]", or set confusion_plot to null.'
+            ) from error
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        target = path if path.is_absolute() else folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure, axes = pyplot.subplots(figsize=(6, 5), layout="constrained")
+        self.confusion.plot(ax=axes, labels=self.class_names)
+        figure.savefig(target, dpi=150)
+        pyplot.close(figure)

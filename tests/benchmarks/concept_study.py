@@ -27,10 +27,10 @@ from lightning_bpfree.demos import concepts as label
 from lightning_bpfree.demos import tictactoe
 from lightning_bpfree.demos.autoencoder import Autoencoder
 from lightning_bpfree.demos.data import DigitsDataModule, FashionMNISTDataModule
+from lightning_bpfree.demos.in_memory_tables import InMemoryTableDataModule
 from lightning_bpfree.demos.language import LanguageModel
 from lightning_bpfree.demos.modules import MLP, Classifier, SmallCNN
 from lightning_bpfree.demos.next_byte import ByteGRU, NextByteDataModule
-from lightning_bpfree.demos.tables import TableDataModule
 from lightning_bpfree.methods.concept_backprop.change import change_concept
 from lightning_bpfree.methods.concept_backprop.detection import collect_activations, detect_concepts
 from lightning_bpfree.methods.concept_backprop.flips import flip_concept, single_changes, token_changes
@@ -229,7 +229,7 @@ def run_images(seed, name):
 
 def run_table(seed):
     pl.seed_everything(seed)
-    data = TableDataModule("breast_cancer", batch_size=32, seed=seed)
+    data = InMemoryTableDataModule("breast_cancer", batch_size=32, seed=seed)
     data.setup()
     module = Classifier(MLP(30, [32, 32], 2), num_classes=2, optimizer="adam", lr=3e-3)
     fit(module, data, 20)

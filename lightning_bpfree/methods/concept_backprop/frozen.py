@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_bpfree.core.block_hooks import whole_graph
-from lightning_bpfree.core.replay import Attributes, Buffers, RandomStreams, Recoverable
-from lightning_bpfree.training.module_state import Metrics, SilencedLogging
+from lightning_bpfree.core.replay.held_state import HeldState
+from lightning_bpfree.core.replay.object_graph import walk
+from lightning_bpfree.core.replay.random_streams import RandomStreams
+from lightning_bpfree.core.replay.replay import Recoverable
+from lightning_bpfree.core.replay.tensor_copies import TensorCopies, buffer_places
+from lightning_bpfree.training.module_state import SilencedLogging
 
 Forward = Callable[[nn.Module, Any], Any] | str | None
 """How a module is evaluated: by itself, by a submodule of this name, or by a function of the module and the inputs."""
@@ -39,14 +43,14 @@ def frozen(module: nn.Module) -> Iterator[None]:
     with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
         devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
         streams = RandomStreams(sorted(devices, key=str))
-        attributes = Attributes(part for part in module.modules() if not isinstance(part, torchmetrics.Metric))
-        parts: list[Recoverable] = [streams, attributes, Metrics(module)]
+        found = walk(module)
+        parts: list[Recoverable] = [streams, HeldState(found)]
         for part in parts:
             stack.callback(part.load, part.save())
         stack.callback(_set_modes, [(part, part.training) for part in module.modules()])
-        buffers = Buffers(module)
-        buffers.remember()
-        stack.enter_context(buffers.copies())
+        tensors = TensorCopies([*buffer_places(found.modules), *found.tensors, *found.arrays])
+        tensors.remember()
+        stack.enter_context(tensors.copies())
         stack.enter_context(SilencedLogging(module)())
         stack.enter_context(_constant(module))
         stack.enter_context(whole_graph())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from lightning_bpfree.core.replay import RandomStreams
+from lightning_bpfree.core.replay.random_streams import RandomStreams
 
 
 @contextlib.contextmanager

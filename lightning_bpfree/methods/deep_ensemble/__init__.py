@@ -1,0 +1,1 @@
+"""Deep ensembles: many members of one LightningModule, trained in one run."""

@@ -1,0 +1,95 @@
+"""The arguments of an ensemble, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from lightning_bpfree.core.seeds import mix
+from lightning_bpfree.methods.deep_ensemble.activations import check_activations
+from lightning_bpfree.methods.deep_ensemble.combining.aggregation import check_weights
+from lightning_bpfree.methods.deep_ensemble.combining.combination import Combine, Task
+from lightning_bpfree.methods.deep_ensemble.combining.report import TargetsOf
+from lightning_bpfree.methods.deep_ensemble.initialisation import Initialise
+
+Route = Literal["auto", "stacked", "sequential"]
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "combine": ("mean", "vote", "stack"),
+    "task": ("classification", "binary", "regression"),
+    "route": ("auto", "stacked", "sequential"),
+}
+
+
+@dataclass
+class Settings:
+    """What :class:`DeepEnsemble` was given; its documentation explains the fields.
+
+    Raises:
+        ValueError: for values out of range, with the name of the argument.
+    """
+
+    members: int
+    activations: Sequence[str] | None
+    combine: Combine
+    task: Task
+    weights: Sequence[float] | None
+    bootstrap: bool
+    lr_factors: Sequence[float]
+    initialise: Initialise
+    seed: int | Sequence[int] | None
+    route: Route
+    network: str | None
+    probabilities: bool
+    class_dim: int | None
+    targets: TargetsOf
+
+    def __post_init__(self) -> None:
+        """Check each field, and the fields against each other."""
+        if not isinstance(self.members, int) or isinstance(self.members, bool) or self.members < 1:
+            raise ValueError(f"members={self.members!r}: give a whole number of at least 1.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}.")
+        if self.activations is not None:
+            check_activations(self.activations, self.members)
+        if self.weights is not None:
+            check_weights(self.weights, self.members)
+        self._check_combination()
+        factors = self.lr_factors or [1.0] * self.members
+        if len(factors) != self.members or not all(0 < factor < float("inf") for factor in factors):
+            raise ValueError(
+                f"lr_factors={list(factors)}: give {self.members} numbers above 0, by which each member's learning "
+                "rate differs from the one configured."
+            )
+        self.lr_factors = [float(factor) for factor in factors]
+        if self.initialise not in ("reset", "same") and not callable(self.initialise):
+            raise ValueError(
+                f"initialise={self.initialise!r}: choose 'reset', 'same', or give a function of the module."
+            )
+        if isinstance(self.seed, Sequence) and (len(self.seed) != self.members or len(set(self.seed)) < self.members):
+            raise ValueError(
+                f"seed={list(self.seed)}: give {self.members} different seeds, one a member, or one for all."
+            )
+
+    def _check_combination(self) -> None:
+        if self.combine == "stack" and self.weights is not None:
+            raise ValueError("combine='stack' fits the weights itself: leave weights=None.")
+        if self.combine == "vote" and self.task == "regression":
+            raise ValueError("combine='vote' counts classes, and task='regression' has none: use combine='mean'.")
+
+    def seeds(self, base: int) -> list[int]:
+        """Return a 32-bit seed for each member, as ``seed_everything`` takes them."""
+        if isinstance(self.seed, Sequence):
+            return [int(seed) for seed in self.seed]
+        start = base if self.seed is None else self.seed
+        return [mix(start, member) >> 31 for member in range(self.members)]
+
+    def plain(self) -> dict[str, Any]:
+        """Return the settings as plain values that loggers and checkpoints take."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: v if isinstance(v, int | float | str | None) else _named(v) for name, v in values.items()}
+
+
+def _named(value: Any) -> str:
+    return getattr(value, "__name__", type(value).__name__) if callable(value) else str(list(value))

@@ -1,0 +1,1 @@
+"""All members in one evaluation by torch.func.vmap."""
