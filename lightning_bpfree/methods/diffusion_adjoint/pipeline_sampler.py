@@ -79,9 +79,17 @@ class PipelineSampler:
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows)
 
+    def latents(self, noise: Tensor, prompts: Prompts | None, without: Prompts | None = None) -> Tensor:
+        """Return samples, before they are decoded, of noise and encoded prompts."""
+        mu = self.family.mu(noise.shape)
+        if mu is not None:  # a dynamic shift goes by the size of the image
+            self.sampler.schedule = schedule_of(self.pipe.scheduler, mu=mu)[0]
+        out: Tensor = self.sampler(noise, prompts, without)
+        return out
+
     def images(self, noise: Tensor, prompts: Prompts | None, without: Prompts | None = None) -> Tensor:
         """Return images in 0 to 1, shape (B, C, H, W), of noise and encoded prompts."""
-        return self.family.decode(self.sampler(noise, prompts, without))
+        return self.family.decode(self.latents(noise, prompts, without))
 
 
 class PipelineCall:
@@ -108,9 +116,9 @@ class PipelineCall:
         """
         call = _Call(self, arguments)
         with self.sampler.using(call.settings()):
-            latents = self.sampler(*call.inputs())
+            latents = self.inner.latents(*call.inputs())
         output = call.output_type
-        images = latents if output == "latent" else self.family.decode(latents)
+        images: Any = latents if output == "latent" else self.family.decode(latents)
         if output == "pil":
             images = self.family.pipe.image_processor.postprocess(images.detach() * 2 - 1, output_type="pil")
         if output == "np":
