@@ -6,6 +6,13 @@
 """
 
 from lightning_bpfree.methods.backprop.rule import Backprop as Backprop
+from lightning_bpfree.methods.diffusion_adjoint.callback import DiffusionAdjoint as DiffusionAdjoint
+from lightning_bpfree.methods.diffusion_adjoint.fine_tuning import RewardFineTuning as RewardFineTuning
+from lightning_bpfree.methods.diffusion_adjoint.pipeline_sampler import PipelineSampler as PipelineSampler
+from lightning_bpfree.methods.diffusion_adjoint.sampler import DiffusionSampler as DiffusionSampler
+from lightning_bpfree.methods.diffusion_adjoint.schedules import DiscreteVP as DiscreteVP
+from lightning_bpfree.methods.diffusion_adjoint.schedules import FlowMatching as FlowMatching
+from lightning_bpfree.methods.diffusion_adjoint.schedules import LinearVP as LinearVP
 from lightning_bpfree.methods.direct_feedback_alignment.rule import (
     DirectFeedbackAlignment as DirectFeedbackAlignment,
 )

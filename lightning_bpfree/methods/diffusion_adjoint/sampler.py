@@ -107,8 +107,12 @@ class DiffusionSampler(nn.Module):
             )
         self.denoiser, self.schedule, self.prediction = denoiser, schedule, prediction
         self.settings = Settings(**settings).checked()
-        self.network_evals = 0.0
+        self._counter = _Counter()
+
+    @property
+    def network_evals(self) -> float:
         """Evaluations of the network a sample so far, forwards, and again on the way back; guidance takes two."""
+        return self._counter.count
 
     @contextlib.contextmanager
     def using(self, settings: Settings) -> Iterator[None]:
@@ -152,6 +156,18 @@ class DiffusionSampler(nn.Module):
             for i in range(0, len(noise), size)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def derivative(self, y: Tensor, node: Node, conditioning: Conditioning) -> Tensor:
+        """Return the ODE's right-hand side for a prompt, without guidance, by autograd's own graph.
+
+        Args:
+            y: the state at the node, shape (B, ...).
+            node: where.
+            conditioning: as in :meth:`forward`.
+        """
+        with self.using(self.settings._replace(guidance_scale=1.0)):
+            inputs = _Inputs(self, conditioning, {}, len(y))
+        return inputs(node, y, inputs.tensors)
 
     def _solve(
         self,
@@ -226,6 +242,13 @@ def _rows(conditioning: Conditioning | None, start: int, size: int, batch: int) 
     return {k: v if len(v) == 1 and batch > 1 else v[start : start + size] for k, v in conditioning.items()}
 
 
+class _Counter:
+    """A number in an object of its own: rules that evaluate a step again put attributes of modules back."""
+
+    def __init__(self) -> None:
+        self.count = 0.0
+
+
 class _Inputs:
     """The field of one solve, as a function of every tensor that needs a gradient beside y.
 
@@ -247,8 +270,10 @@ class _Inputs:
         weights = [owner._parameters[key] for owner, key in self.places.values()]
         self.tensors: list[Any] = [*(self.parts[i][name] for i, name in self.names), *weights]
 
+        counter = sampler._counter
+
         def count(rows: int) -> None:
-            sampler.network_evals += rows / batch
+            counter.count += rows / batch
 
         self.guided = GuidedField(
             self.denoiser,
