@@ -81,11 +81,12 @@ class DigitDiffusion(LightningModule):
         times = torch.randint(self.scheduler.config.num_train_timesteps, (len(images),), device=images.device)
         noisy = self.scheduler.add_noise(images, noise, times)
         predicted: Tensor = parts["unet"](noisy, times, class_labels=parts["classes"](labels)).sample
-        return (predicted - noise).square().mean()
+        return torch.nn.functional.mse_loss(predicted, noise)
 
     def _images(self, standardised: Tensor) -> Tensor:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        return (standardised * data.std + data.mean) / (_BRIGHTEST / 2) - 1.0
+        pixels: Tensor = standardised * data.std + data.mean
+        return pixels / (_BRIGHTEST / 2) - 1.0
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Mean squared error of the predicted noise."""

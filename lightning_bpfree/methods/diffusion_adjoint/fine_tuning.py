@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -199,7 +200,8 @@ class RewardFineTuning(pl.LightningModule):
                 return noise
             dims = tuple(range(1, noise.dim()))
             norms: Tensor = noise.square().sum(dims, keepdim=True).sqrt()
-            return noise * (noise[0].numel() ** 0.5 / norms)
+            unit: Tensor = noise / norms
+            return unit * math.sqrt(noise[0].numel())
         epoch = self.current_epoch if stage == "train" and not self.fixed_noise else 0
         seeds = [mix(self.seed, _STAGES[stage], epoch, number) for number in index.tolist()]
         return self._source.noise(seeds).to(index.device)

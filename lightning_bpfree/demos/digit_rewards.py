@@ -1,0 +1,174 @@
+"""Rewards of generated digits (style, a toy classifier's decision, likeness), and judges that training never sees."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_bpfree.demos.data import DigitsDataModule
+
+__all__ = ["Legibility", "Likeness", "Slant", "StrokeThickness", "ToyClassifierTurned", "TurnToyClassifier"]
+
+_BRIGHTEST = 16.0  # of scikit-learn's digits
+_TRAINING_STEPS = 300
+
+
+class StrokeThickness:
+    """Mean width of the strokes in pixels, shape (B,): twice the area of the ink over the length of its edge.
+
+    A stroke of width w and length L has the area w L and an edge of 2 L, which the total variation of the image
+    measures, also where ink fades.
+
+    Args:
+        sign: 1 to raise it, -1 to lower it.
+
+    Example:
+        >>> image = torch.zeros(1, 1, 8, 8)
+        >>> image[..., 3:5] = 1.0  # a line of width 2, from edge to edge
+        >>> StrokeThickness()(image)
+        tensor([2.])
+    """
+
+    def __init__(self, sign: float = 1.0) -> None:
+        self.sign = sign
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the widths of images in 0 to 1, shape (B, 1, H, W)."""
+        from torchmetrics.functional.image import total_variation
+
+        edge = total_variation(images, reduction="none").clamp_min(1e-3)
+        return self.sign * 2.0 * images.sum((1, 2, 3)) / edge
+
+
+class Slant:
+    """Lean of the ink to the right, shape (B,): columns that it moves by for each row upwards, from its moments.
+
+    Args:
+        sign: 1 to lean to the right, -1 to the left.
+
+    Example:
+        >>> round(float(Slant()(torch.eye(8).flip(0)[None, None])), 3)  # a line from bottom left to top right
+        1.0
+    """
+
+    def __init__(self, sign: float = 1.0) -> None:
+        self.sign = sign
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the lean of images in 0 to 1, shape (B, 1, H, W)."""
+        ink = images[:, 0]
+        ink = ink / ink.sum((1, 2), keepdim=True).clamp_min(1e-3)
+        up = -torch.arange(ink.shape[1], device=ink.device, dtype=ink.dtype)[None, :, None]
+        right = torch.arange(ink.shape[2], device=ink.device, dtype=ink.dtype)[None, None, :]
+        up = up - (ink * up).sum((1, 2), keepdim=True)
+        right = right - (ink * right).sum((1, 2), keepdim=True)
+        return self.sign * (ink * up * right).sum((1, 2)) / (ink * up * up).sum((1, 2)).clamp_min(1e-3)
+
+
+class TurnToyClassifier:
+    """How far a small perceptron is turned away from the digit that was asked for: best other score minus its score.
+
+    A toy for an audit: 64 pixels, one hidden layer, trained on scikit-learn's digits in a second, always the same.
+
+    Args:
+        margin: the reward stops to rise here, at least 0: a decision is turned above 0.
+    """
+
+    def __init__(self, margin: float = 2.0) -> None:
+        if margin < 0:
+            raise ValueError(f"margin is {margin}; give 0 or more.")
+        self.margin = margin
+
+    def __call__(self, images: Tensor, prompts: Tensor) -> Tensor:
+        """Return the margins, shape (B,), for images in 0 to 1 and the digits that they should show."""
+        scores: Tensor = toy_classifier().to(images.device)(images)
+        own = scores.gather(1, prompts[:, None])[:, 0]
+        other = scores.scatter(1, prompts[:, None], -torch.inf).amax(1)
+        return (other - own).clamp_max(self.margin)
+
+
+class ToyClassifierTurned:
+    """Whether the perceptron of :class:`TurnToyClassifier` sees another digit than was asked for: 1 or 0."""
+
+    def __call__(self, images: Tensor, prompts: Tensor) -> Tensor:
+        """Return 1 where it does, shape (B,)."""
+        scores: Tensor = toy_classifier().to(images.device)(images)
+        return (scores.argmax(1) != prompts).float()
+
+
+class Legibility:
+    """Whether an independent classifier reads the digit that was asked for: 1 or 0; it has no derivative.
+
+    A support vector machine of scikit-learn, trained on the training split of its digits (99 % right on the test
+    split). No reward here knows it.
+
+    Args:
+        digit: that is right for every prompt; None: the number of the prompt.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+
+    def __init__(self, digit: int | None = None) -> None:
+        self.digit = digit
+
+    def __call__(self, images: Tensor, prompts: Tensor) -> Tensor:
+        """Return 1 where it reads the digit, shape (B,)."""
+        rows = images.detach().float().cpu().flatten(1).numpy() * _BRIGHTEST
+        found = torch.as_tensor(_support_vectors().predict(rows), device=prompts.device)
+        return (found == (prompts if self.digit is None else self.digit)).float()
+
+
+class Likeness:
+    """Minus the mean squared difference from one reference image, a digit of the test split, shape (B,).
+
+    Args:
+        index: of the image in the test split, at least 0.
+    """
+
+    def __init__(self, index: int = 0) -> None:
+        if index < 0:
+            raise ValueError(f"index is {index}; give 0 or more.")
+        self.index = index
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the likeness of images in 0 to 1, shape (B, 1, 8, 8)."""
+        reference = digits("test")[0][self.index].to(images)
+        return -(images - reference).square().mean((1, 2, 3))
+
+
+@functools.lru_cache(maxsize=2)
+def digits(split: str) -> tuple[Tensor, Tensor]:
+    """Images in 0 to 1, shape (N, 1, 8, 8), and their labels; a split of :class:`DigitsDataModule`."""
+    train, train_labels, test, test_labels = DigitsDataModule().load()
+    images, labels = (train, train_labels) if split == "train" else (test, test_labels)
+    return (images.float() / _BRIGHTEST)[:, None], labels.long()
+
+
+@functools.lru_cache(maxsize=1)
+def toy_classifier() -> nn.Module:
+    """The perceptron, trained on first use; global random streams stay as they were."""
+    images, labels = digits("train")
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+        for _ in range(_TRAINING_STEPS):
+            optimizer.zero_grad()
+            F.cross_entropy(net(images), labels).backward()
+            optimizer.step()
+    return net.requires_grad_(False)
+
+
+@functools.lru_cache(maxsize=1)
+def _support_vectors() -> Any:
+    try:
+        from sklearn.svm import SVC
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('This judge needs scikit-learn: pip install "lightning-bpfree[recipes]"') from error
+    images, labels = digits("train")
+    return SVC(gamma=0.001).fit(images.flatten(1).numpy() * _BRIGHTEST, labels.numpy())
