@@ -126,12 +126,12 @@ def sd3() -> StableDiffusion3Pipeline:
         joint_attention_dim=32,
         pooled_projection_dim=64,
     )
-    none = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"])
+    none = dict.fromkeys(
+        ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"]
+    )
     vae = autoencoder(shift_factor=0.06, scaling_factor=1.5)
     return quiet(
-        StableDiffusion3Pipeline(
-            transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, **none
-        )
+        StableDiffusion3Pipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, **none)
     )
 
 
