@@ -144,7 +144,7 @@ class RewardFineTuning(pl.LightningModule):
         self.decoder = getattr(pipe, "vae", None)
         for part in (self.sampler, self.decoder):
             if part is not None:
-                part.requires_grad_(False).eval()
+                part.requires_grad_(False).train()
         table, without = encoded(self._source.family, prompts, negative_prompt, embeddings)
         check_table(table, self._source.family, optimize == "prompt_embeds")
         self._names = {"prompt": list(table), "negative": list(without)}
@@ -156,7 +156,7 @@ class RewardFineTuning(pl.LightningModule):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         self.averages = None if ema_decay is None else Averages(trained, ema_decay)
         self._scores = nn.ModuleList(s for s in (reward, *self.judges.values()) if isinstance(s, nn.Module))
-        self._scores.requires_grad_(False).eval()
+        self._scores.requires_grad_(False).train()
         self._averaged_at = 0
 
     def _open(self, lora_rank: int, lora_targets: Sequence[str]) -> None:
@@ -276,7 +276,11 @@ class RewardFineTuning(pl.LightningModule):
         self._averaged_at = self.global_step
 
     def on_train_start(self) -> None:
-        """Show the images before training."""
+        """Put networks and scores into evaluation mode, and show the images before training."""
+        # Here rather than when they are made: Lightning warns of modules that are in this mode when training starts.
+        for part in (self.sampler, self.decoder, self._scores):
+            if part is not None:
+                part.eval()
         self._averaged_at = self.global_step
         if self.global_step == 0:
             self._show("epoch_0000_before")
