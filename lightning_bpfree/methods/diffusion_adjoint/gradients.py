@@ -214,6 +214,7 @@ class DiscreteAdjoint(torch.autograd.Function):
                 through_y = operation.source != 0 or to_start
                 _, into, rest = _product(solve, operation.node, state, sums, above, through_y)
             sums.add(rest, 1.0)
+            del rest  # as large as all weights: not beside the next evaluation
             if into is not None:
                 _add(cotangents, operation.source, into)
         return (None, cotangents.get(0) if to_start else None, *sums.results())
