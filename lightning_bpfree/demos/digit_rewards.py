@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from lightning_bpfree.demos.data import DigitsDataModule
 
-__all__ = ["Legibility", "Likeness", "Slant", "StrokeThickness", "Towards", "ToyClassifierTurned", "TurnToyClassifier"]
+__all__ = [
+    "Legibility",
+    "Likeness",
+    "Printed",
+    "Slant",
+    "StrokeThickness",
+    "Towards",
+    "ToyClassifierTurned",
+    "TurnToyClassifier",
+]
 
 _BRIGHTEST = 16.0  # of scikit-learn's digits
 _TRAINING_STEPS = 300
@@ -78,6 +87,25 @@ class Towards:
         """Return minus the squared distances."""
         measured: Tensor = self.measure(images)
         return -(measured - self.target).square()
+
+
+class Printed:
+    """A measure of images as a printer makes them, black or white: it has no derivative.
+
+    Args:
+        measure: of images in 0 to 1.
+        threshold: from which a pixel is ink, in (0, 1).
+    """
+
+    def __init__(self, measure: Callable[..., Any], threshold: float = 0.4) -> None:
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold is {threshold}; give a brightness between 0 and 1, both excluded.")
+        self.measure, self.threshold = measure, threshold
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the measure of the printed images, shape (B,)."""
+        measured: Tensor = self.measure((images > self.threshold).float())
+        return measured
 
 
 class TurnToyClassifier:

@@ -77,7 +77,7 @@ class RewardFineTuning(pl.LightningModule):
         keep_norm: keep the norm of each optimised noise, as of a standard normal.
         fixed_noise: train on the same noise in every epoch, instead of new noise.
         image_every: epochs between grids of images, PNG files and W&B; 0 for none.
-        seed: of noise.
+        seed: of noise; None takes torch's initial seed (``seed_everything``).
 
     Raises:
         FileNotFoundError: the folder of the pipeline does not exist.
@@ -121,7 +121,7 @@ class RewardFineTuning(pl.LightningModule):
         keep_norm: bool = True,
         fixed_noise: bool = False,
         image_every: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         _check(optimize, optimizer, prior, prior_weight, lr)
@@ -136,7 +136,8 @@ class RewardFineTuning(pl.LightningModule):
         self.reward, self.optimize, self.judges = reward, optimize, dict(judges or {})
         self.batch_size, self.batches_per_epoch, self.val_samples = batch_size, batches_per_epoch, val_samples
         self.lr, self.optimizer_name, self.prior, self.prior_weight = lr, optimizer, prior, prior_weight
-        self.keep_norm, self.fixed_noise, self.image_every, self.seed = keep_norm, fixed_noise, image_every, seed
+        self.keep_norm, self.fixed_noise, self.image_every = keep_norm, fixed_noise, image_every
+        self.seed = torch.initial_seed() if seed is None else seed
         pipe = load_pipeline(pipeline) if isinstance(pipeline, str) or hasattr(pipeline, "__fspath__") else pipeline
         self._source = PipelineSampler(pipe, num_steps=num_steps, solver=solver, guidance_scale=guidance_scale)
         self.sampler: DiffusionSampler = self._source.sampler
@@ -176,7 +177,7 @@ class RewardFineTuning(pl.LightningModule):
         self._origins: list[str] = []
         if self.prior == "l2" and self.optimize != "lora":
             for index, parameter in enumerate(p for p in self.parameters() if p.requires_grad):
-                self.register_buffer(f"origin_{index}", parameter.detach().clone(), persistent=False)
+                self.register_buffer(f"origin_{index}", parameter.detach().clone())
                 self._origins.append(f"origin_{index}")
 
     # --- images and what they are worth ---
@@ -332,7 +333,13 @@ class RewardFineTuning(pl.LightningModule):
         """Leave out what comes back with the pipeline."""
         kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {n: v for n, v in state.items() if n in kept or n.startswith("averages.")}
+        own = ("averages.", "origin_") if self.optimize == "noise" else ("averages.",)
+        checkpoint["state_dict"] = {n: v for n, v in state.items() if n in kept or n.startswith(own)}
+        checkpoint["bpfree_noise_seed"] = self.seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Draw the noise that the checkpoint's run would have drawn."""
+        self.seed = checkpoint.get("bpfree_noise_seed", self.seed)
 
 
 def _stacked(rows_of: list[tuple[Tensor]]) -> Tensor:

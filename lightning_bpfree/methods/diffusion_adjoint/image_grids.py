@@ -8,11 +8,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 from lightning_bpfree.methods.diffusion_adjoint.pipeline_sampler import required_diffusers
 
 SMALLEST = 64  # pixels of a side: smaller images are enlarged, each pixel to a square
+BORDER = 2  # pixels of gray around each image
 
 
 def save_grid(trainer: pl.Trainer, images: Tensor, name: str) -> Path:
@@ -45,7 +46,7 @@ def image_grid(images: Tensor) -> Any:
 
     images = images.detach().float().cpu()
     factor = max(1, math.ceil(SMALLEST / min(images.shape[-2:])))
-    images = interpolate(images, scale_factor=float(factor), mode="nearest")
+    images = pad(interpolate(images, scale_factor=float(factor), mode="nearest"), (BORDER,) * 4, value=0.5)
     pictures = VaeImageProcessor.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
     columns = math.ceil(math.sqrt(len(pictures)))
     rows = math.ceil(len(pictures) / columns)

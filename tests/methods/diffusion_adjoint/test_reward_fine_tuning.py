@@ -68,7 +68,9 @@ def test_the_callback_gives_the_gradient_of_backprop(optimize):
         torch.testing.assert_close(found["exact_adjoint"][name], value, rtol=1e-5, atol=1e-7)  # float32
 
 
-@pytest.mark.parametrize(("optimize", "settings"), [("noise", {}), ("lora", {"prior": "kl", "ema_decay": 0.5})])
+@pytest.mark.parametrize(
+    ("optimize", "settings"), [("noise", {"prior": "l2"}), ("lora", {"prior": "kl", "ema_decay": 0.5})]
+)
 def test_resuming_is_exact(optimize, settings, tmp_path):
     whole = model(optimize, **settings)
     fitted(whole, None, bpf.DiffusionAdjoint(), max_epochs=4)
@@ -213,7 +215,7 @@ def test_images_are_written(tmp_path):
     names = sorted(path.name for path in (tmp_path / "images").iterdir())
     assert names == ["epoch_0000_before.png", "epoch_0002.png", "epoch_0002_after.png"]
     with Image.open(tmp_path / "images" / names[0]) as grid:
-        assert grid.size == (128, 128)  # 2 x 2 images of 8 pixels, enlarged
+        assert grid.size == (136, 136)  # 2 x 2 images of 8 pixels, enlarged, with borders
 
 
 def test_images_go_to_loggers_that_take_them(tmp_path):
@@ -226,7 +228,7 @@ def test_images_go_to_loggers_that_take_them(tmp_path):
             taken.append((key, caption, images[0].size))
 
     fitted(plain(image_every=1), None, max_epochs=1, logger=Images(tmp_path))
-    assert taken[0] == ("images", ["epoch_0000_before"], (128, 128))
+    assert taken[0] == ("images", ["epoch_0000_before"], (136, 136))
 
 
 @pytest.mark.parametrize(
