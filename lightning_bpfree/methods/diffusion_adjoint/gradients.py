@@ -129,12 +129,19 @@ class _Sums:
 
     def add(self, grads: Sequence[Tensor | None], factor: float) -> None:
         """Add ``factor`` times the gradients of one evaluation."""
+        totals, further = list[Tensor](), list[Tensor]()
         for index, grad in zip(self.wanted, grads, strict=True):
             if grad is None:
                 continue
             total = self.sums[index]
             grad = grad if grad.dtype == torch.float64 else grad.float()
-            self.sums[index] = grad * factor if total is None else total.add_(grad, alpha=factor)
+            if total is None:
+                self.sums[index] = grad * factor
+            else:
+                totals.append(total)
+                further.append(grad)
+        if totals:
+            torch._foreach_add_(totals, further, alpha=factor)  # all weights in a few kernels
 
     def results(self) -> list[Tensor | None]:
         """Return the sums in the tensors' types; None where nothing arrived."""
