@@ -22,7 +22,7 @@ import lightning_bpfree as bpf
 from lightning_bpfree import functional
 
 MODULES = ["data", "modules", "regression", "multiplexer", "text", "language", "corruption", "transformers_nets"]
-MODULES += ["control", "actor_critic"]
+MODULES += ["control", "actor_critic", "digit_diffusion", "digit_rewards"]
 BUILDERS = "lightning_bpfree.methods.reversible_recompute.models"
 
 # Results, interfaces, warnings and errors: nobody makes them to set something.
@@ -42,6 +42,12 @@ def _block() -> bpf.ReversibleBlock:
 def _encoder() -> nn.Module:
     layer = nn.TransformerEncoderLayer(4, 2, 4, norm_first=True)
     return nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+
+def tiny_pipeline() -> Any:
+    from tiny_diffusion import image_pipeline  # diffusers is optional
+
+    return image_pipeline()
 
 
 W = {"w": torch.ones(2)}
@@ -88,6 +94,15 @@ GOOD: dict[str, Callable[[], Any]] = {
     "actor": lambda: nn.Linear(4, 2),
     "critic": lambda: nn.Linear(4, 1),
     "in_shape": lambda: (1, 8, 8),
+    "denoiser": lambda: nn.Linear(2, 2),
+    "DiffusionSampler.schedule": lambda: bpf.DiscreteVP.from_betas(),
+    "alphas_cumprod": lambda: [0.9, 0.5],
+    "pipe": tiny_pipeline,
+    "pipeline": tiny_pipeline,
+    "reward": lambda: torch.mean,
+    "folder": lambda: "runs",
+    "measure": lambda: torch.mean,
+    "target": lambda: 1.0,
     "num_classes": lambda: 3,
 }
 

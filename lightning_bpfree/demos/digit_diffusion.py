@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_bpfree.demos.nets import check_at_least
+from lightning_bpfree.core.arguments import FractionBelowOne, OpenFraction, PositiveFloat, PositiveInts, checked
 
 __all__ = ["DigitDiffusion"]
 
@@ -39,22 +38,16 @@ class DigitDiffusion(LightningModule):
         ValueError: An argument is out of range.
     """
 
+    @checked
     def __init__(
         self,
         folder: str,
-        channels: Sequence[int] = (32, 64),
-        lr: float = 2e-3,
-        drop_label: float = 0.1,
-        ema_decay: float = 0.995,
+        channels: PositiveInts = (32, 64),
+        lr: PositiveFloat = 2e-3,
+        drop_label: FractionBelowOne = 0.1,
+        ema_decay: OpenFraction = 0.995,
     ) -> None:
         super().__init__()
-        check_at_least(2, levels=len(channels))
-        if not lr > 0:
-            raise ValueError(f"lr is {lr}; give a learning rate above 0.")
-        if not 0 <= drop_label < 1:
-            raise ValueError(f"drop_label is {drop_label}; give a share from 0 to below 1.")
-        if not 0 < ema_decay < 1:
-            raise ValueError(f"ema_decay is {ema_decay}; give a share between 0 and 1, both excluded.")
         diffusers = _diffusers()
         self.folder, self.lr, self.drop_label, self.ema_decay = folder, lr, drop_label, ema_decay
         attention = len(channels) - 1  # at the coarsest level alone

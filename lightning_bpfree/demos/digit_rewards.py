@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import NonNegativeFloat, NonNegativeInt, OpenFraction, Range, checked
 from lightning_bpfree.demos.data import DigitsDataModule
 
 __all__ = [
@@ -80,6 +81,7 @@ class Towards:
         target: of the measure, in its unit.
     """
 
+    @checked
     def __init__(self, measure: Callable[..., Any], target: float) -> None:
         self.measure, self.target = measure, target
 
@@ -97,9 +99,8 @@ class Printed:
         threshold: from which a pixel is ink, in (0, 1).
     """
 
-    def __init__(self, measure: Callable[..., Any], threshold: float = 0.4) -> None:
-        if not 0 < threshold < 1:
-            raise ValueError(f"threshold is {threshold}; give a brightness between 0 and 1, both excluded.")
+    @checked
+    def __init__(self, measure: Callable[..., Any], threshold: OpenFraction = 0.4) -> None:
         self.measure, self.threshold = measure, threshold
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -117,9 +118,8 @@ class TurnToyClassifier:
         margin: the reward stops to rise here, at least 0: a decision is turned above 0.
     """
 
-    def __init__(self, margin: float = 2.0) -> None:
-        if margin < 0:
-            raise ValueError(f"margin is {margin}; give 0 or more.")
+    @checked
+    def __init__(self, margin: NonNegativeFloat = 2.0) -> None:
         self.margin = margin
 
     def __call__(self, images: Tensor, prompts: Tensor) -> Tensor:
@@ -152,7 +152,8 @@ class Legibility:
         ModuleNotFoundError: scikit-learn is not installed.
     """
 
-    def __init__(self, digit: int | None = None) -> None:
+    @checked
+    def __init__(self, digit: Annotated[int, Range(ge=0, le=9)] | None = None) -> None:
         self.digit = digit
 
     def __call__(self, images: Tensor, prompts: Tensor) -> Tensor:
@@ -169,9 +170,8 @@ class Likeness:
         index: of the image in the test split, at least 0.
     """
 
-    def __init__(self, index: int = 0) -> None:
-        if index < 0:
-            raise ValueError(f"index is {index}; give 0 or more.")
+    @checked
+    def __init__(self, index: NonNegativeInt = 0) -> None:
         self.index = index
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -183,9 +183,10 @@ class Likeness:
 @functools.lru_cache(maxsize=2)
 def digits(split: str) -> tuple[Tensor, Tensor]:
     """Images in 0 to 1, shape (N, 1, 8, 8), and their labels; a split of :class:`DigitsDataModule`."""
-    train, train_labels, test, test_labels = DigitsDataModule().load()
-    images, labels = (train, train_labels) if split == "train" else (test, test_labels)
-    return (images.float() / _BRIGHTEST)[:, None], labels.long()
+    with torch.inference_mode(False):  # the first to ask may be a validation, and what is kept must serve training too
+        train, train_labels, test, test_labels = DigitsDataModule().load()
+        images, labels = (train, train_labels) if split == "train" else (test, test_labels)
+        return (images.float() / _BRIGHTEST)[:, None], labels.long()
 
 
 @functools.lru_cache(maxsize=1)

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_bpfree.core.arguments import Fraction, NonNegativeFloat, PositiveInt, checked
 from lightning_bpfree.core.peak_memory import peak_mib, reset_peak
 from lightning_bpfree.methods.diffusion_adjoint.gradients import Gradient
 from lightning_bpfree.methods.diffusion_adjoint.held_samplers import Held, held_samplers
@@ -62,16 +63,17 @@ class DiffusionAdjoint(Callback):
         K. Clark et al., "Directly Fine-Tuning Diffusion Models on Differentiable Rewards", 2024, arXiv 2309.17400.
     """
 
+    @checked
     def __init__(
         self,
         gradient: Gradient = "exact_adjoint",
-        num_steps: int | None = None,
+        num_steps: PositiveInt | None = None,
         solver: Solver | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: NonNegativeFloat | None = None,
         *,
-        guidance_rescale: float | None = None,
-        last_steps: int | None = None,
-        micro_batch: int | None = None,
+        guidance_rescale: Fraction | None = None,
+        last_steps: PositiveInt | None = None,
+        micro_batch: PositiveInt | None = None,
         split_guidance: bool | None = None,
     ) -> None:
         given = {
@@ -85,7 +87,7 @@ class DiffusionAdjoint(Callback):
             "split_guidance": split_guidance,
         }
         self._given: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        Settings(**self._given).checked()
+        Settings(**self._given).checked("DiffusionAdjoint")
         self._held: list[Held] = []
         self._evals, self._logged_at = 0.0, 0
 

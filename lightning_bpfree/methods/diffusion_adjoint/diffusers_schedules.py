@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from lightning_bpfree.methods.diffusion_adjoint.fields import Prediction
 from lightning_bpfree.methods.diffusion_adjoint.schedules import DiscreteVP, FlowMatching, Schedule
 
 VARIANCE_PRESERVING = (
@@ -37,7 +38,7 @@ _OTHER_NODES = {
 }
 
 
-def schedule_of(scheduler: Any, prediction: str | None = None, mu: float | None = None) -> tuple[Schedule, str]:
+def schedule_of(scheduler: Any, prediction: str | None = None, mu: float | None = None) -> tuple[Schedule, Prediction]:
     """Return the schedule of a diffusers scheduler, and what its network predicts.
 
     The scheduler's numbers are taken, its ``step`` is not: a solver of this package has its own nodes, keeps double
@@ -81,7 +82,7 @@ def schedule_of(scheduler: Any, prediction: str | None = None, mu: float | None 
     schedule = _flow(config, mu) if flow else _variance_preserving(scheduler, config)
     if own not in schedule.predictions:
         raise ValueError(f"prediction_type={own!r} of {name} is not supported: {', '.join(schedule.predictions)} are.")
-    return schedule, own
+    return schedule, cast("Prediction", own)
 
 
 def _variance_preserving(scheduler: Any, config: dict[str, Any]) -> DiscreteVP:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ Conditioning = Mapping[str, Tensor]
 Denoiser = Callable[..., Any]
 """``denoiser(x, time, **conditioning)``: x of shape (B, ...), time of shape (B,); returns a prediction shaped as x."""
 
-PREDICTIONS = ("epsilon", "sample", "v_prediction", "score", "flow_prediction")
+Prediction = Literal["epsilon", "sample", "v_prediction", "score", "flow_prediction"]
 
 
 def derivative(prediction: str, output: Tensor, x: Tensor, node: Node) -> Tensor:
@@ -48,7 +48,7 @@ def derivative(prediction: str, output: Tensor, x: Tensor, node: Node) -> Tensor
         return (x - node.alpha * output) / node.sigma
     if prediction == "score":
         return -node.sigma * output
-    raise ValueError(f"prediction={prediction!r}: choose one of {', '.join(PREDICTIONS)}.")
+    raise ValueError(f"prediction={prediction!r}: choose one of {', '.join(get_args(Prediction))}.")
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float, rescale: float) -> Tensor:

@@ -6,13 +6,22 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_bpfree.core.arguments import (
+    NonEmpty,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenFraction,
+    PositiveFloat,
+    PositiveInt,
+    checked,
+)
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.diffusion_adjoint.image_grids import save_grid
 from lightning_bpfree.methods.diffusion_adjoint.pipeline_sampler import PipelineSampler, load_pipeline
@@ -22,7 +31,6 @@ from lightning_bpfree.methods.diffusion_adjoint.prompt_table import Embeddings, 
 from lightning_bpfree.methods.diffusion_adjoint.rewards import check_finite, name_of, scored
 from lightning_bpfree.methods.diffusion_adjoint.sampler import DiffusionSampler
 from lightning_bpfree.methods.diffusion_adjoint.trained_parts import (
-    OPTIMIZE,
     Averages,
     Optimize,
     add_lora,
@@ -95,43 +103,38 @@ class RewardFineTuning(pl.LightningModule):
         ...     pl.Trainer(max_epochs=10, callbacks=[DiffusionAdjoint(num_steps=20)]).fit(model)
     """
 
+    @checked
     def __init__(
         self,
         pipeline: Any,
         reward: Callable[..., Any],
         optimize: Optimize = "lora",
         *,
-        prompts: Sequence[str] | None = None,
+        prompts: Annotated[Sequence[str], NonEmpty()] | None = None,
         embeddings: Embeddings | None = None,
         negative_prompt: str = "",
         judges: Mapping[str, Callable[..., Any]] | None = None,
-        batch_size: int = 8,
-        batches_per_epoch: int = 10,
-        val_samples: int = 16,
-        num_steps: int = 20,
+        batch_size: PositiveInt = 8,
+        batches_per_epoch: PositiveInt = 10,
+        val_samples: PositiveInt = 16,
+        num_steps: PositiveInt = 20,
         solver: Solver = "euler",
-        guidance_scale: float = 1.0,
-        lr: float = 1e-3,
+        guidance_scale: NonNegativeFloat = 1.0,
+        lr: PositiveFloat = 1e-3,
         optimizer: Literal["adamw", "adam", "sgd"] = "adamw",
-        lora_rank: int = 4,
-        lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0"),
+        lora_rank: PositiveInt = 4,
+        lora_targets: Annotated[Sequence[str], NonEmpty()] = ("to_q", "to_k", "to_v", "to_out.0"),
         prior: Prior | None = None,
-        prior_weight: float = 1.0,
-        ema_decay: float | None = None,
+        prior_weight: PositiveFloat = 1.0,
+        ema_decay: OpenFraction | None = None,
         keep_norm: bool = True,
         fixed_noise: bool = False,
-        image_every: int = 0,
+        image_every: NonNegativeInt = 0,
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        _check(optimize, optimizer, prior, prior_weight, lr)
-        for name, value in {
-            "batch_size": batch_size,
-            "batches_per_epoch": batches_per_epoch,
-            "val_samples": val_samples,
-        }.items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: give 1 or more.")
+        if prior == "kl" and optimize in ("noise", "prompt_embeds"):
+            raise ValueError(f"prior='kl' compares networks, and optimize={optimize!r} changes none: use prior='l2'.")
         self.strict_loading = False  # checkpoints hold what is trained
         self.reward, self.optimize, self.judges = reward, optimize, dict(judges or {})
         self.batch_size, self.batches_per_epoch, self.val_samples = batch_size, batches_per_epoch, val_samples
@@ -344,18 +347,3 @@ class RewardFineTuning(pl.LightningModule):
 
 def _stacked(rows_of: list[tuple[Tensor]]) -> Tensor:
     return torch.stack([number for (number,) in rows_of])
-
-
-def _check(optimize: str, optimizer: str, prior: str | None, prior_weight: float, lr: float) -> None:
-    if optimize not in OPTIMIZE:
-        raise ValueError(f"optimize={optimize!r}: choose one of {', '.join(OPTIMIZE)}.")
-    if optimizer not in _OPTIMIZERS:
-        raise ValueError(f"optimizer={optimizer!r}: choose one of {', '.join(_OPTIMIZERS)}.")
-    if prior not in (None, "l2", "kl"):
-        raise ValueError(f"prior={prior!r}: choose 'l2', 'kl' or None.")
-    if prior == "kl" and optimize in ("noise", "prompt_embeds"):
-        raise ValueError(f"prior='kl' compares networks, and optimize={optimize!r} changes none: use prior='l2'.")
-    if not prior_weight > 0:
-        raise ValueError(f"prior_weight={prior_weight}: give a factor above 0, or prior=None.")
-    if not lr > 0:
-        raise ValueError(f"lr={lr}: give a learning rate above 0.")

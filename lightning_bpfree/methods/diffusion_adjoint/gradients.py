@@ -24,7 +24,6 @@ from lightning_bpfree.methods.diffusion_adjoint.plans import (
 from lightning_bpfree.methods.diffusion_adjoint.schedules import Node, Schedule
 
 Gradient = Literal["exact_adjoint", "adjoint", "checkpoint", "direct", "truncated"]
-GRADIENTS: tuple[Gradient, ...] = ("exact_adjoint", "adjoint", "checkpoint", "direct", "truncated")
 
 Field = Callable[[Node, Tensor, Sequence[Tensor]], Tensor]
 """The right-hand side of ``dy/drho``: from a node, y, and the tensors whose gradients are wanted beside y's."""

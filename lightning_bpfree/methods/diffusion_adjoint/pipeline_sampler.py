@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # torch needs it too
 
+from lightning_bpfree.core.arguments import checked
 from lightning_bpfree.methods.diffusion_adjoint.diffusers_schedules import schedule_of
 from lightning_bpfree.methods.diffusion_adjoint.families import FluxTransformer, Prompts, family_of
-from lightning_bpfree.methods.diffusion_adjoint.sampler import DiffusionSampler, Settings
+from lightning_bpfree.methods.diffusion_adjoint.sampler import DiffusionSampler, Options, Settings
 
 
 def load_pipeline(path: str | Path, **kwargs: Any) -> Any:
@@ -67,7 +69,8 @@ class PipelineSampler:
         ValueError: for what the solver cannot take over from the pipeline.
     """
 
-    def __init__(self, pipe: Any, **settings: Any) -> None:
+    @checked
+    def __init__(self, pipe: Any, **settings: Unpack[Options]) -> None:
         self.pipe, self.family = pipe, family_of(pipe)
         shape = self.family.shape(None, None)
         schedule, prediction = schedule_of(pipe.scheduler, mu=self.family.mu(shape))

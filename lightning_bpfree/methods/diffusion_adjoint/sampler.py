@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypedDict, cast, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from typing_extensions import Unpack  # torch needs it too
 
-from lightning_bpfree.methods.diffusion_adjoint.fields import Conditioning, Denoiser, GuidedField
-from lightning_bpfree.methods.diffusion_adjoint.gradients import GRADIENTS, Gradient, Solve, solved
-from lightning_bpfree.methods.diffusion_adjoint.plans import SOLVERS, TABLEAUS, Evaluate, Plan, Solver, plan
-from lightning_bpfree.methods.diffusion_adjoint.schedules import Node, Schedule, check_steps
+from lightning_bpfree.core.arguments import Fraction, NonNegativeFloat, PositiveInt, check, checked
+from lightning_bpfree.methods.diffusion_adjoint.fields import Conditioning, Denoiser, GuidedField, Prediction
+from lightning_bpfree.methods.diffusion_adjoint.gradients import Gradient, Solve, solved
+from lightning_bpfree.methods.diffusion_adjoint.plans import TABLEAUS, Evaluate, Plan, Solver, plan
+from lightning_bpfree.methods.diffusion_adjoint.schedules import Node, Schedule
+
+
+class Options(TypedDict, total=False):
+    """The settings of a sampler as keywords; :class:`Settings` says what they mean."""
+
+    num_steps: PositiveInt
+    solver: Solver
+    gradient: Gradient
+    guidance_scale: NonNegativeFloat
+    guidance_rescale: Fraction
+    last_steps: PositiveInt
+    micro_batch: PositiveInt | None
+    split_guidance: bool
 
 
 class Settings(NamedTuple):
@@ -39,26 +54,15 @@ class Settings(NamedTuple):
     micro_batch: int | None = None
     split_guidance: bool = False
 
-    def checked(self) -> Settings:
-        """Return these settings, or raise ValueError for what is out of range."""
-        check_steps(self.num_steps)
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver={self.solver!r}: choose one of {', '.join(SOLVERS)}.")
-        if self.gradient not in GRADIENTS:
-            raise ValueError(f"gradient={self.gradient!r}: choose one of {', '.join(GRADIENTS)}.")
+    def checked(self, owner: str = "DiffusionSampler") -> Settings:
+        """Return these settings, or raise ValueError for what is out of range, naming whose they are."""
+        for name, hint in get_type_hints(Options, include_extras=True).items():
+            check(owner, name, getattr(self, name), hint)
         if self.gradient == "adjoint" and self.solver not in TABLEAUS:
             raise ValueError(
-                f"gradient='adjoint' solves an ODE backwards by one of {', '.join(TABLEAUS)}; solver={self.solver!r} "
-                "has no such form: use gradient='exact_adjoint', which has the same memory."
+                f"{owner}: gradient='adjoint' solves an ODE backwards by one of {', '.join(TABLEAUS)}; "
+                f"solver={self.solver!r} has no such form: use gradient='exact_adjoint', which has the same memory."
             )
-        if not self.guidance_scale >= 0:
-            raise ValueError(f"guidance_scale={self.guidance_scale}: give 1 for no guidance, or more.")
-        if not 0 <= self.guidance_rescale <= 1:
-            raise ValueError(f"guidance_rescale={self.guidance_rescale}: give a share in 0 to 1.")
-        if self.last_steps < 1:
-            raise ValueError(f"last_steps={self.last_steps}: 'truncated' differentiates at least 1 step.")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch={self.micro_batch}: give 1 sample or more, or None for the whole batch.")
         return self
 
 
@@ -98,12 +102,19 @@ class DiffusionSampler(nn.Module):
         arXiv 2211.01095.
     """
 
-    def __init__(self, denoiser: Denoiser, schedule: Schedule, prediction: str = "epsilon", **settings: Any) -> None:
+    @checked
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        schedule: Schedule,
+        prediction: Prediction = "epsilon",
+        **settings: Unpack[Options],
+    ) -> None:
         super().__init__()
         if prediction not in schedule.predictions:
             raise ValueError(
-                f"prediction={prediction!r} does not belong to {type(schedule).__name__}, which has "
-                f"{', '.join(schedule.predictions)}."
+                f"DiffusionSampler: prediction={prediction!r}: it does not belong to {type(schedule).__name__}, which "
+                f"has {', '.join(schedule.predictions)}."
             )
         self.denoiser, self.schedule, self.prediction = denoiser, schedule, prediction
         self.settings = Settings(**settings).checked()

@@ -10,8 +10,9 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import NonNegativeInt, OpenFraction, PositiveFloat, checked, shown
+
 Spacing = Literal["leading", "trailing", "linspace", "log_rho"]
-SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace", "log_rho")
 
 
 class Node(NamedTuple):
@@ -89,15 +90,17 @@ class LinearVP(VariancePreserving):
         arXiv 2011.13456.
     """
 
+    @checked
     def __init__(
-        self, beta_min: float = 0.1, beta_max: float = 20.0, *, time_scale: float = 1000.0, last_time: float = 1e-3
+        self,
+        beta_min: PositiveFloat = 0.1,
+        beta_max: PositiveFloat = 20.0,
+        *,
+        time_scale: PositiveFloat = 1000.0,
+        last_time: OpenFraction = 1e-3,
     ) -> None:
-        if not 0 < beta_min < beta_max:
-            raise ValueError(f"beta_min={beta_min}, beta_max={beta_max}: give 0 < beta_min < beta_max.")
-        if not time_scale > 0:
-            raise ValueError(f"time_scale={time_scale}: give a factor above 0.")
-        if not 0 < last_time < 1:
-            raise ValueError(f"last_time={last_time}: give a time between 0 and 1, both excluded.")
+        if not beta_min < beta_max:
+            raise ValueError(f"LinearVP: beta_min={beta_min}: give a rate below beta_max={beta_max}.")
         self.beta_min, self.beta_max, self.time_scale, self.last_time = beta_min, beta_max, time_scale, last_time
 
     def rho(self, t: float) -> float:
@@ -136,24 +139,24 @@ class DiscreteVP(VariancePreserving):
         [750, 500, 250, 0, 0]
     """
 
+    @checked
     def __init__(
         self,
         alphas_cumprod: Tensor | Sequence[float],
         *,
         spacing: Spacing = "leading",
-        steps_offset: int = 0,
+        steps_offset: NonNegativeInt = 0,
         end_at_zero: bool = True,
     ) -> None:
         values = torch.as_tensor(alphas_cumprod, dtype=torch.float64).flatten()
         if len(values) < 2 or not bool(((values > 0) & (values < 1)).all()) or not bool((values.diff() < 0).all()):
             raise ValueError(
-                "alphas_cumprod must fall, within 0 and 1, both excluded: the noise-to-signal ratio is infinite or "
-                "undefined otherwise (rescale_betas_zero_snr=True of diffusers makes its last value 0)."
+                f"DiscreteVP: alphas_cumprod={shown(alphas_cumprod)}: give two values or more that fall, within 0 and "
+                "1, both excluded: the noise-to-signal ratio is infinite or undefined otherwise (diffusers' "
+                "rescale_betas_zero_snr=True makes the last value 0)."
             )
-        if spacing not in SPACINGS:
-            raise ValueError(f"spacing={spacing!r}: choose one of {', '.join(SPACINGS)}.")
-        if not 0 <= steps_offset < len(values):
-            raise ValueError(f"steps_offset={steps_offset}: give 0 to {len(values) - 1}.")
+        if steps_offset >= len(values):
+            raise ValueError(f"DiscreteVP: steps_offset={steps_offset}: give 0 to {len(values) - 1}.")
         self.rhos: list[float] = ((1 - values) / values).sqrt().tolist()
         self._logs = [math.log(rho) for rho in self.rhos]
         self.spacing, self.steps_offset, self.end_at_zero = spacing, steps_offset, end_at_zero
@@ -222,11 +225,10 @@ class FlowMatching:
 
     predictions: ClassVar[tuple[str, ...]] = ("flow_prediction",)
 
-    def __init__(self, shift: float = 1.0, mu: float | None = None, *, time_scale: float = 1000.0) -> None:
-        if not shift > 0:
-            raise ValueError(f"shift={shift}: give a factor above 0; 1 leaves the nodes even.")
-        if not time_scale > 0:
-            raise ValueError(f"time_scale={time_scale}: give a factor above 0.")
+    @checked
+    def __init__(
+        self, shift: PositiveFloat = 1.0, mu: float | None = None, *, time_scale: PositiveFloat = 1000.0
+    ) -> None:
         self.shift = shift if mu is None else math.exp(mu)
         self.time_scale = time_scale
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 Optimize = Literal["noise", "prompt_embeds", "weights", "lora"]
-OPTIMIZE: tuple[Optimize, ...] = ("noise", "prompt_embeds", "weights", "lora")
 
 
 def add_lora(network: nn.Module, rank: int, targets: Sequence[str]) -> list[str]:
@@ -23,10 +22,8 @@ def add_lora(network: nn.Module, rank: int, targets: Sequence[str]) -> list[str]
 
     Raises:
         ModuleNotFoundError: peft is not installed.
-        ValueError: for a rank below 1, and where no layer has one of the names.
+        ValueError: where no layer has one of the names.
     """
-    if rank < 1:
-        raise ValueError(f"lora_rank={rank}: give 1 or more.")
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as error:
@@ -75,9 +72,6 @@ class Averages(nn.Module):
         parameters: the parameters.
         decay: share of the old average that stays in a step, in (0, 1).
 
-    Raises:
-        ValueError: for a decay out of range.
-
     Examples:
         >>> weight = nn.Parameter(torch.zeros(1))
         >>> averages = Averages([weight], decay=0.75)
@@ -90,8 +84,6 @@ class Averages(nn.Module):
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
         super().__init__()
-        if not 0 < decay < 1:
-            raise ValueError(f"ema_decay={decay}: give a share between 0 and 1, both excluded, such as 0.99.")
         self.decay = decay
         self._parameters_of: list[nn.Parameter] = list(parameters)
         for index, parameter in enumerate(self._parameters_of):

@@ -234,7 +234,7 @@ def test_images_go_to_loggers_that_take_them(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimize": "unet"}, "optimize='unet': choose one of noise"),
+        ({"optimize": "unet"}, "optimize='unet': choose 'noise'"),
         ({"optimizer": "lion"}, "optimizer='lion'"),
         ({"prior": "l1"}, "prior='l1'"),
         ({"optimize": "noise", "prior": "kl"}, "prior='kl' compares networks"),

@@ -15,8 +15,8 @@ from lightning_bpfree.methods.diffusion_adjoint.schedules import DiscreteVP, Flo
     ("settings", "message"),
     [
         ({"num_steps": 0}, "num_steps=0"),
-        ({"solver": "ddim"}, "solver='ddim': choose one of euler"),
-        ({"gradient": "exact"}, "gradient='exact': choose one of exact_adjoint"),
+        ({"solver": "ddim"}, "solver='ddim': choose 'euler'"),
+        ({"gradient": "exact"}, "gradient='exact': choose 'exact_adjoint'"),
         ({"gradient": "adjoint", "solver": "dpmpp_2m"}, "solver='dpmpp_2m' has no such form"),
         ({"guidance_scale": -1.0}, "guidance_scale=-1.0"),
         ({"guidance_rescale": 2.0}, "guidance_rescale=2.0"),
@@ -32,11 +32,11 @@ def test_settings(settings, message):
 
 
 def test_predictions_and_schedules():
-    with pytest.raises(ValueError, match="prediction='flow_prediction' does not belong to DiscreteVP"):
+    with pytest.raises(ValueError, match="prediction='flow_prediction': it does not belong to DiscreteVP"):
         DiffusionSampler(Tanh(), STABLE_DIFFUSION, "flow_prediction")
-    with pytest.raises(ValueError, match="prediction='epsilon' does not belong to FlowMatching"):
+    with pytest.raises(ValueError, match="prediction='epsilon': it does not belong to FlowMatching"):
         DiffusionSampler(Tanh(), FlowMatching(), "epsilon")
-    with pytest.raises(ValueError, match="alphas_cumprod must fall"):
+    with pytest.raises(ValueError, match="alphas_cumprod="):
         DiscreteVP([0.5, 0.9])
     with pytest.raises(ValueError, match="beta_min"):
         LinearVP(2.0, 1.0)
