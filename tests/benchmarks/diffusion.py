@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.metadata
 
 import torch
-from diffusion_cases import KINDS, TextUNet, gradients, step
+from diffusion_cases import KINDS, TextUNet, gradients, sampled, step
 from memory import peak_bytes
 from reversible_meters import Row, distance, measured, ratio, rounds
 from run import run_parts
@@ -113,6 +113,20 @@ def times() -> list[Row]:
     return rows
 
 
+def bound() -> list[Row]:
+    """What an exact gradient without stored activations takes at least: every evaluation twice, and a backward pass."""
+    net = TextUNet()
+    noise, embeds = net.inputs(BATCH)
+    forward = torch.no_grad()(sampled(net, noise, embeds, 20))
+    runs = {"forward": forward, **{kind: step(net, noise, embeds, kind, 20) for kind in ("direct", "exact_adjoint")}}
+    found = rounds(runs, 7)
+    least, paired = ratio(found, "forward", "direct")
+    what = f"1 + F / (F + B) of the same rounds, F sampling without a graph, F + B direct; {paired}"
+    rows = [measured("bound of theory for time, 20 steps", what, 1 + least)]
+    value, paired = ratio(found, "exact_adjoint", "direct")
+    return [*rows, measured("exact_adjoint beside its bound, 20 steps", paired, value)]
+
+
 def precision() -> list[Row]:
     """Cosines of the gradient under bfloat16 autocast with that in float32."""
     rows = []
@@ -129,7 +143,7 @@ def precision() -> list[Row]:
     return rows
 
 
-PARTS = {f.__name__: f for f in (exactness, bias, memory, times, precision)}
+PARTS = {f.__name__: f for f in (exactness, bias, memory, times, bound, precision)}
 
 
 if __name__ == "__main__":

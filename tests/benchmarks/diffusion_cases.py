@@ -76,6 +76,12 @@ def step(
     return run
 
 
+def sampled(net: nn.Module, noise: Tensor, embeds: Tensor, steps: int) -> Callable[[], Tensor]:
+    """Return a function that samples, and nothing else."""
+    sampler = DiffusionSampler(net, schedule(), num_steps=steps)
+    return lambda: sampler(noise, {"prompt_embeds": embeds})
+
+
 def _by_torchdiffeq(net: nn.Module, noise: Tensor, embeds: Tensor, steps: int, solver: str) -> Callable[[], Tensor]:
     from torchdiffeq import odeint_adjoint
 

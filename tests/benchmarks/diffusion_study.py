@@ -36,7 +36,7 @@ from lightning_bpfree.methods.diffusion_adjoint.image_grids import image_grid
 TASKS = {
     "noise": ("exact_adjoint", "adjoint"),
     "embedding": ("exact_adjoint", "adjoint", "truncated"),
-    "weights": ("exact_adjoint", "adjoint", "truncated", "evolution_strategy"),
+    "weights": ("exact_adjoint", "adjoint", "evolution_strategy"),
 }
 RULES = ("direct", "exact_adjoint", "adjoint", "checkpoint", "truncated")
 SHOWN = 20  # images
