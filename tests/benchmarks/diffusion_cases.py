@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from lightning_bpfree.methods.diffusion_adjoint.gradients import GRADIENTS
+from lightning_bpfree.methods.diffusion_adjoint.gradients import Gradient
 from lightning_bpfree.methods.diffusion_adjoint.sampler import DiffusionSampler
 from lightning_bpfree.methods.diffusion_adjoint.schedules import DiscreteVP
 
 TORCHDIFFEQ = "torchdiffeq"
-KINDS = (*GRADIENTS, TORCHDIFFEQ)
+KINDS = (*get_args(Gradient), TORCHDIFFEQ)
 
 
 class TextUNet(nn.Module):

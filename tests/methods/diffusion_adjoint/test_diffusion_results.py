@@ -25,8 +25,9 @@ def test_stale_tables_are_seen(tmp_path, monkeypatch):
         monkeypatch.setattr(made, name, tmp_path if name == "DOCS" else tmp_path / name.lower())
     (tmp_path / "results").mkdir()
     row = {"task": "noise", "gradient": "adjoint", "cosine": 0.5, "error": 1.0, "time": 1.3, "peak_mib": 9.0}
-    found = {"rules": [row], "runs": [{"seed": 0}], "summary": [], "versions": {}, "command": "run", "date": "2026-01-02"}
-    (tmp_path / "results" / "adjoint_dpm.json").write_text(made.json.dumps({**found, "device": "cpu"}))
+    found = {"rules": [row], "runs": [{"seed": 0}], "summary": [], "versions": {}, "device": "cpu"}
+    found |= {"command": "run", "date": "2026-01-02"}
+    (tmp_path / "results" / "adjoint_dpm.json").write_text(made.json.dumps(found))
     page = tmp_path / "page.md"
     page.write_text("<!-- adjoint_dpm:gradients -->\nold\n<!-- /adjoint_dpm -->\n")
     monkeypatch.setattr(made, "FIGURES", {})
