@@ -133,21 +133,26 @@ def samples(folder):
     drawing = Figure(figsize=(8.4, 8.0), layout="constrained", dpi=130)
     for row, task in zip(drawing.subplots(len(TASKS), len(columns)), TASKS, strict=True):
         for axes, (title, name) in zip(row, columns.items(), strict=True):
-            axes.imshow(imread(folder / f"adjoint_dpm_{task}_{name}.png"), cmap="gray")
+            path = folder / f"adjoint_dpm_{task}_{name}.png"
             axes.set_xticks([])
             axes.set_yticks([])
+            if path.exists():
+                axes.imshow(imread(path), cmap="gray")
+            else:
+                axes.annotate("not run", (0.5, 0.5), ha="center")
             axes.set_title(f"{TASKS[task]}: {title}", fontsize=9)
     return drawing
 
 
 def outcomes(found):
     """The table of metrics before and after."""
-    lines = ["| application | gradient | metric | before | after |", "| --- | --- | --- | ---: | ---: |"]
+    lines = ["| application | gradient | seeds | metric | before | after |", "| --- | --- | ---: | --- | ---: | ---: |"]
     cells = {(r["task"], r["gradient"], r["metric"], r["when"]): r for r in found["summary"]}
     for task, gradient, metric, when in cells:
         if when == "before":
             before, after = (shown(cells[task, gradient, metric, one]) for one in ("before", "after"))
-            lines.append(f"| {TASKS[task]} | `{gradient}` | {metric} | {before} | {after} |")
+            seeds = sum((run["task"], run["gradient"]) == (task, gradient) for run in found["runs"])
+            lines.append(f"| {TASKS[task]} | `{gradient}` | {seeds} | {metric} | {before} | {after} |")
     return "\n".join([*lines, "", provenance(found)])
 
 
@@ -167,8 +172,7 @@ def gradient_table(found):
 
 def provenance(found):
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    seeds = len({run["seed"] for run in found["runs"]})
-    return f"`{found['command']}`, {found['date'][:10]}, {found['device']}, {seeds} seeds; {versions}."
+    return f"`{found['command']}`, {found['date'][:10]}, {found['device']}; {versions}."
 
 
 TABLES = {"outcomes": outcomes, "gradients": gradient_table}
