@@ -20,6 +20,13 @@ from lightning_bpfree.methods.concept_backprop.parameterizations import LatentCh
 from lightning_bpfree.methods.concept_backprop.probe import ProbeSettings as ProbeSettings
 from lightning_bpfree.methods.deep_ensemble.callback import DeepEnsemble as DeepEnsemble
 from lightning_bpfree.methods.deep_ensemble.combining.exported import EnsembleModule as EnsembleModule
+from lightning_bpfree.methods.diffusion_adjoint.callback import DiffusionAdjoint as DiffusionAdjoint
+from lightning_bpfree.methods.diffusion_adjoint.fine_tuning import RewardFineTuning as RewardFineTuning
+from lightning_bpfree.methods.diffusion_adjoint.pipeline_sampler import PipelineSampler as PipelineSampler
+from lightning_bpfree.methods.diffusion_adjoint.sampler import DiffusionSampler as DiffusionSampler
+from lightning_bpfree.methods.diffusion_adjoint.schedules import DiscreteVP as DiscreteVP
+from lightning_bpfree.methods.diffusion_adjoint.schedules import FlowMatching as FlowMatching
+from lightning_bpfree.methods.diffusion_adjoint.schedules import LinearVP as LinearVP
 from lightning_bpfree.methods.direct_feedback_alignment.rule import (
     DirectFeedbackAlignment as DirectFeedbackAlignment,
 )

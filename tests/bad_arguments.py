@@ -23,7 +23,7 @@ from lightning_bpfree import functional
 from lightning_bpfree.methods.concept_backprop.detection import Samples
 
 MODULES = ["data", "modules", "regression", "multiplexer", "text", "language", "corruption", "transformers_nets"]
-MODULES += ["control", "actor_critic"]
+MODULES += ["control", "actor_critic", "digit_diffusion", "digit_rewards"]
 BUILDERS = "lightning_bpfree.methods.reversible_recompute.models"
 
 # Results, interfaces, warnings and errors: nobody makes them to set something.
@@ -52,6 +52,12 @@ def _block() -> bpf.ReversibleBlock:
 def _encoder() -> nn.Module:
     layer = nn.TransformerEncoderLayer(4, 2, 4, norm_first=True)
     return nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+
+def tiny_pipeline() -> Any:
+    from tiny_diffusion import image_pipeline  # diffusers is optional
+
+    return image_pipeline()
 
 
 W = {"w": torch.ones(2)}
@@ -123,6 +129,15 @@ GOOD: dict[str, Callable[[], Any]] = {
     "actor": lambda: nn.Linear(4, 2),
     "critic": lambda: nn.Linear(4, 1),
     "in_shape": lambda: (1, 8, 8),
+    "denoiser": lambda: nn.Linear(2, 2),
+    "DiffusionSampler.schedule": lambda: bpf.DiscreteVP.from_betas(),
+    "alphas_cumprod": lambda: [0.9, 0.5],
+    "pipe": tiny_pipeline,
+    "pipeline": tiny_pipeline,
+    "reward": lambda: torch.mean,
+    "folder": lambda: "runs",
+    "measure": lambda: torch.mean,
+    "target": lambda: 1.0,
     "num_classes": lambda: 3,
 }
 

@@ -14,6 +14,7 @@ from lightning_bpfree.core.arguments import shown
 TARGETS = public()
 NEEDS = {"ControlModule": "gymnasium", "ActorCritic": "gymnasium", "VisionTransformer": "transformers"}
 NEEDS |= {"SwinTransformer": "transformers", "RobertaEncoderLM": "transformers"}
+NEEDS |= dict.fromkeys(["PipelineSampler", "RewardFineTuning", "DigitDiffusion"], "diffusers")
 NEEDS |= {f"reversible_{name}": "transformers" for name in ("vit", "swin", "hiera", "roberta")}
 
 

@@ -36,6 +36,10 @@ OPTIONAL = [
     "gymnasium",
     "peft",
     "timm",
+    "diffusers",
+    "safetensors",
+    "torchdiffeq",
+    "PIL",
 ]
 METHODS = sorted(path for path in (PACKAGE / "methods").iterdir() if (path / "__init__.py").exists())
 ENTRANCES = {"rule.py", "callback.py"}

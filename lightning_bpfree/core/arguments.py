@@ -118,7 +118,8 @@ def checked(function: _F) -> _F:
                 if value is not defaults.get(name, parameters):
                     check(owner, name, value, hints[name])
             elif name not in parameters and not takes_any:
-                raise TypeError(unknown(owner, name, value, keywords(type(args[0])) if is_constructor else [*hints]))
+                known = [*hints, *(keywords(type(args[0])) if is_constructor else ())]
+                raise TypeError(unknown(owner, name, value, list(dict.fromkeys(known))))
         return function(*args, **kwargs)
 
     wrapper.__checked__ = True  # type: ignore[attr-defined]

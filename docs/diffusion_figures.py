@@ -1,0 +1,215 @@
+"""Write the figures and tables of gradients through diffusion samplers from docs/results; ``--check`` only looks.
+
+    python docs/diffusion_figures.py [--images runs/images]
+
+Figures come from ``diffusion_benchmarks.json`` and ``adjoint_dpm.json``; ``--images`` is the folder of images that the
+study wrote, for the figure of samples, which is left alone without. Tables of ``adjoint_dpm.json`` stand between
+``<!-- adjoint_dpm:NAME -->`` and ``<!-- /adjoint_dpm -->``, NAME being ``outcomes`` or ``gradients``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+RESULTS, IMAGES = DOCS / "results", DOCS / "img"
+PART = re.compile(r"(<!-- adjoint_dpm:(?P<name>\w+) -->\n).*?(<!-- /adjoint_dpm -->)", re.DOTALL)
+COLORS = {
+    "direct": "0.35",
+    "exact_adjoint": "tab:blue",
+    "adjoint": "tab:orange",
+    "torchdiffeq": "tab:red",
+    "checkpoint": "tab:green",
+    "truncated": "tab:purple",
+    "evolution_strategy": "tab:brown",
+}
+TASKS = {"noise": "initial noise", "embedding": "conditioning embedding", "weights": "LoRA weights"}
+UNITS = {
+    "noise": "margin of the wrong class",
+    "embedding": "minus squared error",
+    "weights": "minus squared distance, px²",
+}
+
+
+def loaded(name):
+    path = RESULTS / f"{name}.json"
+    return (
+        (json.loads(path.read_text(encoding="utf-8")), hashlib.sha256(path.read_bytes()).hexdigest())
+        if path.exists()
+        else (None, "")
+    )
+
+
+def points(found, quantity):
+    """Return by gradient the pairs of steps and value of rows named ``QUANTITY, GRADIENT, N steps``."""
+    made = {}
+    for row in found["rows"]:
+        match = re.fullmatch(rf"{quantity}, (\w+), (\d+) steps", row["name"])
+        if match:
+            made.setdefault(match[1], []).append((int(match[2]), row["value"]))
+    return made
+
+
+def over_steps(found):
+    """Memory and time against steps, a line for each gradient."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(9.4, 3.8), layout="constrained", dpi=150)
+    left, right = drawing.subplots(1, 2)
+    for axes, quantity, label in ((left, "memory", "MiB alive at most"), (right, "time", "time over direct")):
+        for kind, line in points(found, quantity).items():
+            style = "--" if kind == "torchdiffeq" else "-"
+            axes.plot(*zip(*line, strict=True), style, marker="o", markersize=3, label=kind, color=COLORS[kind])
+        axes.set(xlabel="steps of the sampler", ylabel=label, xscale="log")
+        axes.set_xticks([5, 20, 50, 100], ["5", "20", "50", "100"])
+        axes.minorticks_off()
+        axes.grid(color="0.9")
+    left.set_yscale("log")
+    right.axhline(1.4, color="0.6", linewidth=0.8, linestyle=":")
+    right.set_ylim(bottom=0)
+    left.legend(fontsize=8)
+    return drawing
+
+
+def bias(found):
+    """The continuous adjoint's distance from the gradient of the solver, against steps."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(9.4, 3.2), layout="constrained", dpi=150)
+    lines = {}
+    for row in found["rows"]:
+        match = re.fullmatch(r"bias of adjoint, (\w+), (\d+) steps, by (\w+)", row["name"])
+        if match:
+            lines.setdefault(match[3], {}).setdefault(match[1], []).append((int(match[2]), row["value"]))
+    for axes, (by, solvers) in zip(drawing.subplots(1, len(lines), sharey=True), lines.items(), strict=True):
+        for solver, line in solvers.items():
+            axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=solver)
+        axes.set(xscale="log", yscale="log", xlabel="steps of the sampler", title=f"by {by}")
+        axes.set_xticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
+        axes.minorticks_off()
+        axes.grid(color="0.9")
+    drawing.axes[0].set_ylabel("relative error of adjoint")
+    drawing.axes[0].legend(fontsize=8)
+    return drawing
+
+
+def rewards(found):
+    """The reward of every training step: each seed a thin line, their mean a thick one."""
+    from matplotlib.figure import Figure
+
+    tasks = [task for task in TASKS if any(run["task"] == task for run in found["runs"])]
+    drawing = Figure(figsize=(3.6 * len(tasks), 3.6), layout="constrained", dpi=150)
+    for axes, task in zip(drawing.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        of = [run for run in found["runs"] if run["task"] == task and run["gradient"] != "evolution_strategy"]
+        for gradient in dict.fromkeys(run["gradient"] for run in of):
+            curves = [smooth(run["rewards"]) for run in of if run["gradient"] == gradient]
+            for curve in curves:
+                axes.plot(curve, color=COLORS[gradient], linewidth=0.6, alpha=0.5)
+            mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
+            axes.plot(mean, color=COLORS[gradient], linewidth=2, label=gradient)
+        axes.set(xlabel="training step", title=TASKS[task], ylabel=UNITS[task])
+        axes.grid(color="0.9")
+        axes.legend(fontsize=8)
+    return drawing
+
+
+def smooth(values, width=5):
+    """Return means over the last few steps, as each step has other noise."""
+    return [statistics.mean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+
+
+def samples(folder):
+    """Samples before and after, of the same noise: a row for each task."""
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread
+
+    columns = {"before": "exact_adjoint_before", "exact_adjoint": "exact_adjoint_after", "adjoint": "adjoint_after"}
+    drawing = Figure(figsize=(8.4, 8.0), layout="constrained", dpi=130)
+    for row, task in zip(drawing.subplots(len(TASKS), len(columns)), TASKS, strict=True):
+        for axes, (title, name) in zip(row, columns.items(), strict=True):
+            path = folder / f"adjoint_dpm_{task}_{name}.png"
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if path.exists():
+                axes.imshow(imread(path), cmap="gray")
+            else:
+                axes.annotate("not run", (0.5, 0.5), ha="center")
+            axes.set_title(f"{TASKS[task]}: {title}", fontsize=9)
+    return drawing
+
+
+def outcomes(found):
+    """The table of metrics before and after."""
+    lines = ["| application | gradient | seeds | metric | before | after |", "| --- | --- | ---: | --- | ---: | ---: |"]
+    cells = {(r["task"], r["gradient"], r["metric"], r["when"]): r for r in found["summary"]}
+    for task, gradient, metric, when in cells:
+        if when == "before":
+            before, after = (shown(cells[task, gradient, metric, one]) for one in ("before", "after"))
+            seeds = sum((run["task"], run["gradient"]) == (task, gradient) for run in found["runs"])
+            lines.append(f"| {TASKS[task]} | `{gradient}` | {seeds} | {metric} | {before} | {after} |")
+    return "\n".join([*lines, "", provenance(found)])
+
+
+def shown(row):
+    return f"{row['mean']:.4f}" + ("" if row["ci95"] is None else f" ± {row['ci95']:.4f}")
+
+
+def gradient_table(found):
+    """The table of gradients at the first step."""
+    head = "| application | gradient | cosine to exact | relative error | time over direct | peak MiB |"
+    lines = [head, "| --- | --- | ---: | ---: | ---: | ---: |"]
+    for row in found["rules"]:
+        numbers = f"{row['cosine']:.4f} | {row['error']:.2g} | {row['time']:.2f} | {row['peak_mib']:.0f}"
+        lines.append(f"| {TASKS[row['task']]} | `{row['gradient']}` | {numbers} |")
+    return "\n".join([*lines, "", provenance(found)])
+
+
+def provenance(found):
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"`{found['command']}`, {found['date'][:10]}, {found['device']}; {versions}."
+
+
+TABLES = {"outcomes": outcomes, "gradients": gradient_table}
+FIGURES = {
+    "diffusion_steps": ("diffusion_benchmarks", over_steps),
+    "diffusion_bias": ("diffusion_benchmarks", bias),
+    "adjoint_dpm_rewards": ("adjoint_dpm", rewards),
+}
+
+
+def main(arguments=None):
+    """Bring tables and figures up to date, or with ``--check`` return 1 if they are not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if something is out of date")
+    parser.add_argument("--images", type=Path, help="folder of the study's images")
+    chosen, stale = parser.parse_args(arguments), []
+    for name, (source, draw) in FIGURES.items():
+        found, digest = loaded(source)
+        path = IMAGES / f"{name}.png"
+        if found is not None and (not path.exists() or digest.encode() not in path.read_bytes()):
+            stale.append(path)
+            if not chosen.check:
+                draw(found).savefig(path, metadata={"Source": digest, "Software": None})
+    found, _ = loaded("adjoint_dpm")
+    for page in sorted(DOCS.rglob("*.md")) if found is not None else ():
+        old = page.read_text(encoding="utf-8")
+        new = PART.sub(lambda part: f"{part[1]}\n{TABLES[part['name']](found)}\n\n{part[3]}", old)
+        if new != old:
+            stale.append(page)
+            if not chosen.check:
+                page.write_text(new, encoding="utf-8")
+    if chosen.images is not None and not chosen.check:
+        samples(chosen.images).savefig(IMAGES / "adjoint_dpm_samples.png", metadata={"Software": None})
+    for path in stale:
+        print(f"{'out of date' if chosen.check else 'written'}: {path.relative_to(DOCS.parent)}")
+    return int(chosen.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

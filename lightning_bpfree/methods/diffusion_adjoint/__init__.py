@@ -1,0 +1,1 @@
+"""Gradients through the sampler of a diffusion model; every name is imported from the file that has it."""

@@ -1,0 +1,175 @@
+"""What a backward pass keeps, repeats and refuses: memory, autocast, random numbers, types, second derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusion_problems import STABLE_DIFFUSION, Tanh, TextNet, gradients, log_spaced, relative
+from tiny_diffusion import prompts
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_bpfree.methods.diffusion_adjoint.sampler import DiffusionSampler
+
+
+def saved_bytes(sampler, noise, conditioning):
+    """Bytes of storages that the forward pass saves, each once, without parameters."""
+    own = {p.untyped_storage().data_ptr() for p in sampler.parameters()}
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = sampler(noise, conditioning)
+    del out  # until here the graph keeps what was saved, so that no address is used twice
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("gradient", ["exact_adjoint", "adjoint", "checkpoint", "truncated", "direct"])
+def test_memory_over_steps(gradient):
+    net, noise = TextNet(), torch.randn(2, 4, 8, 8, requires_grad=True)
+    conditioning = {"prompt_embeds": prompts()}
+    sizes = {}
+    for steps in (5, 20):
+        sampler = DiffusionSampler(net, STABLE_DIFFUSION, num_steps=steps, gradient=gradient)
+        sizes[steps] = saved_bytes(sampler, noise, conditioning)
+    states = 15 * noise.nbytes  # the 15 further states, each as large as the noise
+    grown = sizes[20] - sizes[5]
+    if gradient == "direct":
+        assert grown > 50 * states  # the activations of 15 evaluations
+    else:
+        assert grown <= 2 * states  # a checkpoint keeps two tensors a step; allocators round up
+    assert (gradient == "truncated") == (grown == 0)
+
+
+class Types(TorchDispatchMode):
+    """The types in which matrices are multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.addmm.default:
+            self.seen.append(args[1].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gradient", ["exact_adjoint", "adjoint"])
+def test_autocast_holds_in_the_backward_pass(gradient):
+    net, noise = Tanh(dtype=torch.float32), torch.randn(4, 3, requires_grad=True)
+    sampler = DiffusionSampler(net, STABLE_DIFFUSION, num_steps=3, gradient=gradient)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sampler(noise)
+    assert out.dtype == torch.float32  # the state is
+    with Types() as types:
+        out.sum().backward()
+    assert types.seen
+    assert set(types.seen) == {torch.bfloat16}
+
+
+def test_bfloat16_autocast_on_the_unet():
+    torch.manual_seed(0)
+    net, noise = TextNet(), torch.randn(4, 4, 8, 8)
+    given = {"prompt_embeds": prompts(4), "no_prompt_embeds": torch.randn(1, 5, 8)}
+    sampler = DiffusionSampler(net, STABLE_DIFFUSION, num_steps=20, guidance_scale=7.5)
+    true = gradients(sampler, noise, **given)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(sampler, noise, **given)
+    for ours, single in zip(found[1:], true[1:], strict=True):
+        # The bound that the method is held to; bfloat16 has 8 bits, and errors of 20 steps average out.
+        assert torch.cosine_similarity(ours.flatten(), single.flatten(), 0) > 0.999
+
+
+def test_half_precision_networks_have_a_state_in_single_precision():
+    net = TextNet().to(torch.bfloat16)
+    sampler = DiffusionSampler(net, STABLE_DIFFUSION, num_steps=3)
+    noise = torch.randn(2, 4, 8, 8, dtype=torch.bfloat16, requires_grad=True)
+    out = sampler(noise, {"prompt_embeds": prompts()})
+    out.square().mean().backward()
+    assert out.dtype == torch.float32
+    assert noise.grad.dtype == torch.bfloat16
+    assert {p.grad.dtype for p in net.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("gradient", ["exact_adjoint", "checkpoint"])
+def test_dropout_is_the_same_on_the_way_back(gradient):
+    net, noise = Tanh(dropout=0.5), torch.randn(8, 3, dtype=torch.double)
+    c, found = torch.randn(8, 3, dtype=torch.double), {}
+    for kind in ("direct", gradient):
+        torch.manual_seed(3)
+        sampler = DiffusionSampler(net, log_spaced(), num_steps=4, solver="midpoint", gradient=kind)
+        found[kind] = [*gradients(sampler, noise, c=c), torch.rand(1)]  # the caller's stream moves as with autograd
+    assert torch.equal(found[gradient][-1], found["direct"][-1])
+    for ours, autograd in zip(found[gradient], found["direct"], strict=True):
+        assert relative(ours, autograd) < 1e-10  # equal mathematics in float64
+
+
+def test_the_adjoint_with_dropout_uses_the_masks_of_its_steps():
+    # With one step, its only evaluation is at the end, under the mask of the forward one: the sample does not depend on
+    # parameters that the mask takes out.
+    net = Tanh(dropout=0.5)
+    torch.manual_seed(0)
+    sampler = DiffusionSampler(net, log_spaced(), num_steps=1, gradient="adjoint")
+    kept = []
+    net.drop.register_forward_hook(lambda module, args, out: kept.append((out != 0).clone()))
+    sampler(torch.randn(1, 3, dtype=torch.double)).sum().backward()
+    assert torch.equal(kept[0], kept[1])
+    assert torch.equal(net.second.weight.grad[0] != 0, kept[0][0])
+
+
+@pytest.mark.parametrize("gradient", ["exact_adjoint", "adjoint"])
+def test_second_derivatives_are_refused(gradient):
+    noise = torch.randn(2, 3, dtype=torch.double, requires_grad=True)
+    out = DiffusionSampler(Tanh(), log_spaced(), num_steps=2, gradient=gradient)(noise)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(out.sum(), noise, create_graph=True)
+
+
+def test_weights_changed_in_place_between_the_passes_are_noticed():
+    net = Tanh()
+    out = DiffusionSampler(net, log_spaced(), num_steps=2)(torch.randn(2, 3, dtype=torch.double))
+    with torch.no_grad():
+        net.first.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        out.sum().backward()
+
+
+def test_only_what_is_trained_is_differentiated():
+    net = Tanh()
+    net.first.requires_grad_(False)
+    sampler = DiffusionSampler(net, log_spaced(), num_steps=3)
+    sampler(torch.randn(2, 3, dtype=torch.double)).sum().backward()
+    assert net.first.weight.grad is None
+    assert net.second.weight.grad is not None
+    with torch.no_grad():
+        assert not sampler(torch.randn(2, 3, dtype=torch.double)).requires_grad
+
+
+def test_evaluations_are_counted():
+    net, noise = TextNet(), torch.randn(4, 4, 8, 8)
+    given = {"prompt_embeds": prompts(4), "no_prompt_embeds": torch.randn(1, 5, 8)}
+    counts = {}
+    for gradient in ("direct", "exact_adjoint", "adjoint", "checkpoint"):
+        sampler = DiffusionSampler(
+            net, STABLE_DIFFUSION, num_steps=3, gradient=gradient, guidance_scale=2.0, micro_batch=2
+        )
+        gradients(sampler, noise, **given)
+        counts[gradient] = sampler.network_evals
+    assert counts == {"direct": 6, "exact_adjoint": 12, "adjoint": 12, "checkpoint": 12}
+
+
+def test_forward_mode_goes_through_a_solve_without_a_graph():
+    import torch.autograd.forward_ad as fwd
+
+    net, noise = Tanh().requires_grad_(False), torch.randn(2, 3, dtype=torch.double)
+    direction = torch.randn_like(noise)
+    sampler = DiffusionSampler(net, log_spaced(), num_steps=4)
+    leaf = noise.clone().requires_grad_()
+    true = (torch.autograd.grad(sampler(leaf).sum(), leaf)[0] * direction).sum()
+    with torch.no_grad(), fwd.dual_level():
+        slope = fwd.unpack_dual(sampler(fwd.make_dual(noise, direction)).sum()).tangent
+    torch.testing.assert_close(slope, true, rtol=1e-10, atol=0.0)
