@@ -11,12 +11,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_bpfree.core.arguments import Fraction, NonNegativeFloat, PositiveInt, checked
-from lightning_bpfree.core.peak_memory import peak_mib, reset_peak
 from lightning_bpfree.methods.diffusion_adjoint.gradients import Gradient
 from lightning_bpfree.methods.diffusion_adjoint.held_samplers import Held, held_samplers
 from lightning_bpfree.methods.diffusion_adjoint.plans import Solver
 from lightning_bpfree.methods.diffusion_adjoint.sampler import Settings
 from lightning_bpfree.training.checks import TESTED_STRATEGIES
+from lightning_bpfree.training.peak_memory import peak_mib, reset_peak
 from lightning_bpfree.training.trainer_attributes import log_every_n_steps
 
 _WHOLE_PARAMETERS = ("exact_adjoint", "adjoint", "truncated")
