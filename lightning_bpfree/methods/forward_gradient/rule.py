@@ -131,6 +131,8 @@ class ForwardGradient(TrainingRule):
         "arXiv:2202.08587}, year={2022}}"
     )
     exchanges_scalars: bool = True
+    backpropagates: ClassVar[bool] = False
+    differentiates_forward: ClassVar[bool] = True
 
     @checked
     def __init__(
