@@ -259,6 +259,8 @@ class TrainingRule(Callback, ABC):
             failure = error
         finally:
             self.record.forward_evals += step.forward_evals
+            if self._module_state is not None:
+                self._module_state.needs_graph |= step.needs_graph
             step.finish()
         zeros_for = self._waited_for(trainer, step)
         failed = self._failed(trainer, failure)
