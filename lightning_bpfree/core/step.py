@@ -158,7 +158,7 @@ class Step:
             output = self._evaluated(params, recorded)
         loss = self._read(output)
         if self.needs_graph and not torch.is_grad_enabled():
-            loss = loss.detach()  # the graph was the step's own
+            loss = loss.view_as(loss)  # the graph was the step's own; `detach` would drop a tangent too
         if recorded:
             self._recorded, self.output, self.recorded_loss = True, output, loss
             if self._replay is not None:
@@ -168,8 +168,8 @@ class Step:
     def _evaluated(self, params: Mapping[str, Tensor] | None, recorded: bool) -> Any:
         self.rewind()
         if params is not None and self.needs_graph:  # a penalty may differentiate with respect to parameters
-            with torch.enable_grad():
-                params = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
+            with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():  # no_grad drops tangents
+                params = {name: tensor.view_as(tensor).requires_grad_() for name, tensor in params.items()}
         replaced = contextlib.nullcontext() if params is None else self.slots.replaced(params)
         with replaced, contextlib.nullcontext() if recorded else self._traceless():
             return self._output(recorded)

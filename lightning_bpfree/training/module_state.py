@@ -187,6 +187,8 @@ class ModuleState:
         if lazy:
             held = HeldState(_without(self.found, lazy))
             self._evaluated_aside(evaluate, batch, held)
+            for layer in lazy:  # whose statistics have counted this evaluation
+                getattr(layer, "reset_running_stats", _say_nothing)()
             self._look()
         trained = [(slot.name, slot.parameter) for slot in [*self.slots, *self.slots.rest]]
         large = [(f"held {i}", p.get()) for i, p in enumerate(self.found.tensors) if p.get().nbytes > _SMALL]
@@ -228,7 +230,9 @@ class ModuleState:
         return contextlib.nullcontext() if compiled else ComputedTypes()
 
     def _code(self) -> list[Any]:
-        methods = [self.module.training_step, *(part.forward for part in self.found.modules)]
+        kinds = {kind for part in self.found.modules for kind in type(part).__mro__}
+        own = [kind for kind in kinds if not kind.__module__.startswith(("torch.", "lightning.", "pytorch_lightning."))]
+        methods = [self.module.training_step, *(method for kind in own for method in vars(kind).values())]
         return [getattr(method, "__func__", method) for method in methods]
 
     def _iterators(self) -> list[Iterators]:
