@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_bpfree.core.directions import Directions, accumulator_dtype
-from lightning_bpfree.core.params import Params
+from lightning_bpfree.core.params import Params, count
 
 
 class Combination:
@@ -96,7 +96,7 @@ def weights_from_slopes(
     num = len(directions)
     if _is_mean(directions, orthogonal, normalize):
         return slopes / num
-    dimension = sum(like.numel() for like in directions.like.values())
+    dimension = count(directions.like)
     wide = slopes.to("cpu", torch.float64)
     if orthogonal:
         if num > dimension:

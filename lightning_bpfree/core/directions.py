@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_bpfree.core.arguments import PositiveInt, checked
-from lightning_bpfree.core.params import Params, widen
+from lightning_bpfree.core.params import Params, real_view, widen
 from lightning_bpfree.core.seeds import mix
 
 Distribution = Literal["gaussian", "rademacher"]
@@ -18,9 +18,9 @@ Distribution = Literal["gaussian", "rademacher"]
 class Directions:
     """``num`` random directions ``v_k`` shaped like ``like``, a function of ``seed`` and ``k`` alone.
 
-    Every direction has independent coordinates of mean 0 and variance 1, hence ``E[v v^T] = I``. The draws are frozen:
-    one generator per ``k`` on the tensor's device, tensors in the order of ``like``, in float32 (float64 for float64
-    parameters). Equal seeds give equal directions on equal kinds of device; CPU and CUDA generators differ.
+    Every direction has independent coordinates of mean 0 and variance 1, hence ``E[v v^T] = I``; a complex number has
+    two coordinates. The draws are frozen: one generator per ``k`` on the tensor's device, tensors in the order of
+    ``like``, in float32 (float64 for float64 parameters). Equal seeds give equal directions on equal kinds of device; CPU and CUDA generators differ.
 
     Args:
         like: named tensors whose shapes, dtypes and devices the directions take.
@@ -72,13 +72,13 @@ class Directions:
         """
         total = torch.zeros(self.num, self.num, dtype=torch.float64)
         for rows in self._rows(range(self.num)):
-            flat = widen(rows).reshape(self.num, -1)  # also for tensors without dimensions
+            flat = widen(real_view(rows)).reshape(self.num, -1)  # also for tensors without dimensions
             total += (flat @ flat.T).to("cpu", torch.float64)
         return total
 
     def squared_norms(self) -> Tensor:
         """Return ``|v_k|^2``, shape ``(K,)`` in float64 on the CPU."""
-        norms = [sum(float(widen(v).square().sum()) for v in direction.values()) for direction in self]
+        norms = [sum(float(widen(real_view(v)).square().sum()) for v in direction.values()) for direction in self]
         return torch.tensor(norms, dtype=torch.float64)
 
     def combine(self, coefficients: Sequence[float] | Tensor, scale: Tensor | None = None) -> Params:
@@ -122,7 +122,7 @@ class Directions:
         return draw
 
     def _fill(self, draw: Tensor, generators: dict[torch.device, torch.Generator]) -> None:
-        generator = generators[draw.device]
+        generator, draw = generators[draw.device], real_view(draw)
         if self.distribution == "gaussian":
             draw.normal_(generator=generator)
         else:
@@ -130,7 +130,12 @@ class Directions:
 
 
 def accumulator_dtype(like: Tensor) -> torch.dtype:
-    """Return the type in which directions are drawn and summed: float64 for float64, float32 for all others."""
+    """Return the type in which directions are drawn and summed: float64 for float64, float32 for all others.
+
+    Complex parameters take the complex type of that precision.
+    """
+    if like.is_complex():
+        return torch.complex128 if like.dtype == torch.complex128 else torch.complex64
     return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -25,14 +25,14 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     """
     total: Tensor | None = None
     for name, left in a.items():
-        part = torch.dot(widen(left).flatten(), widen(b[name]).flatten())
+        part = torch.dot(_flat(left), _flat(b[name]))
         total = part if total is None else total + part.to(total.device)
     return torch.zeros(()) if total is None else total
 
 
 def norm(a: Mapping[str, Tensor]) -> Tensor:
-    """Return the Euclidean norm over all tensors of ``a``, a scalar of at least float32."""
-    norms = [torch.linalg.vector_norm(widen(tensor)) for tensor in a.values()]
+    """Return the Euclidean norm over all tensors of ``a``, dense or sparse: a scalar of at least float32."""
+    norms = [torch.linalg.vector_norm(widen(_values(tensor))) for tensor in a.values()]
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])) if norms else torch.zeros(())
 
 
@@ -44,8 +44,30 @@ def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def count(a: Mapping[str, Tensor]) -> int:
-    """Return the number of coordinates over all tensors of ``a``."""
-    return sum(tensor.numel() for tensor in a.values())
+    """Return the number of real coordinates over all tensors of ``a``; a complex number has two.
+
+    Examples:
+        >>> count({"w": torch.zeros(3), "z": torch.zeros(2, dtype=torch.complex64)})
+        7
+    """
+    return sum(tensor.numel() * (2 if tensor.is_complex() else 1) for tensor in a.values())
+
+
+def real_view(tensor: Tensor) -> Tensor:
+    """Return complex tensors as real ones of shape ``(*shape, 2)`` in the same memory, others as they are.
+
+    With real and imaginary parts as coordinates, PyTorch's gradient of a real loss is the ordinary one.
+    """
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    dense = tensor.to_dense() if tensor.layout != torch.strided else tensor
+    return widen(real_view(dense.resolve_conj())).flatten()
+
+
+def _values(tensor: Tensor) -> Tensor:
+    return tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -92,13 +114,28 @@ class ParameterSlots:
         self.slots = [slot for key, slot in places.items() if not chosen.isdisjoint(aliases[key])]
         self.rest = [slot for key, slot in places.items() if chosen.isdisjoint(aliases[key])]
         self._elsewhere: dict[str, list[Place]] = {}
+        self._moved: Callable[[], set[int]] | None = None
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(self.slots)
 
     def trainable(self) -> list[Slot]:
-        """Return the selected slots whose parameter requires a gradient now (freezing may change during a fit)."""
-        return [slot for slot in self.slots if slot.parameter.requires_grad]
+        """Return the selected slots whose parameter requires a gradient now (freezing may change during a fit).
+
+        Of those, the ones that an optimizer moves: directions along others would be noise in the estimate.
+        """
+        moved = None if self._moved is None else self._moved()
+        if moved is not None and all(id(slot.parameter) not in moved for slot in [*self.slots, *self.rest]):
+            moved = None  # the optimizer has copies, or flattened ones
+        return [s for s in self.slots if s.parameter.requires_grad and (moved is None or id(s.parameter) in moved)]
+
+    def restrict_to(self, moved: Callable[[], set[int]]) -> None:
+        """Count only parameters as trainable that an optimizer moves.
+
+        Args:
+            moved: returns the ids of these parameters, now.
+        """
+        self._moved = moved
 
     def add_places(self, modules: Iterable[nn.Module], places: Iterable[Place]) -> None:
         """Take note of further places that hold the parameters: modules that are not registered, lists, dicts.

@@ -100,7 +100,7 @@ class Step:
         exchange: ScalarExchange | None = None,
         read: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        self.module, self.seed, self.needs_graph, self.vectorizable = module, seed, needs_graph, vectorizable
+        self.module, self.seed, self.needs_graph, self._vectorizable = module, seed, needs_graph, vectorizable
         self._arguments = (args, dict(kwargs or {}))
         self._copies = BatchCopies(*self._arguments) if copies is None and replay is not None else copies
         self.slots, self.exchange, self._read = slots, exchange, loss_of if read is None else read
@@ -149,16 +149,37 @@ class Step:
             recorded = params is None
         recorded = recorded and not self._recorded
         self.forward_evals += cost
-        self.rewind()
-        replaced = contextlib.nullcontext() if params is None else self.slots.replaced(params)
-        with replaced, contextlib.nullcontext() if recorded else self._traceless():
-            output = self._output(recorded)
+        try:
+            output = self._evaluated(params, recorded)
+        except RuntimeError as error:
+            if self.needs_graph or "does not require grad" not in str(error):
+                raise
+            self.needs_graph = True  # from now on the step differentiates within itself
+            output = self._evaluated(params, recorded)
         loss = self._read(output)
+        if self.needs_graph and not torch.is_grad_enabled():
+            loss = loss.view_as(loss)  # the graph was the step's own; `detach` would drop a tangent too
         if recorded:
             self._recorded, self.output, self.recorded_loss = True, output, loss
             if self._replay is not None:
                 self._replay.keep()
         return loss
+
+    def _evaluated(self, params: Mapping[str, Tensor] | None, recorded: bool) -> Any:
+        self.rewind()
+        if params is not None and self.needs_graph:  # a penalty may differentiate with respect to parameters
+            with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():  # no_grad drops tangents
+                params = {name: tensor.view_as(tensor).requires_grad_() for name, tensor in params.items()}
+        replaced = contextlib.nullcontext() if params is None else self.slots.replaced(params)
+        with replaced, contextlib.nullcontext() if recorded else self._traceless():
+            return self._output(recorded)
+
+    @property
+    def unvectorizable(self) -> str | None:
+        """Why no vectorized pass may evaluate the training step; None if one may."""
+        if not self._vectorizable:
+            return "the training step writes to parameters"
+        return "the training step differentiates within itself" if self.needs_graph else None
 
     @property
     def recorded(self) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_bpfree.core.exchange import ScalarExchange
 from lightning_bpfree.core.forward_override import override_of
+from lightning_bpfree.core.params import ParameterSlots
 
 if TYPE_CHECKING:
     from lightning_bpfree.training.training_rule import TrainingRule
@@ -111,3 +113,38 @@ def check_whole_parameters(name: str, trainer: pl.Trainer, strategies: str) -> N
             f"{name} needs whole parameters on every rank, which {type(trainer.strategy).__name__} may not have: use "
             f"one device, or {strategies}."
         )
+
+
+def check_backward_only(rule: str, found: Sequence[str]) -> None:
+    """Raise MisconfigurationException if a module relies on a backward pass that is not the derivative of its loss.
+
+    Args:
+        rule: the rule's name.
+        found: names of hooks and functions that change the backward pass.
+    """
+    if found:
+        raise MisconfigurationException(
+            f"{rule} runs no backward pass through the training step, and would ignore what changes it: "
+            f"{', '.join(found[:5])}. Write the objective such that its own derivative is the one you mean (a term with "
+            "the other sign instead of gradient reversal), register hooks on parameters (parameter.register_hook "
+            "outside of the step, which the estimate passes), or train with Backprop()."
+        )
+
+
+def check_optimizers(rule: str, slots: ParameterSlots, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Raise MisconfigurationException if an optimizer takes sparse gradients only, which a rule does not make.
+
+    Args:
+        rule: the rule's name.
+        slots: what it trains.
+        optimizers: of the Trainer.
+    """
+    trained = {id(slot.parameter): slot.name for slot in slots.trainable()}
+    for optimizer in optimizers:
+        held = [trained.get(id(p)) for group in optimizer.param_groups for p in group["params"]]
+        names = [name for name in held if name is not None]
+        if isinstance(optimizer, torch.optim.SparseAdam) and names:
+            raise MisconfigurationException(
+                f"{rule} makes dense gradients, and SparseAdam takes sparse ones only ({', '.join(names[:5])}): use "
+                "torch.optim.Adam for them, or leave them out by params=...."
+            )

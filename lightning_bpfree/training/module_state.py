@@ -8,11 +8,15 @@ from itertools import chain
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
+from lightning_bpfree.core.forward_ad import compiled_parts
 from lightning_bpfree.core.params import ParameterSlots, Slot
+from lightning_bpfree.core.replay.backward_only import BackwardOnly, names_hooks
 from lightning_bpfree.core.replay.batch import BatchCopies
+from lightning_bpfree.core.replay.computed_types import ComputedTypes
 from lightning_bpfree.core.replay.held_state import HeldState
 from lightning_bpfree.core.replay.iterators import Iterators
 from lightning_bpfree.core.replay.object_graph import Found, Place, is_generator, walk
@@ -101,6 +105,8 @@ class ModuleState:
         self.quiet, self.streams = SilencedLogging(module), RandomStreams([module.device])
         self.needs_graph = False
         self.writes_batch_unseen = False
+        self.backward_only: dict[str, bool] = {}
+        self.computed_in: torch.dtype | None = None
         self.written: set[str] = set()
         self._moving: set[int] = set()
         self._steps, self._next_rehearsal = 0, 1
@@ -109,6 +115,8 @@ class ModuleState:
 
     def _look(self) -> None:
         self.slots = ParameterSlots(self.module, self.params)
+        if self._optimizers:
+            self.slots.restrict_to(self._moved_by_optimizers)
         self.found = walk(self.module, [*self._others, *_generators_of(self.module)])
         for group in (group for optimizer in self._optimizers for group in optimizer.param_groups):
             self.found.parameters.extend(Place(group["params"], index) for index in range(len(group["params"])))
@@ -130,7 +138,12 @@ class ModuleState:
         return [*buffer_places(self.found.modules), *plain, *arrays, *frozen]
 
     def _frozen(self) -> list[Slot]:
-        return [*self.slots.rest, *(slot for slot in self.slots if not slot.parameter.requires_grad)]
+        trained = {slot.name for slot in self.slots.trainable()}
+        return [*self.slots.rest, *(slot for slot in self.slots if slot.name not in trained)]
+
+    def _moved_by_optimizers(self) -> set[int]:
+        groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
+        return {id(parameter) for group in groups for parameter in group["params"]}
 
     def _shape_now(self) -> tuple[Any, ...]:
         """Return what tells modules, parameters and names of buffers apart, at the cost of a microsecond or so."""
@@ -174,6 +187,8 @@ class ModuleState:
         if lazy:
             held = HeldState(_without(self.found, lazy))
             self._evaluated_aside(evaluate, batch, held)
+            for layer in lazy:  # whose statistics have counted this evaluation
+                getattr(layer, "reset_running_stats", _say_nothing)()
             self._look()
         trained = [(slot.name, slot.parameter) for slot in [*self.slots, *self.slots.rest]]
         large = [(f"held {i}", p.get()) for i, p in enumerate(self.found.tensors) if p.get().nbytes > _SMALL]
@@ -199,9 +214,26 @@ class ModuleState:
 
         replay = Replay([self.streams, held, *self._iterators()], self.buffers)
         try:
-            self.needs_graph = needs_graph(evaluated)
+            with BackwardOnly() as watch, self._types_watched() as types:
+                self.needs_graph |= needs_graph(evaluated)
+                if not self.needs_graph and names_hooks(self._code()):  # perhaps behind `if x.requires_grad`
+                    with torch.enable_grad():
+                        evaluated()
+            self.backward_only.update(watch.found)
+            self.computed_in = self.computed_in if types is None or types.coarsest is None else types.coarsest
         finally:
             replay.finish()
+
+    def _types_watched(self) -> contextlib.AbstractContextManager[ComputedTypes | None]:
+        # Compiled code would be compiled again for a context of its own.
+        compiled = getattr(self.module, "_compiler_ctx", None) is not None or compiled_parts(self.module)
+        return contextlib.nullcontext() if compiled else ComputedTypes()
+
+    def _code(self) -> list[Any]:
+        kinds = {kind for part in self.found.modules for kind in type(part).__mro__}
+        own = [kind for kind in kinds if not kind.__module__.startswith(("torch.", "lightning.", "pytorch_lightning."))]
+        methods = [self.module.training_step, *(method for kind in own for method in vars(kind).values())]
+        return [getattr(method, "__func__", method) for method in methods]
 
     def _iterators(self) -> list[Iterators]:
         return [Iterators(self.found.iterators)] if self.found.iterators else []

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.nn.parameter import is_lazy
 
 from lightning_bpfree.core.params import ParameterSlots
 
@@ -84,13 +85,15 @@ def of_all_ranks(trainer: pl.Trainer, mine: list[Any]) -> list[Any]:
 
 def banner(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer) -> str:
     """Return the table that a run shows at its start: which rule, what it trains, what it costs."""
-    trained = sum(slot.parameter.numel() for slot in slots.trainable())
-    total = sum(slot.parameter.numel() for slot in [*slots, *slots.rest])
+    lazy = [slot for slot in [*slots, *slots.rest] if is_lazy(slot.parameter)]
+    trained = sum(slot.parameter.numel() for slot in slots.trainable() if not is_lazy(slot.parameter))
+    total = sum(slot.parameter.numel() for slot in [*slots, *slots.rest] if not is_lazy(slot.parameter))
+    more = f", and {len(lazy)} tensors that the first batch makes" if lazy else ""
     stop = "end" if rule.stop_epoch is None else str(rule.stop_epoch - 1)
     always = rule.start_epoch == 0 and rule.stop_epoch is None
     rows = {
         "training rule": type(rule).__name__,
-        "parameters": f"{trained:,} of {total:,}" + (f" ({rule.params})" if rule.params else ""),
+        "parameters": f"{trained:,} of {total:,}{more}" + (f" ({rule.params})" if rule.params else ""),
         **rule.describe(),
         "epochs": "all" if always else f"{rule.start_epoch} to {stop}; plain backprop in the others",
         "ranks": f"{trainer.world_size} ({type(trainer.strategy).__name__})",

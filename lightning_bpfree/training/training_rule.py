@@ -21,11 +21,12 @@ from lightning_bpfree.core.arguments import NonNegativeInt, Patterns, PositiveIn
 from lightning_bpfree.core.exchange import ScalarExchange
 from lightning_bpfree.core.injection import inject, zeros
 from lightning_bpfree.core.params import ParameterSlots, norm
+from lightning_bpfree.core.replay.backward_only import findings, hooks_of_modules
 from lightning_bpfree.core.replay.batch import BatchCopies
 from lightning_bpfree.core.replay.random_streams import RandomStreams
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.core.step import Estimate, NonFiniteLossError, SkipBatchError, Step, loss_of
-from lightning_bpfree.training.checks import check_fit, check_writes
+from lightning_bpfree.training.checks import check_backward_only, check_fit, check_optimizers, check_writes
 from lightning_bpfree.training.module_state import ModuleState
 from lightning_bpfree.training.record import Record, banner, of_all_ranks
 from lightning_bpfree.training.step_swap import StepSwap, with_injected_gradients
@@ -75,6 +76,10 @@ class TrainingRule(Callback, ABC):
     """Whether the whole step is evaluated several times, and not parts of the network alone: it is rehearsed then."""
     estimates_user_loss: ClassVar[bool] = True
     """Whether the estimate is one of the gradient of the user's loss; rules with losses of their own say False."""
+    backpropagates: ClassVar[bool] = True
+    """Whether hooks and functions that change the backward pass through the training step have their effect."""
+    differentiates_forward: ClassVar[bool] = False
+    """Whether the rule differentiates in forward mode, and honors the derivatives that functions bring for it."""
 
     @checked
     def __init__(
@@ -114,6 +119,15 @@ class TrainingRule(Callback, ABC):
     def read(self, output: Any) -> Tensor:
         """Return the scalar to minimise in what the training step returned."""
         return loss_of(output)
+
+    def computes_in(self, dtype: torch.dtype) -> None:
+        """Take note of the coarsest type in which the training step computes, found by an evaluation of it.
+
+        Called before the first estimate, and again if the training step changes.
+
+        Raises:
+            MisconfigurationException: if the rule's settings do not go with it.
+        """
 
     def describe(self) -> dict[str, str]:
         """Return rows for the banner: what the rule evaluates in a step, and by which route."""
@@ -199,6 +213,9 @@ class TrainingRule(Callback, ABC):
         if self.record.seed is None:
             seed = torch.initial_seed() if self.seed is None else self.seed
             self.record.seed = int(trainer.strategy.broadcast(seed)) & ((1 << 63) - 1)
+        if not self.backpropagates:
+            check_backward_only(type(self).__name__, hooks_of_modules(module))
+            check_optimizers(type(self).__name__, state.slots, trainer.optimizers)
         self.check(trainer, module, state.slots)
         self._streams = state.streams  # kept behind the fit, for checkpoints that are saved then
         return state
@@ -244,6 +261,8 @@ class TrainingRule(Callback, ABC):
             failure = error
         finally:
             self.record.forward_evals += step.forward_evals
+            if self._module_state is not None:
+                self._module_state.needs_graph |= step.needs_graph
             step.finish()
         zeros_for = self._waited_for(trainer, step)
         failed = self._failed(trainer, failure)
@@ -263,8 +282,7 @@ class TrainingRule(Callback, ABC):
         state, replayable = self._looked_at(trainer, module), self.reevaluates or observed
         copies = BatchCopies(args, kwargs, state.writes_batch_unseen) if replayable else None
         if copies is not None and (self.rehearses or observed) and state.rehearsal_due():
-            state.rehearse(evaluate, copies)
-            check_writes(type(self).__name__, state.written_and_trained())
+            self._rehearse(trainer, module, state, partial(state.rehearse, evaluate, copies))
         return Step(
             module,
             evaluate,
@@ -281,6 +299,19 @@ class TrainingRule(Callback, ABC):
             read=self.read,
         )
 
+    def _rehearse(
+        self, trainer: pl.Trainer, module: pl.LightningModule, state: ModuleState, rehearse: Callable[[], None]
+    ) -> None:
+        before, name = state.slots, type(self).__name__
+        rehearse()
+        check_writes(name, state.written_and_trained())
+        if not self.backpropagates:
+            check_backward_only(name, findings(state.backward_only, self.differentiates_forward))
+        if state.slots is not before:  # the first forward pass has made layers
+            self.check(trainer, module, state.slots)
+        if state.computed_in is not None:
+            self.computes_in(state.computed_in)
+
     def _looked_at(self, trainer: pl.Trainer, module: pl.LightningModule) -> ModuleState:
         """Return the module's state, found anew where the module has changed since the last step."""
         state = self._module_state or self._begin(trainer, module)
@@ -292,7 +323,9 @@ class TrainingRule(Callback, ABC):
         """Return parameters for which DDP's reducer waits although the rule does not train them."""
         if not _gradients_cross_ranks(trainer):
             return []
-        return [slot.parameter for slot in step.slots.rest if slot.parameter.requires_grad]
+        trained = {slot.name for slot in step.trained}
+        others = [*step.slots.rest, *(slot for slot in step.slots if slot.name not in trained)]
+        return [slot.parameter for slot in others if slot.parameter.requires_grad]
 
     def _failed(self, trainer: pl.Trainer, failure: NonFiniteLossError | None) -> bool:
         batch = self.record.batches - 1

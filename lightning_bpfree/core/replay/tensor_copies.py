@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_bpfree.core.replay.object_graph import Place, is_array
 
@@ -66,6 +67,8 @@ def buffer_places(modules: Any) -> list[Place]:
 
 def copied(value: Any) -> Any:
     """Return a copy of a tensor or an array that shares nothing with it; other values as they are."""
+    if is_lazy(value):  # the first forward pass makes it, in place
+        return value
     if isinstance(value, nn.Parameter):
         return nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
     if isinstance(value, Tensor):

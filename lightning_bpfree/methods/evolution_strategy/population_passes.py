@@ -14,7 +14,7 @@ from torch.func import vmap
 
 from lightning_bpfree.core.forward_ad import plain_attention
 from lightning_bpfree.core.params import Params
-from lightning_bpfree.core.step import Step
+from lightning_bpfree.core.step import SkipBatchError, Step
 from lightning_bpfree.core.vectorizing import first_line, timed, vectorises_badly
 from lightning_bpfree.methods.evolution_strategy.population.low_rank_layers import LowRankLayers
 from lightning_bpfree.methods.evolution_strategy.population.low_rank_population import Factors, LowRankPopulation
@@ -59,13 +59,35 @@ class PopulationPasses:
             members: indices of those to measure here.
         """
         with torch.no_grad():
+            if step.unvectorizable is not None and self.chosen != 1:
+                self.chosen = self._refused(step.unvectorizable)
             if self.chosen is None:
                 self.chosen = self._choice(step, population)
-            if self.chosen == 1:
-                return self._one_by_one(step, population, members)
-            chunks = [members[i : i + self.chosen] for i in range(0, len(members), self.chosen)]
-            values = [self._at_once(step, population, chunk) for chunk in chunks]
-            return torch.cat(values) if values else torch.zeros(0)
+            if self.chosen > 1:
+                counted = step.forward_evals
+                try:
+                    chunks = [members[i : i + self.chosen] for i in range(0, len(members), self.chosen)]
+                    values = [self._at_once(step, population, chunk) for chunk in chunks]
+                    return torch.cat(values) if values else torch.zeros(0)
+                except SkipBatchError:
+                    raise
+                except Exception as error:
+                    step.forward_evals = counted
+                    values = [self._one_by_one(step, population, members)]  # which raises where the step is at fault
+                    self.chosen = self._refused(first_line(error), "from here on, ")
+                    return values[0]
+            return self._one_by_one(step, population, members)
+
+    def _refused(self, reason: str, since: str = "") -> int:
+        """Return the chunk of the loop, for a step that cannot be vectorised; raise if the user has asked for it."""
+        if isinstance(self.chunk_size, int) and self.chunk_size > 1:
+            raise MisconfigurationException(
+                f"{self.rule}(chunk_size={self.chunk_size}): the training step cannot be vectorised ({reason}). "
+                "Use chunk_size=1 or 'auto'."
+            )
+        if self.chunk_size != 1:
+            rank_zero_info(f"{self.rule}: members one by one, {since}since vectorising fails: {reason}")
+        return 1
 
     def _one_by_one(self, step: Step, population: Population, members: Sequence[int]) -> Tensor:
         # Into one tensor: reading each loss would make a GPU wait, and small tensors that live between the large ones
@@ -119,7 +141,7 @@ class PopulationPasses:
 
     def _choice(self, step: Step, population: Population) -> int:
         if isinstance(self.chunk_size, int):
-            if self.chunk_size > 1 and not self._agrees(step, population, min(self.chunk_size, population.size)):
+            if self.chunk_size > 1 and not self._asked_for_agrees(step, population):
                 raise MisconfigurationException(
                     f"{self.rule}(chunk_size={self.chunk_size}): vectorised members have other losses than one by one, "
                     "for the training step draws its noise outside of torch, or keeps something from one evaluation to "
@@ -146,6 +168,17 @@ class PopulationPasses:
             return 1
         finally:
             step.forward_evals = counted  # trials at the first batch are no part of the rule's cost
+
+    def _asked_for_agrees(self, step: Step, population: Population) -> bool:
+        assert isinstance(self.chunk_size, int)
+        try:
+            return self._agrees(step, population, min(self.chunk_size, population.size))
+        except SkipBatchError:
+            raise
+        except Exception as error:
+            self._one_by_one(step, population, range(1))  # which raises where the step is at fault
+            self._refused(first_line(error))
+            raise
 
     def _agrees(self, step: Step, population: Population, chunk: int) -> bool:
         """Whether members' losses differ from one another as they do one by one: noise is missing nowhere."""

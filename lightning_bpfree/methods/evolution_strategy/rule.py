@@ -80,6 +80,7 @@ class EvolutionStrategy(TrainingRule):
         "journal={arXiv preprint arXiv:1703.03864}, year={2017}}"
     )
     exchanges_scalars: bool = True
+    backpropagates: ClassVar[bool] = False
 
     @checked
     def __init__(
@@ -165,19 +166,22 @@ class EvolutionStrategy(TrainingRule):
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
         """Refuse a sigma that rounding would swallow."""
-        dtype = computed_in(trainer, module)
+        self.computes_in(computed_in(trainer, module))
+        self._passes.restart()
+        self._slots, self._coordinates = slots, None
+        if self.algorithm.steps:
+            rank_zero_info(
+                f"EvolutionStrategy goes on with a search of {self.algorithm.steps} steps; restart() begins another."
+            )
+
+    def computes_in(self, dtype: torch.dtype) -> None:
+        """Refuse a sigma that rounding would swallow, such as that of autocast inside the training step."""
         if dtype == torch.float64:
             dtype = torch.float32  # in which fitness is compared, so that ranks agree on it
         if self.algorithm.sigma < smallest_sigma(dtype):
             raise MisconfigurationException(
                 f"EvolutionStrategy: sigma={self.algorithm.sigma:g} is lost in the rounding of {dtype}: give at least "
                 f"sigma={smallest_sigma(dtype):.1g}, or train in precision='32-true'."
-            )
-        self._passes.restart()
-        self._slots, self._coordinates = slots, None
-        if self.algorithm.steps:
-            rank_zero_info(
-                f"EvolutionStrategy goes on with a search of {self.algorithm.steps} steps; restart() begins another."
             )
 
     def read(self, output: Any) -> Tensor:

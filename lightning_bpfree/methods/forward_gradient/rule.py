@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_bpfree.core.arguments import Patterns, PositiveInt, checked
@@ -27,13 +28,14 @@ from lightning_bpfree.core.forward_ad import (
 )
 from lightning_bpfree.core.labels import LabelsOf
 from lightning_bpfree.core.params import ParameterSlots, Params, widen
-from lightning_bpfree.core.step import Estimate, Step
-from lightning_bpfree.core.vectorizing import ChunkSize
+from lightning_bpfree.core.step import Estimate, SkipBatchError, Step
+from lightning_bpfree.core.vectorizing import ChunkSize, first_line
 from lightning_bpfree.methods.forward_gradient.block_passes import DUAL_COST
 from lightning_bpfree.methods.forward_gradient.local_guesses import LocalGuesses, local_guesses
 from lightning_bpfree.methods.forward_gradient.local_loss import LocalLoss
 from lightning_bpfree.methods.forward_gradient.projection import Scope, Space
 from lightning_bpfree.methods.forward_gradient.slopes import along_many, along_one, chosen_chunk
+from lightning_bpfree.training.flat_objective import FlatObjective
 from lightning_bpfree.training.ranks import mean_over_ranks
 from lightning_bpfree.training.training_rule import TrainingRule
 
@@ -132,6 +134,8 @@ class ForwardGradient(TrainingRule):
         "arXiv:2202.08587}, year={2022}}"
     )
     exchanges_scalars: bool = True
+    backpropagates: ClassVar[bool] = False
+    differentiates_forward: ClassVar[bool] = True
 
     @checked
     def __init__(
@@ -159,6 +163,11 @@ class ForwardGradient(TrainingRule):
         self.blocks, self.network, self.labels = blocks, network, labels
         self._local_guesses: LocalGuesses | None = None
         self._chunk_found: int | None = None  # by a trial at the first batch
+        self._flat = FlatObjective(
+            type(self).__name__,
+            "Look for dead units, rounding or a clamp in the training step; ZerothOrder(sigma=...) and "
+            "EvolutionStrategy() see further than a derivative.",
+        )
         self.resolve()
 
     def resolve(self) -> None:
@@ -196,6 +205,19 @@ class ForwardGradient(TrainingRule):
             return min(self.chunk_size, self.num_directions)
         return self._chunk_found
 
+    def _one_by_one(self, reason: str) -> None:
+        """Take the loop from here on; refuse if the user has asked for vectorised passes."""
+        if self._chunk_used == 1:
+            return
+        if isinstance(self.chunk_size, int):
+            raise MisconfigurationException(
+                f"ForwardGradient(chunk_size={self.chunk_size}): the training step cannot be vectorised ({reason}). "
+                "Use chunk_size=1 or 'auto'."
+            )
+        if self._chunk_found is not None:  # else the first batch says so
+            rank_zero_info(f"ForwardGradient: directions one by one from here on, since vectorising fails: {reason}")
+        self._chunk_found = 1
+
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
         """Refuse what would fail, or go wrong without a word, under forward-mode AD."""
         compiled = compiled_parts(module)
@@ -232,35 +254,52 @@ class ForwardGradient(TrainingRule):
         directions = Directions(params, self.num_directions, step.seed, self.directions)
         combination = Combination(directions, self.orthogonal, self.normalize, exchanged=step.exchange is not None)
         with torch.set_grad_enabled(False):
+            if step.unvectorizable is not None:
+                self._one_by_one(step.unvectorizable)
             if self._chunk_used is None:
                 self._chunk_found = chosen_chunk(step, params, directions, self.chunk_size == "fastest")
             slopes = step.measure(self.num_directions, partial(self._slopes, step, params, combination))
             if not step.recorded:  # vectorised passes record nothing, nor does a rank without a share
                 step.loss()
         assert step.recorded_loss is not None
+        self._flat.look(slopes, self.record.batches - 1)
         return Estimate(step.recorded_loss, combination.gradients(slopes))
 
     def _slopes(self, step: Step, params: Params, combination: Combination, ks: Sequence[int]) -> Tensor:
         directions, parts = combination.directions, []
-        for chunk in _chunks(ks, self._chunk_used or 1):
-            drawn = directions[chunk[0]] if self._chunk_used == 1 else directions.stack(chunk)
+        ks = list(ks)
+        while ks:
+            size = self._chunk_used or 1
+            drawn = directions[ks[0]] if size == 1 else directions.stack(ks[:size])
             try:
-                slopes = along_one(step, params, drawn) if self._chunk_used == 1 else along_many(step, params, drawn)[1]
-            except (NotImplementedError, RuntimeError) as error:
-                raise self._explained(error, step, params, directions) from error
+                slopes = along_one(step, params, drawn) if size == 1 else along_many(step, params, drawn)[1]
+            except SkipBatchError:
+                raise
+            except Exception as error:
+                self._after_failure(error, step, params, directions)
+                continue  # the same directions, one by one
             parts.append(widen(slopes.reshape(-1)))
             combination.add(slopes, drawn)
+            del ks[:size]
         return torch.cat(parts) if parts else torch.zeros(0)
+
+    def _after_failure(self, error: Exception, step: Step, params: Params, directions: Directions) -> None:
+        """Raise what stops the run; return where the loop goes on, which a vectorised pass could not."""
+        if self._chunk_used == 1:
+            if isinstance(error, NotImplementedError | RuntimeError):
+                raise self._explained(error, step, params, directions) from error
+            raise error
+        alone, _ = failing_layer(step.module, lambda: along_one(step, params, directions[0]))
+        if isinstance(alone, SkipBatchError | NoForwardDerivativeError):
+            raise alone
+        if alone is not None:
+            raise self._explained(alone, step, params, directions) from error
+        self._one_by_one(first_line(error))
 
     def _explained(self, error: Exception, step: Step, params: Params, directions: Directions) -> Exception:
         alone, layer = failing_layer(step.module, lambda: along_one(step, params, directions[0]))
-        if alone is None:  # one direction goes through
-            return MisconfigurationException(
-                f"ForwardGradient(chunk_size={self._chunk_used}): the training step cannot be vectorised ({error}). "
-                "Use chunk_size=1 or 'auto'."
-            )
         if not isinstance(alone, NotImplementedError):
-            return alone  # the user's own error: not ours to rename
+            return alone or error  # the user's own error: not ours to rename
         return MisconfigurationException(
             f"ForwardGradient: {layer or 'the loss'} has no forward-mode derivative in torch ({alone}). Replace it, or "
             "use ZerothOrder(), which needs none."

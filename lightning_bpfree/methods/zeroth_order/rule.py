@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_bpfree.core.arguments import Patterns, PositiveFloat, PositiveInt, checked
@@ -17,6 +18,7 @@ from lightning_bpfree.core.directions import Directions, Distribution
 from lightning_bpfree.core.finite_differences import LossFunction, difference_quotients
 from lightning_bpfree.core.params import ParameterSlots, Params
 from lightning_bpfree.core.step import Estimate, Step
+from lightning_bpfree.training.flat_objective import FlatObjective
 from lightning_bpfree.training.precision import computed_in, smallest_sigma
 from lightning_bpfree.training.training_rule import TrainingRule
 
@@ -101,6 +103,7 @@ class ZerothOrder(TrainingRule):
         "Sadhika and others}, journal={arXiv preprint arXiv:2305.17333}, year={2023}}"
     )
     exchanges_scalars: bool = True
+    backpropagates: ClassVar[bool] = False
 
     @checked
     def __init__(
@@ -119,10 +122,22 @@ class ZerothOrder(TrainingRule):
         self.num_directions, self.sigma, self.scheme, self.directions = num_directions, sigma, scheme, directions
         self.orthogonal, self.normalize = orthogonal, normalize
         self._default_sigma = 1e-3
+        self._flat = FlatObjective(
+            type(self).__name__, "Give a larger sigma or more directions, or a loss with more values."
+        )
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
         """Choose sigma by the precision of the computation, and refuse one that rounding would swallow."""
-        dtype = computed_in(trainer, module)
+        self._choose_sigma(computed_in(trainer, module))
+
+    def computes_in(self, dtype: torch.dtype) -> None:
+        """Choose sigma by what was computed, such as by autocast inside the training step."""
+        before = self._sigma_used
+        self._choose_sigma(dtype)
+        if self._sigma_used != before:
+            rank_zero_info(f"ZerothOrder: the training step computes in {dtype}: sigma={self._sigma_used:g} from here.")
+
+    def _choose_sigma(self, dtype: torch.dtype) -> None:
         if self.sigma is None:
             self._default_sigma = default_sigma(dtype)
         elif self.sigma < smallest_sigma(dtype):
@@ -145,6 +160,7 @@ class ZerothOrder(TrainingRule):
         combination = Combination(directions, self.orthogonal, self.normalize, exchanged=step.exchange is not None)
         quotients = partial(difference_quotients, step.loss, params, directions, self._sigma_used, base_loss=base)
         slopes = step.measure(self.num_directions, lambda ks: quotients(ks=ks, combination=combination))
+        self._flat.look(slopes, self.record.batches - 1)
         return Estimate(loss, combination.gradients(slopes))
 
     def describe(self) -> dict[str, str]:

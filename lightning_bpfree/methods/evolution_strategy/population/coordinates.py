@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_bpfree.core.params import Params
+from lightning_bpfree.core.params import Params, real_view
 
 
 class Coordinates:
-    """The coordinates that a search moves, in the order of ``like``, as one vector.
+    """The coordinates that a search moves, in the order of ``like``, as one vector; a complex number has two.
 
     Args:
         like: named tensors whose shapes, dtypes and devices count.
@@ -32,13 +32,13 @@ class Coordinates:
 
     def __init__(self, like: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None) -> None:
         self.like = {name: tensor.detach() for name, tensor in like.items()}
-        self.sizes = [tensor.numel() for tensor in self.like.values()]
+        self.sizes = [real_view(tensor).numel() for tensor in self.like.values()]
         self._full = sum(self.sizes)
         self._survivors = None if masks is None else self._indices(masks)
         self.layout = self._layout(masks)
         self.dim = self._full if self._survivors is None else len(self._survivors)
         self.device = next((tensor.device for tensor in self.like.values()), torch.device("cpu"))
-        doubles = any(tensor.dtype == torch.float64 for tensor in self.like.values())
+        doubles = any(real_view(tensor).dtype == torch.float64 for tensor in self.like.values())
         self.dtype = torch.float64 if doubles else torch.float32
 
     def _indices(self, masks: Mapping[str, Tensor]) -> Tensor:
@@ -48,18 +48,21 @@ class Coordinates:
                 raise ValueError(f"the mask of {name} has the {shapes}: give a mask of the parameter's shape.")
         kept = [masks.get(name, torch.ones((), dtype=torch.bool)) for name in self.like]
         flat = [
-            mask.cpu().expand(tensor.shape).flatten() for mask, tensor in zip(kept, self.like.values(), strict=True)
+            mask.cpu().expand(tensor.shape).flatten().repeat_interleave(2 if tensor.is_complex() else 1)
+            for mask, tensor in zip(kept, self.like.values(), strict=True)
         ]
         return torch.cat(flat).nonzero().flatten().to(next(iter(self.like.values())).device)
 
     def _layout(self, masks: Mapping[str, Tensor] | None) -> dict[str, int]:
         """Return how many coordinates each parameter has in the vector."""
-        own = {} if masks is None else {name: int(mask.sum()) for name, mask in masks.items() if name in self.like}
+        parts = {name: 2 if tensor.is_complex() else 1 for name, tensor in self.like.items()}
+        own = {} if masks is None else {n: parts[n] * int(mask.sum()) for n, mask in masks.items() if n in parts}
         return {name: own.get(name, size) for name, size in zip(self.like, self.sizes, strict=True)}
 
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
         """Return the coordinates of ``params`` as a new vector, shape ``(dim,)``, in at least float32."""
-        flat = torch.cat([params[name].detach().to(self.device, self.dtype).flatten() for name in self.like])
+        parts = [real_view(params[name].detach()).to(self.device, self.dtype) for name in self.like]
+        flat = torch.cat([part.flatten() for part in parts])
         return flat if self._survivors is None else flat.index_select(0, self._survivors)
 
     def views(self, flat: Tensor) -> Params | None:
@@ -80,6 +83,17 @@ class Coordinates:
             flat = whole.index_copy_(-1, self._survivors, flat)
         parts = flat.split(self.sizes, dim=-1)
         return {
-            name: part.view(*flat.shape[:-1], *like.shape).to(like.device, like.dtype)
+            name: _shaped(part, like).to(like.device, like.dtype)
             for (name, like), part in zip(self.like.items(), parts, strict=True)
         }
+
+
+def _shaped(part: Tensor, like: Tensor) -> Tensor:
+    """Return coordinates ``(*lead, numbers)`` in the shape ``(*lead, *like.shape)``."""
+    lead = part.shape[:-1]
+    if not like.is_complex():
+        return part.view((*lead, *like.shape))
+    pairs = part.reshape((*lead, *like.shape, 2))
+    # Numbers that begin at an odd place of the vector cannot be seen as complex ones in place.
+    aligned = part.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in part.stride()[:-1])
+    return torch.view_as_complex(pairs if aligned else pairs.clone())

@@ -53,7 +53,7 @@ class LowRankPopulation(Population):
         noise: see :class:`Noise`.
 
     Raises:
-        ValueError: for a rank below 1.
+        ValueError: for a rank below 1, or complex parameters.
 
     Examples:
         >>> population = LowRankPopulation({"w": torch.zeros(6, 5)}, size=2, seed=0, std=0.1, rank=1)
@@ -76,6 +76,9 @@ class LowRankPopulation(Population):
         mirrored: bool = True,
         noise: NoiseKind = "table",
     ) -> None:
+        complex_names = [name for name, tensor in params.items() if tensor.is_complex()]
+        if complex_names:
+            raise ValueError(f"rank={rank} with complex parameters ({', '.join(complex_names)}): use rank=None.")
         coordinates = Coordinates(params)
         self.params = coordinates.like
         self.rank, self.std = rank, std
