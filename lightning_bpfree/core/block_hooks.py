@@ -83,6 +83,21 @@ def block_hooks(blocks: Sequence[Block], *, enter: Look, leave: Look) -> Iterato
 
 
 @contextlib.contextmanager
+def entering(modules: Sequence[nn.Module], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let ``change`` change the first tensor that enters ``modules``, whenever they run."""
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return on_first_tensor(change, (args, kwargs), f"enters {type(module).__name__}")
+
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
 def leaving(
     modules: Mapping[int, nn.Module], look: Look, *, others: Callable[[Tensor], Tensor] = _same
 ) -> Iterator[None]:

@@ -82,6 +82,9 @@ class NetworkRule(TrainingRule):
         self._override: ForwardOverride | None = None
         self._factors: LearningRateFactors | None = None
         self._loaded = False  # state of a checkpoint waits for its network
+        self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, and what they were before the batch
+        self._installed_before: ForwardOverride | None = None
+        self._has_stepped = False
 
     # --- what a rule says of itself ---
 
@@ -261,6 +264,14 @@ class NetworkRule(TrainingRule):
         """Keep what auxiliary modules have learned from the batch, or drop it."""
         for own in self.auxiliary().values():
             own.settle(succeeded)
+        if not succeeded:
+            for buffer, before in self._statistics:
+                buffer.copy_(before)
+        self._statistics = []
+
+    def remember_statistics(self) -> None:
+        """Remember the network's buffers, such as running means, which go back if the batch is left out."""
+        self._statistics = [(buffer, buffer.clone()) for buffer in self.found_network.buffers()]
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Let auxiliary modules take their steps too."""

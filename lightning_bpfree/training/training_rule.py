@@ -244,7 +244,11 @@ class TrainingRule(Callback, ABC):
             self.record.forward_evals += step.forward_evals
             step.finish()
         zeros_for = self._waited_for(trainer, step)
-        failed = self._failed(trainer, failure)
+        try:
+            failed = self._failed(trainer, failure)
+        except RuntimeError:
+            self.on_batch_settled(False)
+            raise
         self.on_batch_settled(not failed)
         if failed:
             zeros_for += [slot.parameter for slot in step.trained]

@@ -91,7 +91,7 @@ class Rewards:
                 f"TeamReinforce(reward={self.reward!r}) needs scores of classes, (B, C), and for 'class' an output "
                 f"that is drawn by softmax; the network returns {tuple(output.shape)}. Pass a function, reward=...."
             )
-        labels = labels_of(step.args[0] if step.args else None, rows, classes, self.labels)
+        labels = labels_of(step.args[0] if step.args else None, rows, classes, self.labels, work.labels)
         labels = labels if work.num_samples == 1 else labels.repeat(work.num_samples)
         if self.reward == "loss":
             return -F.cross_entropy(output, labels, reduction="none")

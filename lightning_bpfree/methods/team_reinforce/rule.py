@@ -22,7 +22,7 @@ from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
 from lightning_bpfree.core.labels import LabelsOf
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.seeds import mix
-from lightning_bpfree.core.step import Estimate, Step
+from lightning_bpfree.core.step import Estimate, Step, check_finite
 from lightning_bpfree.methods.team_reinforce.activations import Units, find_sites
 from lightning_bpfree.methods.team_reinforce.baselines import Baseline, Baselines
 from lightning_bpfree.methods.team_reinforce.credit import Credit, TopDown
@@ -218,14 +218,18 @@ class TeamReinforce(NetworkRule):
         leaves = isinstance(credit, TopDown)
         options = {"negative_phase": self.negative_phase, "leaves": leaves, "again": self.reevaluates}
         work = TeamPass(step, self.num_samples, generator, **options)
+        self.on_batch_settled(False)  # of a batch that was left in the middle
+        self.remember_statistics()
         with network.in_training(work):
             loss = step.loss(cost=float(self.num_samples))
-        self.on_batch_settled(False)  # of a batch that was left in the middle
         if not work.layers:
             raise self.never_called()
         if self.reward == "step":
             take_action(step, work)
+        check_finite({f"the potentials of {layer.name}": layer.potential for layer in work.layers})
         rewards, by_output = self._rewards(step, work)
+        if by_output is not None:
+            check_finite({"the derivative of the reward": by_output})
         advantages = self._baselines.advantages(work, rewards, self.record.seed or 0)
         self._learn_laterally(work, advantages)
         parameters = [slot.parameter for slot in step.trained]
