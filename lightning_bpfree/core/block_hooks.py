@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_bpfree.core.blocks import Block
+from lightning_bpfree.core.network_call import RefusedError
 
 Look = Callable[[int, Tensor], Tensor]
 
@@ -33,7 +34,7 @@ def on_first_tensor(
 
     made = tree_map_only(Tensor, changed, values)
     if not seen:
-        raise ValueError(f"blocks: no tensor {what}.")
+        raise RefusedError(f"blocks: no tensor {what}.")
     return made
 
 
@@ -62,7 +63,7 @@ def block_hooks(blocks: Sequence[Block], *, enter: Look, leave: Look) -> Iterato
 
     def after(index: int, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  # a hook's signature
         if index in ran:
-            raise RuntimeError(
+            raise RefusedError(
                 f"Block {blocks[index].name} runs twice in one forward pass: blocks are cut for one pass. Make what "
                 "runs several times a part of one block."
             )

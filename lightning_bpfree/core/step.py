@@ -223,6 +223,11 @@ class Step:
             raise NonFiniteLossError(index, float(values[index]))
         return values
 
+    def undo(self) -> None:
+        """Undo what the step has done to buffers, such as running means: its batch is left out."""
+        if self._replay is not None:
+            self._replay.undo()
+
     def finish(self) -> None:
         """Leave random streams, buffers and metrics as the recorded evaluation left them."""
         if self._replay is not None:

@@ -247,10 +247,12 @@ class TrainingRule(Callback, ABC):
         try:
             failed = self._failed(trainer, failure)
         except RuntimeError:
+            step.undo()
             self.on_batch_settled(False)
             raise
         self.on_batch_settled(not failed)
         if failed:
+            step.undo()
             zeros_for += [slot.parameter for slot in step.trained]
             return inject(torch.full((), torch.nan, device=module.device), zeros_for, lambda _: map(zeros, zeros_for))
         if not step.recorded:

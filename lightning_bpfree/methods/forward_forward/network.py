@@ -163,7 +163,6 @@ class GoodnessNetwork(ForwardOverride):
             stop_behind: leave the pass behind this block, and return None.
             entered: sees what enters a block before it is cut off.
         """
-
         waits = False  # for what a token embedding makes of the tokens
 
         def enter(index: int, x: Tensor) -> Tensor:
@@ -196,7 +195,7 @@ class GoodnessNetwork(ForwardOverride):
         expected = list(range(len(self.parts.blocks) if stop_behind is None else stop_behind + 1))
         if ran != expected:
             order = ", ".join(self.parts.blocks[index].name for index in ran) or "none"
-            raise RuntimeError(
+            raise RefusedError(
                 f"The forward pass of {type(self.network).__name__} runs its blocks in the order {order}, not as they "
                 f"were listed ({', '.join(block.name for block in self.parts.blocks)}). List them in the order in "
                 "which they run."

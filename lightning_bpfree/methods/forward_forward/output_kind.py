@@ -48,8 +48,10 @@ class OutputKinds:
         if call.kind not in self._examples:
             self._examples[call.kind] = self._example(original, inputs, call)
         example = self._examples[call.kind]
-        return scores if isinstance(example, Tensor) else with_scores(
-            self.network, example, scores, lambda _: self._loss(scores, call)
+        return (
+            scores
+            if isinstance(example, Tensor)
+            else with_scores(self.network, example, scores, lambda _: self._loss(scores, call))
         )
 
     def _example(self, original: Callable[..., Any], inputs: Tensor, call: Call) -> Any:

@@ -223,8 +223,7 @@ class ForwardForward(NetworkRule):
         assert self._network is not None
         trained = [self._greedy] if self.schedule == "greedy" else list(range(len(self.parts.blocks)))
         work = GoodnessPass(step, self._settings, trained, self._peers, self._rank)
-        self.on_batch_settled(False)  # of a batch that was left in the middle
-        self.remember_statistics()
+        self.begin_batch()
         with self._network.in_training(work):
             loss = step.loss(cost=self._network.cost())
         if not work.calls:
@@ -241,7 +240,7 @@ class ForwardForward(NetworkRule):
     def _check_numbers(self, work: GoodnessPass, loss: Tensor) -> None:
         """Raise NonFiniteLossError before anything has moved if a number that is differentiated is not finite."""
         numbers = {**work.numbers, **{f"the loss of block {name}": value for name, value in work.losses.items()}}
-        check_finite({**numbers, "the loss of the readout": loss} if self.prediction == "readout" else numbers)
+        check_finite({**numbers, "the loss": loss} if loss.requires_grad else numbers)
 
     def on_batch_settled(self, succeeded: bool) -> None:
         """Keep what was learned beside the network, or drop it."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_bpfree.core.blocks import Block, Cut, is_layer
 from lightning_bpfree.core.labels import labels_of
-from lightning_bpfree.core.network_call import Call, scores_of
+from lightning_bpfree.core.network_call import Call, RefusedError, scores_of
 from lightning_bpfree.core.params import Params
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.core.step import Step
@@ -171,12 +171,12 @@ class GoodnessPass:
     @staticmethod
     def _checked(made: Tensor, labels: Tensor, num_classes: int) -> Tensor:
         if made.shape != labels.shape or made.is_floating_point():
-            raise ValueError(
+            raise RefusedError(
                 f"negatives: the function returned {made.dtype} of shape {tuple(made.shape)}; it returns wrong labels "
                 f"(whole numbers of shape {tuple(labels.shape)}), or inputs of the shape that it was given."
             )
         if bool((made == labels).any()) or int(made.min()) < 0 or int(made.max()) >= num_classes:
-            raise ValueError(
+            raise RefusedError(
                 "negatives: the function returned true labels or labels out of range; a negative sample has a wrong "
                 f"label from 0 to {num_classes - 1}."
             )

@@ -13,6 +13,7 @@ from lightning_bpfree.core.block_hooks import leaving
 from lightning_bpfree.core.blocks import Blocks, Cut, cut, find_network
 from lightning_bpfree.core.directions import Distribution
 from lightning_bpfree.core.labels import LabelsOf
+from lightning_bpfree.core.network_call import RefusedError
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.step import Estimate, Step
 from lightning_bpfree.methods.forward_gradient.block_passes import DUAL_COST
@@ -193,7 +194,7 @@ def _width_of_output(parts: NetworkInBlocks) -> int:
         parts.step.loss(recorded=False)
     if len(found) != 1 or found[0].dim() != 2 or found[0].shape[1] < 2:
         shapes = ", ".join(str(tuple(out.shape)) for out in found)
-        raise ValueError(
+        raise RefusedError(
             f"num_classes=None takes the width of the network's output, and found {shapes or 'none'}: pass "
             "LocalLoss(num_classes=...)."
         )

@@ -191,6 +191,12 @@ class TeamReinforce(NetworkRule):
         """Return lateral weights and critics."""
         return {"lateral": self._lateral, "critics": self._baselines.own}
 
+    def on_batch_settled(self, succeeded: bool) -> None:
+        """Keep what was learned beside the network, or drop it."""
+        super().on_batch_settled(succeeded)
+        if self._traces is not None:
+            self._traces.settle(succeeded)
+
     def learning_rate_factors(self) -> LayerRates | None:
         """Return the factors of the layers, which are found when these run."""
         return None if self.learning_rates is None else LayerRates(self.learning_rates)
@@ -218,8 +224,7 @@ class TeamReinforce(NetworkRule):
         leaves = isinstance(credit, TopDown)
         options = {"negative_phase": self.negative_phase, "leaves": leaves, "again": self.reevaluates}
         work = TeamPass(step, self.num_samples, generator, **options)
-        self.on_batch_settled(False)  # of a batch that was left in the middle
-        self.remember_statistics()
+        self.begin_batch()
         with network.in_training(work):
             loss = step.loss(cost=float(self.num_samples))
         if not work.layers:
@@ -240,6 +245,8 @@ class TeamReinforce(NetworkRule):
         else:
             done = step.output.get("done") if isinstance(step.output, dict) else None
             found = self._traces.gradients(work, advantages[-1], parameters, credit, done)
+        if self.reevaluates:
+            check_finite({f"the potentials of {layer.name}": layer.potential for layer in work.layers})
         step.forward_evals += self.num_samples * settings.cost_behind(work.layers, network.num_weights)
         metrics = {"reward": rewards.mean()}
         return Estimate(loss.detach(), self._descending(step, loss, found), metrics)
@@ -260,6 +267,7 @@ class TeamReinforce(NetworkRule):
         others = [slot for slot, gradient in zip(step.trained, found, strict=True) if gradient is None]
         of_loss: list[Tensor | None] = [None] * len(others)
         if others and loss.requires_grad:
+            check_finite({"the loss": loss})
             own = [slot.parameter for slot in others]
             of_loss = list(torch.autograd.grad(loss, own, allow_unused=True))
         made = {
