@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_bpfree.core.blocks import Block
-from lightning_bpfree.core.network_call import RefusedError
+from lightning_bpfree.core.network_call import Call, RefusedError, scores_of, with_scores
 
 Look = Callable[[int, Tensor], Tensor]
 
@@ -81,6 +81,38 @@ def block_hooks(blocks: Sequence[Block], *, enter: Look, leave: Look) -> Iterato
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def scores_leaving(network: nn.Module, look: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let ``look(scores)`` change the scores in what ``network`` returns, be it a tensor or an object around one."""
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  # a hook's signature
+        scores = scores_of(network, output)
+        changed = look(scores)
+        return output if changed is scores else with_scores(network, output, changed)
+
+    handle = network.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def calls_of(network: nn.Module) -> Iterator[list[Call]]:
+    """Yield a list that gets every call of ``network`` by keywords, with the labels that it was given."""
+    calls: list[Call] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if kwargs:
+            calls.append(Call(args, kwargs))
+
+    handle = network.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

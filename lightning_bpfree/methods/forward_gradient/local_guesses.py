@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_bpfree.core.block_hooks import leaving
+from lightning_bpfree.core.block_hooks import calls_of, scores_leaving
 from lightning_bpfree.core.blocks import Blocks, Cut, cut, find_network
 from lightning_bpfree.core.directions import Distribution
 from lightning_bpfree.core.labels import LabelsOf
@@ -121,7 +121,8 @@ class LocalGuesses:
         rank = int(getattr(step.module, "global_rank", 0))
         projection = BlockProjection(self.settings, parts, self.heads, self._num_classes, seed, rank)
         self.settle(False)  # of a batch that was left in the middle
-        gradients, measured = projection.gradients()
+        with calls_of(self._module) as projection.calls:
+            gradients, measured = projection.gradients()
         assert step.recorded_loss is not None
         loss = step.recorded_loss = step.recorded_loss.detach()  # its graph has done its work
         numbers = torch.cat([number.detach().flatten() for number in measured or [loss]])
@@ -186,11 +187,11 @@ class LocalGuesses:
 def _width_of_output(parts: NetworkInBlocks) -> int:
     found: list[Tensor] = []
 
-    def look(_: int, out: Tensor) -> Tensor:
+    def look(out: Tensor) -> Tensor:
         found.append(out)
         return out
 
-    with leaving({0: parts.network}, look), torch.no_grad():
+    with scores_leaving(parts.network, look), torch.no_grad():
         parts.step.loss(recorded=False)
     if len(found) != 1 or found[0].dim() != 2 or found[0].shape[1] < 2:
         shapes = ", ".join(str(tuple(out.shape)) for out in found)

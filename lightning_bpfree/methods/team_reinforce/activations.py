@@ -9,6 +9,7 @@ from typing import Annotated
 
 from torch import nn
 
+from lightning_bpfree.core.functional_activations import as_modules
 from lightning_bpfree.core.arguments import Name, NonEmpty
 from lightning_bpfree.core.network_call import RefusedError
 from lightning_bpfree.methods.team_reinforce.units.stochastic import StochasticUnit
@@ -34,6 +35,8 @@ ACTIVATIONS = (
     nn.Hardtanh,
 )
 
+TRANSFORMERS = "transformers.activations"  # whose activations are of classes of their own
+
 
 def find_sites(network: nn.Module, prefix: str, units: Units | None) -> dict[str, nn.Module]:
     """Return names and modules of the activations whose place stochastic units take.
@@ -58,11 +61,12 @@ def find_sites(network: nn.Module, prefix: str, units: Units | None) -> dict[str
     if units is None:
         kinds: list[tuple[type[nn.Module], ...]] = [(StochasticUnit,), ACTIVATIONS]
         several = [{name: module for name, module in names.items() if isinstance(module, kind)} for kind in kinds]
+        several[1] = {n: m for n, m in names.items() if n in several[1] or type(m).__module__ == TRANSFORMERS}
         found = several[0] or several[1]
         if not found:
             raise RefusedError(
-                f"units: {type(network).__name__} has no activation that is a module (functions, such as torch.relu, "
-                f"cannot be replaced). Make them modules, or name other ones, units=.... {_listing(names)}"
+                f"units: {type(network).__name__} has no activation that is a module, and functions cannot be "
+                f"replaced. {as_modules(network)} Or name other modules, units=.... {_listing(names)}"
             )
         return found
     wanted = [units] if isinstance(units, str | type) else list(units)
