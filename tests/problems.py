@@ -85,7 +85,7 @@ class Problem(pl.LightningModule):
     @property
     def calls(self) -> list[int]:
         """Batch indices of all evaluations of the step, those among them that leave no trace."""
-        return CALLS[id(self)]
+        return CALLS.setdefault(id(self), [])  # a copy begins to count anew
 
     @property
     def evaluations(self) -> int:

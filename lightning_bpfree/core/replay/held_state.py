@@ -50,9 +50,12 @@ class Attributes:
                 for key in own.keys() - saved.keys():
                     del own[key]
             own.update(saved)
-        for hooks, kept in zip(self.hooks, state[1], strict=True):
-            if hooks or kept:
-                _refill(hooks, kept or {})
+        pairs = [(hooks, kept or {}) for hooks, kept in zip(self.hooks, state[1], strict=True) if hooks or kept]
+        # A rule registers and removes its own hooks between and around evaluations: they stay as they are now.
+        ours = {key for pair in pairs for hooks in pair for key, hook in hooks.items() if _is_ours(hook)}
+        for hooks, kept in pairs:
+            theirs = {key: hook for key, hook in kept.items() if key not in ours}
+            _refill(hooks, theirs | {key: hook for key, hook in hooks.items() if key in ours})
 
     @staticmethod
     def differs(a: Any, b: Any) -> bool:
@@ -63,6 +66,12 @@ class Attributes:
             ):
                 return True
         return False
+
+
+def _is_ours(hook: Any) -> bool:
+    """Whether a hook belongs to this package."""
+    function = getattr(hook, "func", hook)
+    return str(getattr(function, "__module__", "")).startswith("lightning_bpfree.")
 
 
 def _refill(mapping: Any, saved: Mapping[Any, Any]) -> None:

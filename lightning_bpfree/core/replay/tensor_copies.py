@@ -22,6 +22,7 @@ class TensorCopies:
         places: where the tensors are.
 
     Examples:
+        >>> import torch
         >>> norm = nn.BatchNorm1d(2)
         >>> buffers = Buffers(norm)
         >>> buffers.remember()

@@ -148,7 +148,9 @@ def test_rows_are_draws_of_the_whole_batch_one_behind_the_other():
     batch = F.one_hot(y, 3).float(), y
     estimate(bpf.TeamReinforce(reward=reward), Plain(net), batch)
     assert len(seen) == 1
-    assert seen[0][0] is batch  # as the loader gave it, not repeated
+    assert all(
+        got is given for got, given in zip(seen[0][0], batch, strict=True)
+    )  # as the loader gave it, not repeated
 
 
 def test_draws_are_a_function_of_seed_and_batch_alone():
