@@ -104,7 +104,7 @@ def calls_of(network: nn.Module) -> Iterator[list[Call]]:
     """Yield a list that gets every call of ``network`` by keywords, with the labels that it was given."""
     calls: list[Call] = []
 
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ARG001  # a hook's signature
         if kwargs:
             calls.append(Call(args, kwargs))
 

@@ -98,9 +98,9 @@ NETS = {"bert": (bert, texts, BERT_BLOCKS), "vit": (vit, images, VIT_BLOCKS)}
 
 def rules(blocks: Any) -> dict[str, bpf.TrainingRule]:
     return {
-        "goodness": bpf.ForwardForward(blocks, label="embedding", num_classes=CLASSES, seed=1),
-        "readout": bpf.ForwardForward(blocks, label="embedding", num_classes=CLASSES, prediction="readout", seed=1),
-        "hard": bpf.ForwardForward(blocks, label="embedding", num_classes=CLASSES, negatives="hard", seed=1),
+        "goodness": bpf.ForwardForward(blocks, label="embedding", seed=1),
+        "readout": bpf.ForwardForward(blocks, label="embedding", prediction="readout", seed=1),
+        "hard": bpf.ForwardForward(blocks, label="embedding", negatives="hard", seed=1),
         "local": bpf.ForwardGradient(
             guess=bpf.LocalLoss(blocks=blocks, num_classes=CLASSES), target="local", blocks=None, seed=1
         ),

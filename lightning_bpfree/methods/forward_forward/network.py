@@ -226,6 +226,9 @@ def _weighted(modules: Sequence[nn.Module]) -> list[Any]:
 
 def _last_width(network: nn.Module, parts: Cut) -> int:
     """Return the width of the layer that makes the scores: one registered behind the last block, or the last of all."""
+    told = getattr(getattr(network, "config", None), "num_labels", None)  # transformers' models
+    if isinstance(told, int) and told > 1:
+        return told
     parts_in_order = list(network.modules())
     last = parts.blocks[-1].modules[-1]
     linear = [part for part in parts_in_order if isinstance(getattr(part, "out_features", None), int)]
