@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_bpfree.core.blocks import Block
+from lightning_bpfree.core.network_call import Call, RefusedError, scores_of, with_scores
 
 Look = Callable[[int, Tensor], Tensor]
 
@@ -60,7 +61,7 @@ def on_first_tensor(
 
     made = tree_map_only(Tensor, changed, values)
     if not seen:
-        raise ValueError(f"blocks: no tensor {what}.")
+        raise RefusedError(f"blocks: no tensor {what}.")
     return made
 
 
@@ -89,7 +90,7 @@ def block_hooks(blocks: Sequence[Block], *, enter: Look, leave: Look) -> Iterato
 
     def after(index: int, module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  # a hook's signature
         if index in ran:
-            raise RuntimeError(
+            raise RefusedError(
                 f"Block {blocks[index].name} runs twice in one forward pass: blocks are cut for one pass. Make what "
                 "runs several times a part of one block."
             )
@@ -104,6 +105,53 @@ def block_hooks(blocks: Sequence[Block], *, enter: Look, leave: Look) -> Iterato
             handles.append(first.register_forward_pre_hook(partial(before, index), with_kwargs=True))
             handles.append(last.register_forward_hook(partial(after, index)))
         yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def scores_leaving(network: nn.Module, look: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let ``look(scores)`` change the scores in what ``network`` returns, be it a tensor or an object around one."""
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  # a hook's signature
+        scores = scores_of(network, output)
+        changed = look(scores)
+        return output if changed is scores else with_scores(network, output, changed)
+
+    handle = network.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def calls_of(network: nn.Module) -> Iterator[list[Call]]:
+    """Yield a list that gets every call of ``network`` by keywords, with the labels that it was given."""
+    calls: list[Call] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ARG001  # a hook's signature
+        if kwargs:
+            calls.append(Call(args, kwargs))
+
+    handle = network.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def entering(modules: Sequence[nn.Module], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let ``change`` change the first tensor that enters ``modules``, whenever they run."""
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return on_first_tensor(change, (args, kwargs), f"enters {type(module).__name__}")
+
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -10,6 +10,7 @@ from typing import Annotated, NamedTuple
 from torch import nn
 
 from lightning_bpfree.core.arguments import NonEmpty, Patterns, PositiveInt, checked
+from lightning_bpfree.core.network_call import RefusedError
 
 Blocks = (
     PositiveInt
@@ -120,7 +121,7 @@ def is_layer(module: nn.Module) -> bool:
 def _layers(network: nn.Module) -> list[list[nn.Module]]:
     chain = _chain(network)
     if chain is None:
-        raise ValueError(
+        raise RefusedError(
             f"{type(network).__name__} does not show the order of its layers (it is no nn.Sequential): name its blocks "
             f"by patterns, such as blocks=[{_example(network)}]. {_listing(network)}"
         )
@@ -143,7 +144,7 @@ def _joined(modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
 def _automatic(network: nn.Module, size: int, names: dict[int, str]) -> list[Block]:
     layers = _layers(network)
     if len(layers) < 2:
-        raise ValueError(
+        raise RefusedError(
             f"blocks={size}: {type(network).__name__} has {len(layers)} layer(s) with weights; a cut needs one block "
             "and the last layer."
         )
@@ -154,7 +155,7 @@ def _automatic(network: nn.Module, size: int, names: dict[int, str]) -> list[Blo
 def _by_sizes(network: nn.Module, sizes: list[int], names: dict[int, str]) -> list[Block]:
     layers = _layers(network)
     if sum(sizes) not in (len(layers) - 1, len(layers)):
-        raise ValueError(
+        raise RefusedError(
             f"blocks={sizes} asks for {sum(sizes)} layers, and {type(network).__name__} has {len(layers)}: give sizes "
             f"of at least 1 that sum to {len(layers) - 1} (without the last layer) or {len(layers)}."
         )
@@ -195,7 +196,7 @@ def _matching(network: nn.Module, pattern: str, names: dict[int, str]) -> list[n
             inside |= {id(part) for part in module.modules()}
     if not found:
         near = difflib.get_close_matches(pattern, list(names.values()), n=3, cutoff=0.0)
-        raise ValueError(
+        raise RefusedError(
             f"blocks: {pattern!r} matches no module; nearest: {', '.join(filter(None, near)) or 'none'}. "
             f"Patterns are shell-style: 'layers.*'. {_listing(network)}"
         )
@@ -206,11 +207,11 @@ def _check(network: nn.Module, blocks: list[Block]) -> None:
     home: dict[int, Block] = {}
     for block in blocks:
         if not block.modules or not block.parameters:
-            raise ValueError(f"blocks: {block.name} has no parameters to train. {_listing(network)}")
+            raise RefusedError(f"blocks: {block.name} has no parameters to train. {_listing(network)}")
         for module in {id(part): part for top in block.modules for part in top.modules()}.values():
             other = home.setdefault(id(module), block)
             if other is not block:
-                raise ValueError(
+                raise RefusedError(
                     f"blocks: {other.name} and {block.name} overlap (both have a {type(module).__name__}). Every "
                     f"module belongs to one block. {_listing(network)}"
                 )
@@ -245,7 +246,7 @@ def find_network(module: nn.Module, name: str | None = None) -> tuple[str, nn.Mo
     if name is None:
         if len(children) != 1 or module._parameters:
             child = f", network={children[0]!r}" if children else ""
-            raise ValueError(
+            raise RefusedError(
                 f"network: {type(module).__name__} has {len(children)} children with parameters "
                 f"({', '.join(children) or 'none'}). Name the one that maps inputs to outputs{child}, or the module "
                 "itself, network=''."
@@ -254,7 +255,7 @@ def find_network(module: nn.Module, name: str | None = None) -> tuple[str, nn.Mo
     try:
         return name, module.get_submodule(name)
     except AttributeError:
-        raise ValueError(
+        raise RefusedError(
             f"network={name!r} is no part of {type(module).__name__}; its children with parameters: "
             f"{', '.join(children) or 'none'}."
         ) from None

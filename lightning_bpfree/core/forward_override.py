@@ -4,28 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
-
-
-class Call(NamedTuple):
-    """The further arguments of one call of a network."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def times(self, rows: int, copies: int) -> Call:
-        """Return arguments for ``copies`` batches one behind the other: tensors of ``rows`` rows are repeated."""
-
-        def repeated(tensor: Tensor) -> Tensor:
-            fits = tensor.dim() > 0 and len(tensor) == rows
-            return tensor.repeat(copies, *[1] * (tensor.dim() - 1)) if fits else tensor
-
-        if copies == 1 or not (self.args or self.kwargs):
-            return self
-        return Call(*tree_map_only(Tensor, repeated, (self.args, self.kwargs)))
+from torch import nn
 
 
 class ForwardOverride:

@@ -244,10 +244,37 @@ class Step:
             raise NonFiniteLossError(index, float(values[index]))
         return values
 
+    def undo(self) -> None:
+        """Undo what the step has done to buffers, such as running means: its batch is left out."""
+        if self._replay is not None:
+            self._replay.undo()
+
     def finish(self) -> None:
         """Leave random streams, buffers and metrics as the recorded evaluation left them."""
         if self._replay is not None:
             self._replay.finish()
+
+
+def check_finite(named: Mapping[str, Tensor]) -> None:
+    """Raise NonFiniteLossError if a tensor has a number that is NaN or infinite; devices wait once.
+
+    Args:
+        named: tensors by what they are, for the error.
+    """
+    if not named:
+        return
+    # A sum is NaN or infinite if one of its terms is; one that is so by its size alone is of no use either.
+    sums = [tensor.detach().sum(dtype=widest(tensor)) for tensor in named.values()]
+    values = torch.stack([total.to(sums[0].device, torch.float64) for total in sums])
+    broken = _broken(values, False)
+    if bool(broken.any()):
+        index = int(broken.nonzero()[0])
+        raise NonFiniteLossError(None, float(values[index]), what=list(named)[index])
+
+
+def widest(tensor: Tensor) -> torch.dtype:
+    """Return the type in which to sum a tensor: at least float32."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _broken(numbers: Tensor, infinite: bool) -> Tensor:

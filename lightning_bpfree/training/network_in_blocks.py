@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_bpfree.core.autograd_graph import reached
-from lightning_bpfree.core.block_hooks import Look, block_hooks, leaving
+from lightning_bpfree.core.block_hooks import Look, block_hooks, scores_leaving
 from lightning_bpfree.core.blocks import Block
 from lightning_bpfree.core.params import Params, Slot
 from lightning_bpfree.core.step import Step
@@ -140,7 +140,7 @@ def recorded(parts: NetworkInBlocks, leave: Look, *, graph: bool, output: bool =
     """
     step, outputs = parts.step, []
 
-    def keep(_: int, out: Tensor) -> Tensor:
+    def keep(out: Tensor) -> Tensor:
         outputs.append(out if out.requires_grad or not output else out.detach().requires_grad_())
         return outputs[-1]
 
@@ -149,7 +149,7 @@ def recorded(parts: NetworkInBlocks, leave: Look, *, graph: bool, output: bool =
             trained = {id(slot.parameter): slot.name for slot in parts.rest}
             stack.enter_context(nothing_lost(parts.rule, parts.blocks, trained))
         ran = stack.enter_context(block_hooks(parts.blocks, enter=cut_off, leave=leave))
-        stack.enter_context(leaving({0: parts.network}, keep))
+        stack.enter_context(scores_leaving(parts.network, keep))
         loss = step.loss(None if graph else parts.detached, recorded=True, cost=cost)
     missing = [block.name for j, block in enumerate(parts.blocks) if j not in ran]
     if missing or (output and len(outputs) != 1):
@@ -181,8 +181,9 @@ def other_way(parts: NetworkInBlocks) -> MisconfigurationException:
     """Return the error for a loss that does not depend on the blocks through the network's output alone."""
     return MisconfigurationException(
         f"{parts.rule} takes the derivative of the loss at the output of the network, {type(parts.network).__name__}, "
-        "but the loss depends on its blocks by another way too. Name the module whose output is all that the loss sees "
-        "by network=...."
+        "but the loss depends on its blocks by another way too. Compute the loss from the network's output in "
+        "training_step, not in the network (F.cross_entropy(self.net(...).logits, labels)), or name the module whose "
+        "output is all that the loss sees by network=...."
     )
 
 

@@ -19,6 +19,7 @@ from lightning_bpfree.core.forward_override import ForwardOverride, override_of,
 from lightning_bpfree.core.learning_rates import BlockRates
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.training.ranks import mean_over_ranks
+from lightning_bpfree.training.refusal import refusing
 from lightning_bpfree.training.training_rule import TrainingRule
 
 
@@ -83,6 +84,8 @@ class NetworkRule(TrainingRule):
         self._override: ForwardOverride | None = None
         self._factors: LearningRateFactors | None = None
         self._loaded = False  # state of a checkpoint waits for its network
+        self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, and what they were before the batch
+        self._noted = self._had_override = self._has_stepped = False  # of a fit, until it ends
 
     # --- what a rule says of itself ---
 
@@ -216,7 +219,9 @@ class NetworkRule(TrainingRule):
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
         """Cut the network, and take its forward pass if the first epoch is the rule's."""
-        self.install(module)
+        with refusing(type(self).__name__, ValueError):
+            self._note_override(module)
+            self.install(module)
         self._factors = self.learning_rate_factors()
         if not self.active(trainer.current_epoch):
             self.uninstall()
@@ -229,6 +234,22 @@ class NetworkRule(TrainingRule):
         """Note whose epoch this is, and take one's turn."""
         super().on_train_epoch_start(trainer, pl_module)
         self._take_turn(trainer, pl_module)
+
+    def _run(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any, **kwargs: Any) -> Any:
+        with refusing(type(self).__name__):
+            return super()._run(trainer, module, *args, **kwargs)
+
+    def _note_override(self, module: nn.Module) -> None:
+        """Note whether something stood in for the forward pass before the fit, which is to be so if the fit fails."""
+        if not self._noted:
+            self._had_override = override_of(find_network(module, self.network)[1]) is not None
+            self._noted = True
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave nothing behind on the network if the fit has failed before it trained anything."""
+        if self._noted and not self._had_override and not self._has_stepped:
+            self.uninstall()
+        super().on_exception(trainer, pl_module, exception)
 
     def _take_turn(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         active = self.active(trainer.current_epoch)
@@ -262,10 +283,24 @@ class NetworkRule(TrainingRule):
         """Keep what auxiliary modules have learned from the batch, or drop it."""
         for own in self.auxiliary().values():
             own.settle(succeeded)
+        if not succeeded:
+            for buffer, before in self._statistics:
+                buffer.copy_(before)
+        self._statistics = []
+
+    def begin_batch(self) -> None:
+        """Drop what a batch that was left in the middle has proposed, and remember the network's buffers.
+
+        Buffers, such as running means, go back if the batch is left out.
+        """
+        self._statistics = []
+        self.on_batch_settled(False)
+        self._statistics = [(buffer, buffer.clone()) for buffer in self.found_network.buffers()]
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Let auxiliary modules take their steps too."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        self._has_stepped = True
         for own in self.auxiliary().values():
             own.step(mean_over_ranks(trainer))
 
@@ -273,7 +308,8 @@ class NetworkRule(TrainingRule):
         super()._restore()
         if self._factors is not None:
             self._factors.detach()
-        self._factors = None
+        self._factors, self._statistics = None, []
+        self._noted = self._had_override = self._has_stepped = False
         if not self.replaces_forward and not self.auxiliary():  # else the network goes on needing the rule
             self._found = self._parts = None
 

@@ -265,9 +265,15 @@ class TrainingRule(Callback, ABC):
                 self._module_state.needs_graph |= step.needs_graph
             step.finish()
         zeros_for = self._waited_for(trainer, step)
-        failed = self._failed(trainer, failure)
+        try:
+            failed = self._failed(trainer, failure)
+        except RuntimeError:
+            step.undo()
+            self.on_batch_settled(False)
+            raise
         self.on_batch_settled(not failed)
         if failed:
+            step.undo()
             zeros_for += [slot.parameter for slot in step.trained]
             return inject(torch.full((), torch.nan, device=module.device), zeros_for, lambda _: map(zeros, zeros_for))
         if not step.recorded:

@@ -110,7 +110,7 @@ def test_a_block_that_runs_twice_is_refused():
     blocks = cut(net, ["0"]).blocks
     with (
         block_hooks(blocks, enter=lambda i, x: x, leave=lambda i, z: z),
-        pytest.raises(RuntimeError, match="0 runs twice"),
+        pytest.raises(ValueError, match="0 runs twice"),
     ):
         net(torch.zeros(1, 2))
 

@@ -1,4 +1,4 @@
-"""Modules that differentiate within their step, or whose parameters are of unusual kinds, train exactly or are refused."""
+"""Modules that differentiate within their step, or have unusual parameters, train exactly or are refused."""
 
 from __future__ import annotations
 

@@ -63,6 +63,11 @@ class Replay:
         """Declare the present state to be the one that :meth:`finish` leaves behind."""
         self._after = [part.save() for part in self.parts]
 
+    def undo(self) -> None:
+        """Give buffers the values that they had before the step; everything else stays as the step has left it."""
+        if self._before is not None:
+            self.buffers.undo()
+
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         """Within an evaluation, compute something that moves neither buffers nor anything else."""

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -39,6 +40,15 @@ class TensorCopies:
     def remember(self) -> None:
         """Take the present values as those from which evaluations start."""
         self._values = [copied(place.get()) for place in self.places]
+
+    def undo(self) -> None:
+        """Write the remembered values back into the tensors: the batch is left out, and its graphs are not used."""
+        with torch.no_grad():
+            for place, value in zip(self.places, self._values, strict=True):
+                if isinstance(value, Tensor):
+                    place.get().copy_(value)
+                elif is_array(value):
+                    place.get()[...] = value
 
     @contextlib.contextmanager
     def copies(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 from torch.utils._pytree import tree_leaves
 
-from lightning_bpfree.core.block_hooks import leaving
+from lightning_bpfree.core.block_hooks import leaving, scores_leaving
 from lightning_bpfree.core.blocks import Block, Cut
 from lightning_bpfree.core.seeds import mix
 
@@ -120,7 +120,7 @@ class DirectFeedback:
             self.network.register_forward_hook(lambda _module, _args, output: self._check(output)),
         ]
         try:
-            with leaving(ends, self._end, others=torch.Tensor.detach), leaving({0: self.network}, self._output):
+            with leaving(ends, self._end, others=torch.Tensor.detach), scores_leaving(self.network, self._output):
                 yield
             if self.calls:
                 self._refuse_others()
@@ -137,6 +137,12 @@ class DirectFeedback:
 
     def _check(self, output: Any) -> None:
         found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if any(tensor.dim() == 0 and tensor.requires_grad for tensor in found) and len(found) > 1:
+            raise MisconfigurationException(
+                f"{self.rule}: the network, {type(self.network).__name__}, computes a loss itself, and feedback starts "
+                "at what it returns. Leave the labels out of its call, and compute the loss in training_step: "
+                "F.cross_entropy(self.net(...).logits, labels)."
+            )
         if torch.is_grad_enabled() and (len(found) != 1 or found[0].dim() < 2):
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found)
             raise MisconfigurationException(
@@ -159,7 +165,7 @@ class DirectFeedback:
         self._ends.append(_End(j, z, z.detach()))
         return self._ends[-1].cut
 
-    def _output(self, _: int, y: Tensor) -> Tensor:
+    def _output(self, y: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return y
         self.calls += 1

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_bpfree.core.network_call import RefusedError
+
 
 def overlaid(inputs: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
     """Return copies of ``inputs`` whose first ``num_classes`` values say the label.
@@ -26,7 +28,7 @@ def overlaid(inputs: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
         tensor([[1., 5., 2., 1.]])
     """
     if inputs.dim() not in (2, 4) or not inputs.is_floating_point():
-        raise ValueError(
+        raise RefusedError(
             f"label='overlay': the network's input is {inputs.dtype} of shape {tuple(inputs.shape)}; a label can be "
             "written into vectors (B, D) and images (B, C, H, W) of floating-point numbers. Use label='embedding', or "
             "a function (inputs, labels) -> inputs."
@@ -34,7 +36,7 @@ def overlaid(inputs: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
     shape = inputs.shape
     places = inputs.reshape(shape[0], 1 if inputs.dim() == 2 else shape[1], -1)
     if places.shape[2] <= num_classes:
-        raise ValueError(
+        raise RefusedError(
             f"label='overlay': {num_classes} labels do not fit into inputs of {places.shape[2]} values (shape "
             f"{tuple(shape)}), of which some must be left. Use label='embedding', or larger inputs."
         )
@@ -101,7 +103,7 @@ def hybrid_images(inputs: Tensor, generator: torch.Generator, blurs: int = 6) ->
         torch.Size([4, 1, 8, 8])
     """
     if inputs.dim() != 4 or len(inputs) < 2:
-        raise ValueError(
+        raise RefusedError(
             f"negatives='hybrid': the network's input has the shape {tuple(inputs.shape)}; hybrids are made of at "
             "least two images (B, C, H, W). Pass a function as negatives for other inputs."
         )

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
-from lightning_bpfree.core.block_hooks import block_hooks, cut_off
+from lightning_bpfree.core.block_hooks import block_hooks, cut_off, entering
 from lightning_bpfree.core.blocks import Cut
-from lightning_bpfree.core.forward_override import Call, ForwardOverride
+from lightning_bpfree.core.forward_override import ForwardOverride
+from lightning_bpfree.core.network_call import Call, RefusedError
 from lightning_bpfree.methods.forward_forward.goodness import goodness, rescaled
 from lightning_bpfree.methods.forward_forward.label_embedding import LabelEmbedding
 from lightning_bpfree.methods.forward_forward.negatives import overlaid
+from lightning_bpfree.methods.forward_forward.output_kind import OutputKinds
 from lightning_bpfree.methods.forward_forward.settings import GoodnessSettings
 from lightning_bpfree.training.record import Record
 
-TrainingPass = Callable[["GoodnessNetwork", Tensor, "Call"], Tensor]
+TrainingPass = Callable[["GoodnessNetwork", Tensor, "Call"], Any]
 
 EMBEDDING = "label_embedding"
 ROWS_AT_ONCE = 8192  # of the labels folded into the batch: enough to fill a device, little enough to fit
@@ -37,9 +39,11 @@ class _Embedding:
 
     def __call__(self, x: Tensor) -> LabelEmbedding:
         if not x.is_floating_point():
-            raise ValueError(
-                f"label='embedding': the first block gets {x.dtype}, to which nothing can be added. Begin the first "
-                "block behind the token embedding, or pass a function (inputs, labels) -> inputs."
+            raise RefusedError(
+                f"label='embedding': the first block gets {x.dtype}, to which nothing can be added. Put the token "
+                "embedding and the layer behind it into one block, blocks=[['embeddings', 'layers.0'], 'layers.1'], "
+                "with names of modules in a list: the label is added between the two. Or pass a function (inputs, "
+                "labels) -> inputs as label."
             )
         build = partial(LabelEmbedding, self.num_classes, x.shape[1:])
         seed = 0 if self.record is None else self.record.seed or 0
@@ -73,30 +77,30 @@ class GoodnessNetwork(ForwardOverride):
         self.network, self.parts, self.settings = network, parts, settings
         self.num_classes = settings.num_classes or _last_width(network, parts)
         self.label_embedding = None if own is None else _Embedding(own, self.num_classes, record)
+        self._kinds = OutputKinds(network)
         self.training_pass: TrainingPass | None
 
-    def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the scores, as the network's callers see them."""
-        call = Call(args, kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the network returns, with scores by goodness or readout in it."""
+        inputs, call = Call.of(self.network, args, kwargs)
         if self.training_pass is not None:
             return self.training_pass(self, inputs, call)
-        return self.scores(inputs, call)
-
-    def scores(self, inputs: Tensor, call: Call) -> Tensor:
-        """Return the scores of every label: by the readout, or the goodness of the input with that label."""
         if self.settings.prediction == "readout":
             return self.readout(inputs, call)
-        return self.goodness_of_labels(inputs, call)
+        return self.as_output(inputs, call, self.goodness_of_labels(inputs, call))
 
-    def readout(self, inputs: Tensor, call: Call) -> Tensor:
-        """Return what the network's last layer makes of the last block's activities under the neutral label."""
+    def as_output(self, inputs: Tensor, call: Call, scores: Tensor) -> Any:
+        """Return scores by goodness in the form in which the network returns its own."""
+        return self._kinds.filled(self.original, inputs, call, scores)
+
+    def readout(self, inputs: Tensor, call: Call) -> Any:
+        """Return the network's output, made of the last block's activities under the neutral label."""
         last = len(self.parts.blocks) - 1
 
         def leave(index: int, activity: Tensor) -> Tensor:
             return rescaled(cut_off(activity), self.settings.length) if index == last else cut_off(activity)
 
-        made: Tensor = self.run(self.labelled(inputs, None), None, call, leave)
-        return made
+        return self.run(self.labelled(inputs, None), None, call, leave)
 
     def goodness_of_labels(self, inputs: Tensor, call: Call) -> Tensor:
         """Return the goodness, summed over blocks, of the inputs with each label; labels are folded into the batch."""
@@ -123,7 +127,7 @@ class GoodnessNetwork(ForwardOverride):
     def check_rows(self, index: int, activity: Tensor, rows: int) -> None:
         """Refuse activities whose first dimension does not count the samples."""
         if len(activity) != rows:
-            raise ValueError(
+            raise RefusedError(
                 f"ForwardForward: block {self.parts.blocks[index].name} gives {tuple(activity.shape)} for {rows} "
                 "samples; their number must come first (batch_first=True)."
             )
@@ -159,11 +163,21 @@ class GoodnessNetwork(ForwardOverride):
             stop_behind: leave the pass behind this block, and return None.
             entered: sees what enters a block before it is cut off.
         """
+        waits = False  # for what a token embedding makes of the tokens
 
         def enter(index: int, x: Tensor) -> Tensor:
+            nonlocal waits
             entered(index, x)
             x = rescaled(cut_off(x), self.settings.length)
-            return x if index or self.label_embedding is None else self.label_embedding(x)(x, labels)
+            if index or self.label_embedding is None:
+                return x
+            waits = not x.is_floating_point() and len(self.parts.blocks[0].modules) > 1
+            return x if waits else self.label_embedding(x)(x, labels)
+
+        def behind_tokens(x: Tensor) -> Tensor:
+            if not waits or self.label_embedding is None:
+                return x
+            return self.label_embedding(x)(x, labels)
 
         def left(index: int, activity: Tensor) -> Tensor:
             made = leave(index, activity)
@@ -171,15 +185,17 @@ class GoodnessNetwork(ForwardOverride):
                 raise _LastBlockReached
             return made
 
-        with block_hooks(self.parts.blocks, enter=enter, leave=left) as ran:
+        second = self.parts.blocks[0].modules[1:2]
+        with block_hooks(self.parts.blocks, enter=enter, leave=left) as ran, entering(second, behind_tokens):
             try:
-                output = self.original(inputs, *call.args, **call.kwargs)
+                args, kwargs = call.around(inputs)
+                output = self.original(*args, **kwargs)
             except _LastBlockReached:
                 output = None
         expected = list(range(len(self.parts.blocks) if stop_behind is None else stop_behind + 1))
         if ran != expected:
             order = ", ".join(self.parts.blocks[index].name for index in ran) or "none"
-            raise RuntimeError(
+            raise RefusedError(
                 f"The forward pass of {type(self.network).__name__} runs its blocks in the order {order}, not as they "
                 f"were listed ({', '.join(block.name for block in self.parts.blocks)}). List them in the order in "
                 "which they run."
@@ -210,6 +226,9 @@ def _weighted(modules: Sequence[nn.Module]) -> list[Any]:
 
 def _last_width(network: nn.Module, parts: Cut) -> int:
     """Return the width of the layer that makes the scores: one registered behind the last block, or the last of all."""
+    told = getattr(getattr(network, "config", None), "num_labels", None)  # transformers' models
+    if isinstance(told, int) and told > 1:
+        return told
     parts_in_order = list(network.modules())
     last = parts.blocks[-1].modules[-1]
     linear = [part for part in parts_in_order if isinstance(getattr(part, "out_features", None), int)]
@@ -219,7 +238,7 @@ def _last_width(network: nn.Module, parts: Cut) -> int:
     widths = {int(part.out_features) for part in behind or linear[-1:]}  # type: ignore[arg-type]
     if len(widths) == 1:
         return widths.pop()
-    raise ValueError(
+    raise RefusedError(
         f"num_classes: {type(network).__name__} has linear layers of widths {sorted(widths)} at its end; pass the "
         "number of labels."
         if widths

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_bpfree.core.arguments import (
     AtLeastTwo,
@@ -25,7 +25,7 @@ from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
 from lightning_bpfree.core.blocks import Blocks, Cut
 from lightning_bpfree.core.labels import LabelsOf
 from lightning_bpfree.core.params import ParameterSlots
-from lightning_bpfree.core.step import Estimate, Step
+from lightning_bpfree.core.step import Estimate, Step, check_finite
 from lightning_bpfree.methods.forward_forward.goodness import Goodness, Length
 from lightning_bpfree.methods.forward_forward.network import EMBEDDING, GoodnessNetwork
 from lightning_bpfree.methods.forward_forward.settings import (
@@ -223,11 +223,12 @@ class ForwardForward(NetworkRule):
         assert self._network is not None
         trained = [self._greedy] if self.schedule == "greedy" else list(range(len(self.parts.blocks)))
         work = GoodnessPass(step, self._settings, trained, self._peers, self._rank)
-        self.on_batch_settled(False)  # of a batch that was left in the middle
+        self.begin_batch()
         with self._network.in_training(work):
             loss = step.loss(cost=self._network.cost())
         if not work.calls:
             raise self.never_called()
+        self._check_numbers(work, loss)
         if self._own is not None and work.embedding_gradient is not None:
             self._own.propose(EMBEDDING, [work.embedding_gradient])
         gradients = {**work.of_the_rest(loss, self.parts), **work.gradients}
@@ -235,6 +236,17 @@ class ForwardForward(NetworkRule):
         zeros = {slot.name: torch.zeros_like(slot.parameter) for slot in step.trained if slot.name not in gradients}
         metrics = {f"blocks/{name}": value for name, value in work.metrics.items()}
         return Estimate(loss.detach(), {**gradients, **zeros}, metrics)
+
+    def _check_numbers(self, work: GoodnessPass, loss: Tensor) -> None:
+        """Raise NonFiniteLossError before anything has moved if a number that is differentiated is not finite."""
+        numbers = {**work.numbers, **{f"the loss of block {name}": value for name, value in work.losses.items()}}
+        check_finite({**numbers, "the loss": loss} if loss.requires_grad else numbers)
+
+    def on_batch_settled(self, succeeded: bool) -> None:
+        """Keep what was learned beside the network, or drop it."""
+        super().on_batch_settled(succeeded)
+        if self._peers is not None:
+            self._peers.settle(succeeded)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Keep parameters without a loss untouched: blocks that wait, and a last layer that is not used."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_bpfree.core.blocks import Cut
 from lightning_bpfree.core.labels import LabelsOf
+from lightning_bpfree.core.network_call import RefusedError
 from lightning_bpfree.methods.forward_forward.goodness import Goodness, Length
 
 LabelInput = Callable[[Tensor, Tensor | None], Tensor]
@@ -78,11 +79,11 @@ class GoodnessSettings:
     def check_cut(self, parts: Cut) -> None:
         """Raise ValueError if the settings do not go with a network's blocks."""
         if self.first_block >= len(parts.blocks):
-            raise ValueError(
+            raise RefusedError(
                 f"ForwardForward: first_block={self.first_block}: there are {len(parts.blocks)} blocks, counted from 0."
             )
         if self.prediction == "readout" and not parts.rest:
-            raise ValueError(
+            raise RefusedError(
                 "ForwardForward: prediction='readout': every layer is in a block, and none is left to read them out. "
                 "Leave the last layer out of blocks, or use prediction='goodness'."
             )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_bpfree.core.blocks import Block, Cut, is_layer
-from lightning_bpfree.core.forward_override import Call
 from lightning_bpfree.core.labels import labels_of
+from lightning_bpfree.core.network_call import Call, RefusedError, scores_of
 from lightning_bpfree.core.params import Params
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.core.step import Step
@@ -31,6 +32,13 @@ class PeerNormalization:
     def __init__(self, strength: float, decay: float = 0.9) -> None:
         self.strength, self.decay = strength, decay
         self.means: dict[str, Tensor] = {}
+        self._proposed: dict[str, Tensor] = {}
+
+    def settle(self, succeeded: bool) -> None:
+        """Keep the running means that the last batch has moved, or drop them."""
+        if succeeded:
+            self.means.update(self._proposed)
+        self._proposed.clear()
 
     def loss(self, block: str, total_input: Tensor, activity: Tensor, units: int) -> Tensor:
         """Return a term whose gradient pulls units that are less active than their peers up, and others down.
@@ -46,7 +54,7 @@ class PeerNormalization:
         units %= activity.dim()
         now = activity.detach().float().mean([d for d in range(activity.dim()) if d != units])
         before = self.means.get(block, torch.full_like(now, 0.5)).to(now.device)
-        means = self.means[block] = torch.lerp(now, before, self.decay)
+        means = self._proposed[block] = torch.lerp(now, before, self.decay)
         pull = (means.mean() - means).view(-1, *[1] * (total_input.dim() - 1 - units))
         # As in the contrast, the mean is over positive and negative samples.
         return -self.strength * (total_input * pull).sum() / (2 * len(total_input))
@@ -86,12 +94,14 @@ class GoodnessPass:
         self.names = {id(slot.parameter): slot.name for slot in step.trained}
         self.generator = torch.Generator().manual_seed(mix(step.seed, rank))
         self.gradients: Params = {}
+        self.numbers: dict[str, Tensor] = {}
+        self.losses: dict[str, Tensor] = {}
         self.metrics: dict[str, Tensor] = {}
         self.embedding_gradient: Tensor | None = None
         self.calls = 0
 
-    def __call__(self, network: GoodnessNetwork, inputs: Tensor, call: Call) -> Tensor:
-        """Train the blocks on ``inputs``, and return scores for the module to go on with."""
+    def __call__(self, network: GoodnessNetwork, inputs: Tensor, call: Call) -> Any:
+        """Train the blocks on ``inputs``, and return the network's output for the module to go on with."""
         self.calls += 1
         if self.calls > 1:
             raise MisconfigurationException(
@@ -101,13 +111,16 @@ class GoodnessPass:
         self._refuse_a_graph(0, inputs)
         wanted = self.settings
         needs_labels = wanted.label != "none" or wanted.negatives != "hybrid"
-        labels = labels_of(self.step.args[0], len(inputs), network.num_classes, wanted.labels) if needs_labels else None
+        labels = None
+        if needs_labels:
+            batch = self.step.args[0] if self.step.args else None
+            labels = labels_of(batch, len(inputs), network.num_classes, wanted.labels, call.labels)
         if wanted.prediction == "readout":
-            scores = network.readout(inputs, call)
+            output = network.readout(inputs, call)
             with self.step.aside():
-                self._contrast(network, inputs, labels, call, scores)
-            return scores
-        return self._contrast(network, inputs, labels, call, None)
+                self._contrast(network, inputs, labels, call, scores_of(network.network, output).detach())
+            return output
+        return network.as_output(inputs, call, self._contrast(network, inputs, labels, call, None))
 
     def _contrast(
         self, network: GoodnessNetwork, inputs: Tensor, labels: Tensor | None, call: Call, scores: Tensor | None
@@ -150,7 +163,7 @@ class GoodnessPass:
                 with torch.no_grad(), self.step.aside():
                     scores = network.goodness_of_labels(inputs, call) / self.settings.temperature
                 torch.clear_autocast_cache()  # weights that were cast without a graph would be taken again
-            wrong = hard_labels(scores, labels, self.generator)
+            wrong = hard_labels(scores.nan_to_num(), labels, self.generator)  # what is not finite is found in the end
         else:
             wrong = wrong_labels(labels, network.num_classes, self.generator)
         return network.labelled(inputs, wrong), wrong
@@ -158,12 +171,12 @@ class GoodnessPass:
     @staticmethod
     def _checked(made: Tensor, labels: Tensor, num_classes: int) -> Tensor:
         if made.shape != labels.shape or made.is_floating_point():
-            raise ValueError(
+            raise RefusedError(
                 f"negatives: the function returned {made.dtype} of shape {tuple(made.shape)}; it returns wrong labels "
                 f"(whole numbers of shape {tuple(labels.shape)}), or inputs of the shape that it was given."
             )
         if bool((made == labels).any()) or int(made.min()) < 0 or int(made.max()) >= num_classes:
-            raise ValueError(
+            raise RefusedError(
                 "negatives: the function returned true labels or labels out of range; a negative sample has a wrong "
                 f"label from 0 to {num_classes - 1}."
             )
@@ -179,6 +192,7 @@ class GoodnessPass:
             network.check_rows(index, activity, len(both))
             good = goodness(activity, kind)
             found.append(good.detach())
+            self.numbers[f"the goodness of block {blocks[index].name}"] = found[-1]
             if index in self.trained_blocks:
                 loss = self._block_loss(blocks[index], index, good, activity, total_inputs.pop(index, None), kind)
                 own = network.own_parameters() if index == 0 else []
@@ -210,6 +224,7 @@ class GoodnessPass:
             shown = activity if activity.dim() == total_input.dim() else total_input.relu()
             ours, seen = (values[: len(values) // 2] for values in (total_input, shown))
             loss = loss + self.peers.loss(block.name, ours, seen, unit_dimension(last_layer(block)))
+        self.losses[block.name] = loss.detach()
         return loss
 
     def _differentiate(self, block: Block, own: list[Tensor], loss: Tensor) -> None:

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lightning_bpfree.core.block_hooks import block_hooks, leaving
+from lightning_bpfree.core.block_hooks import block_hooks, leaving, scores_leaving
 from lightning_bpfree.core.forward_ad import directional_derivative, failing_layer
 from lightning_bpfree.core.params import Params, widen
 from lightning_bpfree.training.network_in_blocks import NetworkInBlocks, cut_off, other_way
@@ -125,9 +125,6 @@ def sample_slopes(
     def inject(j: int, z: Tensor) -> Tensor:
         plain: Tensor
         plain, tangent = forward_ad.unpack_dual(z)
-        if j == len(parts.blocks):
-            outputs.append(z)
-            return plain  # so that a tangent of the loss tells of another way to it
         added = direction(j, plain)
         dual: Tensor = forward_ad.make_dual(plain, added if tangent is None else tangent + added)
         return dual
@@ -140,6 +137,10 @@ def sample_slopes(
         products: Tensor = (widen(output_gradient) * widen(outputs[0])).flatten(1)
         return products.sum(1)
 
-    modules = {j: parts.blocks[j].modules[-1] for j in injected} | {len(parts.blocks): parts.network}
-    with leaving(modules, inject):
+    def end(y: Tensor) -> Tensor:
+        outputs.append(y)
+        plain: Tensor = forward_ad.unpack_dual(y).primal
+        return plain  # so that a tangent of the loss tells of another way to it
+
+    with leaving({j: parts.blocks[j].modules[-1] for j in injected}, inject), scores_leaving(parts.network, end):
         return _explained(parts, lambda: directional_derivative(each, {}, {})[1])

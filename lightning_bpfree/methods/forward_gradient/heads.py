@@ -13,6 +13,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_bpfree.core.network_call import RefusedError
+
 Shape = tuple[int, ...]
 MakeHead = Callable[[Shape, int], nn.Module]
 HeadKind = Literal["linear", "mlp", "cnn"]
@@ -45,7 +47,7 @@ class Summary(nn.Module):
     def __init__(self, shape: Shape, channels_first: bool = False) -> None:
         super().__init__()
         if not 1 <= len(shape) <= 4:
-            raise ValueError(
+            raise RefusedError(
                 f"heads: a block gives samples of shape {tuple(shape)}; there are heads for vectors (D,), tokens "
                 "(T, D) and maps (C, H, W). Pass a function (output_shape, num_classes) -> nn.Module as heads."
             )
@@ -132,7 +134,7 @@ def cnn_head(shape: Shape, num_classes: int, *, width: int | None = None, channe
         torch.Size([3, 10])
     """
     if not Summary(shape, channels_first).is_map:
-        raise ValueError(
+        raise RefusedError(
             f"heads='cnn': a block gives samples of shape {tuple(shape)}, which are no maps (C, H, W). Use 'linear' or "
             "'mlp'."
         )

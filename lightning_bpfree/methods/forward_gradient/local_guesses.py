@@ -9,10 +9,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_bpfree.core.block_hooks import leaving
+from lightning_bpfree.core.block_hooks import calls_of, scores_leaving
 from lightning_bpfree.core.blocks import Blocks, Cut, cut, find_network
 from lightning_bpfree.core.directions import Distribution
 from lightning_bpfree.core.labels import LabelsOf
+from lightning_bpfree.core.network_call import RefusedError
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.step import Estimate, Step
 from lightning_bpfree.methods.forward_gradient.block_passes import DUAL_COST
@@ -120,7 +121,8 @@ class LocalGuesses:
         rank = int(getattr(step.module, "global_rank", 0))
         projection = BlockProjection(self.settings, parts, self.heads, self._num_classes, seed, rank)
         self.settle(False)  # of a batch that was left in the middle
-        gradients, measured = projection.gradients()
+        with calls_of(self._module) as projection.calls:
+            gradients, measured = projection.gradients()
         assert step.recorded_loss is not None
         loss = step.recorded_loss = step.recorded_loss.detach()  # its graph has done its work
         numbers = torch.cat([number.detach().flatten() for number in measured or [loss]])
@@ -185,15 +187,15 @@ class LocalGuesses:
 def _width_of_output(parts: NetworkInBlocks) -> int:
     found: list[Tensor] = []
 
-    def look(_: int, out: Tensor) -> Tensor:
+    def look(out: Tensor) -> Tensor:
         found.append(out)
         return out
 
-    with leaving({0: parts.network}, look), torch.no_grad():
+    with scores_leaving(parts.network, look), torch.no_grad():
         parts.step.loss(recorded=False)
     if len(found) != 1 or found[0].dim() != 2 or found[0].shape[1] < 2:
         shapes = ", ".join(str(tuple(out.shape)) for out in found)
-        raise ValueError(
+        raise RefusedError(
             f"num_classes=None takes the width of the network's output, and found {shapes or 'none'}: pass "
             "LocalLoss(num_classes=...)."
         )

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from lightning_bpfree.core.directions import Directions, Distribution
 from lightning_bpfree.core.labels import LabelsOf, labels_of
+from lightning_bpfree.core.network_call import Call
 from lightning_bpfree.core.params import Params, widen
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.forward_gradient.block_passes import local_slopes, sample_slopes, slopes
@@ -98,6 +99,7 @@ class BlockProjection:
         self.num_classes, self.seed, self.rank = num_classes, seed, rank
         self.step, self.guided = parts.step, "guess" in heads
         self.losses: dict[str, Tensor] = {}
+        self.calls: list[Call] = []  # of the network by keywords
         self._made: dict[tuple[Role, int], tuple[str, nn.Module]] = {}
         self._labels: Tensor | None = None
 
@@ -123,7 +125,9 @@ class BlockProjection:
 
     def _labels_for(self, z: Tensor) -> Tensor:
         if self._labels is None or len(self._labels) != len(z):
-            self._labels = labels_of(self.step.args[0], len(z), self.num_classes, self.settings.labels).to(z.device)
+            given = self.calls[-1].labels if self.calls else None
+            batch, pick = self.step.args[0], self.settings.labels
+            self._labels = labels_of(batch, len(z), self.num_classes, pick, given).to(z.device)
         return self._labels
 
     def _judged(self, role: Role, j: int, z: Tensor, sources: Sequence[Tensor]) -> list[Tensor | None]:

@@ -37,6 +37,7 @@ from lightning_bpfree.methods.forward_gradient.projection import Scope, Space
 from lightning_bpfree.methods.forward_gradient.slopes import along_many, along_one, chosen_chunk
 from lightning_bpfree.training.flat_objective import FlatObjective
 from lightning_bpfree.training.ranks import mean_over_ranks
+from lightning_bpfree.training.refusal import refusing
 from lightning_bpfree.training.training_rule import TrainingRule
 
 
@@ -228,7 +229,8 @@ class ForwardGradient(TrainingRule):
                 "torch.compile (module._orig_mod of a compiled part), or use ZerothOrder()."
             )
         if self._local_guesses is not None:
-            self._local_guesses.check(module, slots)
+            with refusing(type(self).__name__, ValueError):
+                self._local_guesses.check(module, slots)
             if not self._local_guesses.uses_tangents:
                 return
         for layer, cure in unsupported_layers(module, [slot.parameter for slot in slots.trainable()]):
@@ -240,7 +242,7 @@ class ForwardGradient(TrainingRule):
     def estimate(self, step: Step) -> Estimate:
         """Return the loss and the combination of directions by their slopes, or the projection on the guess."""
         try:
-            with supported_kernels(step.module):
+            with refusing(type(self).__name__), supported_kernels(step.module):
                 return (
                     self._combined(step)
                     if self._local_guesses is None

@@ -10,6 +10,8 @@ from typing import Annotated
 from torch import nn
 
 from lightning_bpfree.core.arguments import Name, NonEmpty
+from lightning_bpfree.core.functional_activations import as_modules
+from lightning_bpfree.core.network_call import RefusedError
 from lightning_bpfree.methods.team_reinforce.units.stochastic import StochasticUnit
 
 Units = Name | type[nn.Module] | Annotated[Sequence[Name | type[nn.Module]], NonEmpty()]
@@ -32,6 +34,8 @@ ACTIVATIONS = (
     nn.Hardsigmoid,
     nn.Hardtanh,
 )
+
+TRANSFORMERS = "transformers.activations"  # whose activations are of classes of their own
 
 
 def find_sites(network: nn.Module, prefix: str, units: Units | None) -> dict[str, nn.Module]:
@@ -57,11 +61,12 @@ def find_sites(network: nn.Module, prefix: str, units: Units | None) -> dict[str
     if units is None:
         kinds: list[tuple[type[nn.Module], ...]] = [(StochasticUnit,), ACTIVATIONS]
         several = [{name: module for name, module in names.items() if isinstance(module, kind)} for kind in kinds]
+        several[1] = {n: m for n, m in names.items() if n in several[1] or type(m).__module__ == TRANSFORMERS}
         found = several[0] or several[1]
         if not found:
-            raise ValueError(
-                f"units: {type(network).__name__} has no activation that is a module (functions, such as torch.relu, "
-                f"cannot be replaced). Make them modules, or name other ones, units=.... {_listing(names)}"
+            raise RefusedError(
+                f"units: {type(network).__name__} has no activation that is a module, and functions cannot be "
+                f"replaced. {as_modules(network)} Or name other modules, units=.... {_listing(names)}"
             )
         return found
     wanted = [units] if isinstance(units, str | type) else list(units)
@@ -70,7 +75,7 @@ def find_sites(network: nn.Module, prefix: str, units: Units | None) -> dict[str
         chosen.update(_matching(names, entry))
     for name, module in chosen.items():
         if any(True for _ in module.parameters()):
-            raise ValueError(
+            raise RefusedError(
                 f"units: {name} ({type(module).__name__}) has parameters, and would not be trained any more. Name the "
                 f"activation behind it. {_listing(names)}"
             )
@@ -89,7 +94,7 @@ def _matching(names: dict[str, nn.Module], entry: str | type[nn.Module]) -> dict
         shown = repr(entry)
     if not found:
         near = difflib.get_close_matches(str(shown).strip("'"), list(names), n=3, cutoff=0.0)
-        raise ValueError(
+        raise RefusedError(
             f"units={shown} matches no module of the network; nearest names: {', '.join(near) or 'none'}. Patterns are "
             f"shell-style, in the whole module: 'net.*.act'; types are given as nn.ReLU or 'ReLU'. {_listing(names)}"
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_bpfree.core.arguments import PositiveFloat, checked
 from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
+from lightning_bpfree.core.network_call import RefusedError
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.team_reinforce.training_pass import TeamPass
 
@@ -54,7 +55,7 @@ class Baselines:
     def _expected(self, key: str, known: Tensor, rewards: Tensor, seed: int) -> Tensor:
         """Return what a critic expects given ``known``, before it learns from the rewards."""
         if not known.is_floating_point():
-            raise ValueError(
+            raise RefusedError(
                 f"baseline={self.kind!r}: a critic reads the network's input, and that is {known.dtype}. Use "
                 "baseline='leave_one_out', or network=... to name the part behind the embedding."
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_bpfree.core.arguments import checked
+from lightning_bpfree.core.network_call import RefusedError
 from lightning_bpfree.core.params import added
 from lightning_bpfree.methods.team_reinforce.layer import Layer
 from lightning_bpfree.methods.team_reinforce.segment_gradients import Gradients, Sums, by_signals, over_units
@@ -138,7 +139,7 @@ class WeightMax(TopDown):
     def check(self, units: Sequence[StochasticUnit], output: StochasticUnit | None) -> None:
         """Refuse the exact form where the output draws nothing."""
         if self.exact and output is None:
-            raise ValueError(
+            raise RefusedError(
                 "credit=WeightMax(exact=True): the ratio is one of probabilities of actions, and output=None draws "
                 "none. Use output='softmax', or exact=False."
             )
@@ -153,7 +154,7 @@ class WeightMax(TopDown):
 def without(above: Layer, value: Tensor) -> Tensor:
     """Return ``1 - P(draw above | unit i silent) / P(draw above)`` for every unit below, ``(rows, n)``."""
     if above.linear is None or not above.chained or above.potential.dim() != 2:
-        raise ValueError(
+        raise RefusedError(
             f"credit=WeightMax(exact=True): between {above.name} and the units below must be one nn.Linear and nothing "
             "else. Use exact=False for other networks."
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_bpfree.core.arguments import FractionBelowOne, checked
+from lightning_bpfree.core.network_call import RefusedError
 from lightning_bpfree.methods.team_reinforce.credit import Credit, WeightMax
 from lightning_bpfree.methods.team_reinforce.layer import Layer
 from lightning_bpfree.methods.team_reinforce.map_propagation import MapPropagation
@@ -29,6 +30,13 @@ class Traces:
     def __init__(self, decay: FractionBelowOne) -> None:
         self.decay = decay
         self.sums: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] | None = None
+
+    def settle(self, succeeded: bool) -> None:
+        """Keep what the last step has made of the traces, or go back to what they were before it."""
+        if not succeeded and self._before is not None:
+            self.sums = self._before
+        self._before = None
 
     def gradients(
         self, work: TeamPass, advantage: Tensor, parameters: Sequence[Tensor], credit: Credit, done: Tensor | None
@@ -42,6 +50,7 @@ class Traces:
             credit: by the whole reward, MAP propagation or Weight Maximization.
             done: which environments begin anew after this step, ``(rows,)``.
         """
+        self._before = dict(self.sums)
         if isinstance(credit, MapPropagation):
             credit.ascend(work)
         by_id: dict[int, Tensor] = {}
@@ -57,7 +66,7 @@ class Traces:
                 _add(by_id, linear.bias, (bias * reward).mean(0))
             if isinstance(credit, WeightMax) and index:
                 if not layer.chained:
-                    raise ValueError(
+                    raise RefusedError(
                         f"trace_decay with credit='weight_max': between {layer.name} and the units below must be one "
                         "nn.Linear and nothing else. Use credit='reward', or leave trace_decay away."
                     )
@@ -70,7 +79,7 @@ class Traces:
     def _updated(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """Return the traces of a layer's weight, ``(rows, units, inputs)``, and bias, with this step in them."""
         if layer.linear is None or layer.below is None:
-            raise ValueError(
+            raise RefusedError(
                 f"trace_decay: {layer.name} does not get its potentials straight from an nn.Linear; traces of other "
                 "layers are not kept. Leave trace_decay away."
             )
@@ -80,7 +89,7 @@ class Traces:
             key = f"{layer.name}/{kind}"
             old = self.sums.get(key)
             if old is not None and old.shape != what.shape:
-                raise ValueError(
+                raise RefusedError(
                     f"trace_decay: a batch of {len(what)} rows after one of {len(old)}: every row is an environment "
                     "that goes on. Keep their number."
                 )

@@ -23,6 +23,7 @@ class EvaluationReport:
     def __init__(self, labels: LabelsOf | None) -> None:
         self.labels = labels
         self._team: TeamNetwork | None = None
+        self._given: Tensor | None = None  # the labels that the network was called with
         self._stage = ""
 
     def begin(self, trainer: pl.Trainer, team: TeamNetwork, wanted: bool) -> None:
@@ -45,6 +46,7 @@ class EvaluationReport:
             return
         noted, team.noted = team.noted, {}
         for way, scores in noted.items():
+            self._given = team.noted_labels
             labels = self._labels(batch, scores)
             if labels is None:
                 continue
@@ -60,6 +62,6 @@ class EvaluationReport:
         if scores.dim() != 2:
             return None
         try:
-            return labels_of(batch, len(scores), scores.shape[1], self.labels)
+            return labels_of(batch, len(scores), scores.shape[1], self.labels, self._given)
         except ValueError:  # a validation batch may have another form; its metrics are the user's own then
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ class Layer:
         linear: the ``nn.Linear`` that made the potentials, ``(rows, n)``, if they come straight from one.
         below: what entered it.
         chained: whether that was the value of the layer before.
+        returned: of the output, what the network returned around the potential.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Layer:
     linear: nn.Linear | None = None
     below: Tensor | None = None
     chained: bool = False
+    returned: Any = None
 
     def score(self) -> Tensor:
         """Return the derivative of the log probability of the value by the potential."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_bpfree.core.autograd_graph import reached
 from lightning_bpfree.core.learning_rates import BlockRates
+from lightning_bpfree.core.network_call import RefusedError
 
 
 class LayerRates:
@@ -61,7 +62,7 @@ class LayerRates:
         if self.ratio is not None:
             self.factors = [self.ratio**index for index in range(len(potentials))]
         if len(potentials) != len(self.factors):
-            raise ValueError(
+            raise RefusedError(
                 f"learning_rates={self.factors}: give one factor for each of the {len(potentials) - 1} layers of "
                 "units, and one for the output."
             )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bpfree.core.arguments import NonNegativeInt, PositiveFloat, checked
+from lightning_bpfree.core.network_call import RefusedError
 from lightning_bpfree.methods.team_reinforce.credit import Credit
 from lightning_bpfree.methods.team_reinforce.layer import Layer
 from lightning_bpfree.methods.team_reinforce.segment_gradients import Gradients, by_signals, over_units
@@ -102,7 +103,7 @@ class MapPropagation(Credit):
         target = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
         if not isinstance(target, Tensor) or target.numel() * work.num_samples != rows:
             found = f"a target of shape {tuple(target.shape)}" if isinstance(target, Tensor) else "no pair"
-            raise ValueError(
+            raise RefusedError(
                 f"credit=MapPropagation(gate=True): the batch has {found}; give pairs (inputs, targets) with one "
                 "number a sample."
             )
@@ -113,7 +114,7 @@ class MapPropagation(Credit):
         """Return what takes the advantage's place: deviation of the target over that of the draw."""
         assert isinstance(last.unit, Gaussian)
         if last.potential.dim() != 2 or last.potential.shape[1] != 1:
-            raise ValueError(
+            raise RefusedError(
                 f"credit=MapPropagation(gate=True): the output has shape {tuple(last.potential.shape)}; the gate is "
                 "defined for one number a sample."
             )

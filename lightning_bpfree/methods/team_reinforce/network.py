@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
-from lightning_bpfree.core.forward_override import Call, ForwardOverride
+from lightning_bpfree.core.forward_override import ForwardOverride
+from lightning_bpfree.core.network_call import Call, RefusedError, scores_of, with_scores
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.team_reinforce.layer import Layer, as_input, averaged
 from lightning_bpfree.methods.team_reinforce.units.boltzmann_machine import Machine, MachineLayer
@@ -19,7 +20,7 @@ from lightning_bpfree.methods.team_reinforce.units.lateral import Boltzmann, Lat
 from lightning_bpfree.methods.team_reinforce.units.stochastic import Softmax, StochasticUnit
 
 Visit = Callable[["Layer"], Tensor]
-TrainingPass = Callable[["TeamNetwork", Tensor, Call], Tensor]
+TrainingPass = Callable[["TeamNetwork", Tensor, Call], Any]
 
 
 class Acts(Protocol):
@@ -94,6 +95,7 @@ class TeamNetwork(ForwardOverride):
         self.generator: torch.Generator | None = None
         self.noted: dict[str, Tensor] | None = None
         """What an evaluation has returned by means and by draws, if that is noted."""
+        self.noted_labels: Tensor | None = None
         self.num_weights = sum(p.numel() for p in network.parameters() if p.dim() > 1)
         self.sites = [UnitLayerOverride(self, name, module) for name, module in activations.items()]
         self._handles: list[Any] = []
@@ -127,16 +129,39 @@ class TeamNetwork(ForwardOverride):
             site.remove()
         super().remove()
 
-    def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the network's callers see."""
-        call = Call(args, kwargs)
+        inputs, call = Call.of(self.network, args, kwargs)
         if self.training_pass is not None:
             return self.training_pass(self, inputs, call)
-        scores = self.scores(inputs, call, self.settings.evaluation)
+        scores, returned = self._evaluated(inputs, call, self.settings.evaluation)
         if self.noted is not None:
             other = "mean" if self.settings.evaluation == "samples" else "samples"
             self.noted = {self.settings.evaluation: scores, other: self.scores(inputs, call, other)}
-        return scores
+            self.noted_labels = call.labels
+        return returned
+
+    def as_output(self, returned: Any, scores: Tensor, copies: int) -> Any:
+        """Return what the network returned for copies of a batch one behind the other, for the batch itself.
+
+        Args:
+            returned: by the network.
+            scores: what becomes of its scores, ``(B, ...)``.
+            copies: how many. Other tensors with a row for each sample are averaged over them, as scores are; a loss
+                that the network computes is its mean over all rows anyway.
+        """
+        if isinstance(returned, Tensor):
+            return scores
+        rows = copies * len(scores)
+
+        def of_batch(tensor: Tensor) -> Tensor:
+            tensor = tensor if scores.requires_grad else tensor.detach()  # a step's own loss trains no part of a team
+            if copies == 1 or tensor.shape[:1] != (rows,):
+                return tensor
+            parts = tensor.view(copies, -1, *tensor.shape[1:])
+            return parts.mean(0) if tensor.is_floating_point() else parts[0]
+
+        return with_scores(self.network, returned, scores, of_batch)
 
     # --- one forward pass ---
 
@@ -178,14 +203,10 @@ class TeamNetwork(ForwardOverride):
         """
         self._visit, self._layers = visit, []
         try:
-            output = self.original(inputs, *call.args, **call.kwargs)
+            args, kwargs = call.around(inputs)
+            output = self.original(*args, **kwargs)
             layers = self._layers
-            if not isinstance(output, Tensor):
-                raise ValueError(
-                    f"network: {type(self.network).__name__} returns a {type(output).__name__}; a team acts by one "
-                    "tensor of scores. Name the submodule that returns them, network=...."
-                )
-            last = Layer("output", self.output or Softmax(), output)
+            last = Layer("output", self.output or Softmax(), scores_of(self.network, output), returned=output)
             self._notice_linear(last)
         finally:
             self._visit, self._layers, self._linears = None, [], {}
@@ -200,17 +221,17 @@ class TeamNetwork(ForwardOverride):
 
     def _check(self, layers: Sequence[Layer], rows: int) -> None:
         if not layers:
-            raise ValueError(
+            raise RefusedError(
                 f"units: none of {', '.join(site.name for site in self.sites)} ran in the network's forward pass."
             )
         for layer in layers:
             if layer.potential.shape[:1] != (rows,):
-                raise ValueError(
+                raise RefusedError(
                     f"units: {layer.name} gets {tuple(layer.potential.shape)} for {rows} samples; their number must "
                     "come first (batch_first=True)."
                 )
         if 1 < len(self.units) != len(layers):
-            raise ValueError(
+            raise RefusedError(
                 f"unit: {len(self.units)} units for {len(layers)} layers of units "
                 f"({', '.join(layer.name for layer in layers)}): give one, or one for each layer."
             )
@@ -220,7 +241,7 @@ class TeamNetwork(ForwardOverride):
         if not self.exploration.has_lateral_weights:
             return None
         if layer.potential.dim() != 2:
-            raise ValueError(
+            raise RefusedError(
                 f"exploration={type(self.exploration).__name__}: {layer.name} has potentials of shape "
                 f"{tuple(layer.potential.shape)}, and lateral weights need (B, n). Name other units, or use "
                 "exploration='independent'."
@@ -246,13 +267,13 @@ class TeamNetwork(ForwardOverride):
         """Return the Boltzmann machine over layers of units and the output, the last of ``layers``.
 
         Raises:
-            ValueError: if there is more than a linear layer between two of them.
+            RefusedError: if there is more than a linear layer between two of them.
         """
         assert isinstance(self.exploration, Boltzmann)
         parts = [MachineLayer(layers[0].unit, lateral=self.lateral_weight(layers[0]))]
         for layer in layers[1:]:
             if layer.linear is None or not layer.chained:
-                raise ValueError(
+                raise RefusedError(
                     f"Boltzmann(whole_network=True): between {layer.name} and the layer of units before it must be "
                     "one nn.Linear and nothing else. Use Boltzmann() with baseline='per_layer' for other networks."
                 )
@@ -267,6 +288,9 @@ class TeamNetwork(ForwardOverride):
 
     def scores(self, inputs: Tensor, call: Call, evaluation: str) -> Tensor:
         """Return the output by the units' means, or averaged over draws, ``(B, C)``."""
+        return self._evaluated(inputs, call, evaluation)[0]
+
+    def _evaluated(self, inputs: Tensor, call: Call, evaluation: str) -> tuple[Tensor, Any]:
         copies = self.settings.eval_samples if evaluation == "samples" else 1
         call = call.times(len(inputs), copies)
         many = inputs.repeat(copies, *[1] * (inputs.dim() - 1)) if copies > 1 else inputs
@@ -279,7 +303,8 @@ class TeamNetwork(ForwardOverride):
 
         layers = self.run(many, call, visit)
         output = self._machine_scores(layers, evaluation) if self.is_one_machine else layers[-1].potential
-        return averaged(output, copies, self.output)
+        scores = averaged(output, copies, self.output)
+        return scores, self.as_output(layers[-1].returned, scores, copies)
 
     @property
     def is_one_machine(self) -> bool:

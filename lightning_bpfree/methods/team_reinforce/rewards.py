@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_bpfree.core.arguments import checked
 from lightning_bpfree.core.labels import LabelsOf, labels_of
+from lightning_bpfree.core.network_call import RefusedError
 from lightning_bpfree.core.step import NonFiniteLossError, Step
 from lightning_bpfree.methods.team_reinforce.training_pass import TeamPass
 from lightning_bpfree.methods.team_reinforce.units.stochastic import Softmax
@@ -45,7 +46,7 @@ class Rewards:
         rows = len(last.potential)
         if not isinstance(rewards, Tensor) or rewards.shape not in ((rows,), (rows, 1)):
             what = f"shape {tuple(rewards.shape)}" if isinstance(rewards, Tensor) else type(rewards).__name__
-            raise ValueError(
+            raise RefusedError(
                 f"reward: found {what}; needed is one number a row of the action, ({rows},): row m * B + b is draw m "
                 f"of sample b, for {work.num_samples} draws of {rows // work.num_samples} samples."
             )
@@ -91,7 +92,7 @@ class Rewards:
                 f"TeamReinforce(reward={self.reward!r}) needs scores of classes, (B, C), and for 'class' an output "
                 f"that is drawn by softmax; the network returns {tuple(output.shape)}. Pass a function, reward=...."
             )
-        labels = labels_of(step.args[0] if step.args else None, rows, classes, self.labels)
+        labels = labels_of(step.args[0] if step.args else None, rows, classes, self.labels, work.labels)
         labels = labels if work.num_samples == 1 else labels.repeat(work.num_samples)
         if self.reward == "loss":
             return -F.cross_entropy(output, labels, reduction="none")

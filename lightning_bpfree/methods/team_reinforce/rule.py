@@ -22,7 +22,7 @@ from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
 from lightning_bpfree.core.labels import LabelsOf
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.seeds import mix
-from lightning_bpfree.core.step import Estimate, Step
+from lightning_bpfree.core.step import Estimate, Step, check_finite
 from lightning_bpfree.methods.team_reinforce.activations import Units, find_sites
 from lightning_bpfree.methods.team_reinforce.baselines import Baseline, Baselines
 from lightning_bpfree.methods.team_reinforce.credit import Credit, TopDown
@@ -191,6 +191,12 @@ class TeamReinforce(NetworkRule):
         """Return lateral weights and critics."""
         return {"lateral": self._lateral, "critics": self._baselines.own}
 
+    def on_batch_settled(self, succeeded: bool) -> None:
+        """Keep what was learned beside the network, or drop it."""
+        super().on_batch_settled(succeeded)
+        if self._traces is not None:
+            self._traces.settle(succeeded)
+
     def learning_rate_factors(self) -> LayerRates | None:
         """Return the factors of the layers, which are found when these run."""
         return None if self.learning_rates is None else LayerRates(self.learning_rates)
@@ -218,14 +224,17 @@ class TeamReinforce(NetworkRule):
         leaves = isinstance(credit, TopDown)
         options = {"negative_phase": self.negative_phase, "leaves": leaves, "again": self.reevaluates}
         work = TeamPass(step, self.num_samples, generator, **options)
+        self.begin_batch()
         with network.in_training(work):
             loss = step.loss(cost=float(self.num_samples))
-        self.on_batch_settled(False)  # of a batch that was left in the middle
         if not work.layers:
             raise self.never_called()
         if self.reward == "step":
             take_action(step, work)
+        check_finite({f"the potentials of {layer.name}": layer.potential for layer in work.layers})
         rewards, by_output = self._rewards(step, work)
+        if by_output is not None:
+            check_finite({"the derivative of the reward": by_output})
         advantages = self._baselines.advantages(work, rewards, self.record.seed or 0)
         self._learn_laterally(work, advantages)
         parameters = [slot.parameter for slot in step.trained]
@@ -236,6 +245,8 @@ class TeamReinforce(NetworkRule):
         else:
             done = step.output.get("done") if isinstance(step.output, dict) else None
             found = self._traces.gradients(work, advantages[-1], parameters, credit, done)
+        if self.reevaluates:
+            check_finite({f"the potentials of {layer.name}": layer.potential for layer in work.layers})
         step.forward_evals += self.num_samples * settings.cost_behind(work.layers, network.num_weights)
         metrics = {"reward": rewards.mean()}
         return Estimate(loss.detach(), self._descending(step, loss, found), metrics)
@@ -256,6 +267,7 @@ class TeamReinforce(NetworkRule):
         others = [slot for slot, gradient in zip(step.trained, found, strict=True) if gradient is None]
         of_loss: list[Tensor | None] = [None] * len(others)
         if others and loss.requires_grad:
+            check_finite({"the loss": loss})
             own = [slot.parameter for slot in others]
             of_loss = list(torch.autograd.grad(loss, own, allow_unused=True))
         made = {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_bpfree.core.forward_override import Call
+from lightning_bpfree.core.network_call import Call, RefusedError
 from lightning_bpfree.core.replay.random_streams import RandomStreams
 from lightning_bpfree.core.step import Step
 from lightning_bpfree.methods.team_reinforce.layer import Layer, as_input, averaged
@@ -43,15 +44,16 @@ class TeamPass:
         self.negative_phase, self.leaves = negative_phase, leaves
         self._streams = RandomStreams([generator.device]) if again else None
         self.layers: list[Layer] = []
+        self.labels: Tensor | None = None
 
-    def __call__(self, team: TeamNetwork, inputs: Tensor, call: Call) -> Tensor:
+    def __call__(self, team: TeamNetwork, inputs: Tensor, call: Call) -> Any:
         """Draw, act, and return what the training step sees: the output, averaged over draws, without a graph."""
         if self.layers:
-            raise ValueError(
+            raise RefusedError(
                 "TeamReinforce: the training step calls its network twice; a reward belongs to one call. Join the "
                 "batches, or name the part that is called once, network=...."
             )
-        copies, self.team = self.num_samples, team
+        copies, self.team, self.labels = self.num_samples, team, call.labels
         self.inputs = inputs.repeat(copies, *[1] * (inputs.dim() - 1)) if copies > 1 else inputs
         self.call = call.times(len(inputs), copies)
         self._before = None if self._streams is None else self._streams.save()
@@ -62,7 +64,8 @@ class TeamPass:
             last.value = last.drawn.value
         if team.is_one_machine:
             self._draw_jointly()
-        return averaged(last.potential.detach(), copies, team.output)
+        scores = averaged(last.potential.detach(), copies, team.output)
+        return team.as_output(last.returned, scores, copies)
 
     def _drawn(self, layer: Layer) -> Tensor:
         value = self.team.draw(layer, self.generator, self.negative_phase)

@@ -180,7 +180,7 @@ def test_bad_arguments(arguments, said):
         (lambda: bpf.ForwardForward([2, 2], prediction="readout"), ValueError, "every layer is in a block"),
         (lambda: bpf.ForwardForward(params="net.layers.6.*"), MisconfigurationException, "nothing would be trained"),
         (lambda: bpf.ForwardForward(["layers.2", "layers.4"]), MisconfigurationException, "weight.*in no block"),
-        (lambda: bpf.ForwardForward(["layers.2", "layers.0", "layers.4"]), RuntimeError, "in the order layers.0"),
+        (lambda: bpf.ForwardForward(["layers.2", "layers.0", "layers.4"]), ValueError, "in the order layers.0"),
         (lambda: bpf.ForwardForward(num_classes=2), ValueError, "values from 0 to 2"),
         (lambda: bpf.ForwardForward(num_classes=6), ValueError, "6 labels do not fit into inputs of 6 values"),
         (lambda: bpf.ForwardForward(negatives=lambda x, y: y), ValueError, "true labels"),

@@ -167,14 +167,14 @@ def test_labels_and_blocks_that_do_not_fit():
         def training_step(self, batch, index):
             return super().training_step(batch, index) + super().training_step(batch, index)
 
-    with pytest.raises(RuntimeError, match="runs twice"):
+    with pytest.raises(ValueError, match="runs twice"):
         step(ForwardGradient(guess=LocalLoss(num_classes=3)), kind=Twice)
 
     class Peeks(Problem):
         def training_step(self, batch, index):
             return F.cross_entropy(self.net(batch[0]), batch[1]) + self.net[0](batch[0]).square().mean() * 0
 
-    with pytest.raises(RuntimeError, match="runs twice"):
+    with pytest.raises(ValueError, match="runs twice"):
         step(ForwardGradient(guess=LocalLoss(blocks=["0"], num_classes=3)), kind=Peeks)
 
 
