@@ -259,7 +259,7 @@ class TrainingRule(Callback, ABC):
 
     def _step(self, trainer: pl.Trainer, module: Any, evaluate: Any, args: Any, kwargs: Any, replayable: bool) -> Step:
         state = self._looked_at(trainer, module)
-        copies = BatchCopies(args, kwargs, state.writes_batch_unseen) if replayable else None
+        copies = BatchCopies(args, kwargs, state.writes_batch) if replayable else None
         if copies is not None and state.rehearsal_due():
             state.rehearse(evaluate, copies)
             check_writes(type(self).__name__, state.written_and_trained())
