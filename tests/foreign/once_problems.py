@@ -134,5 +134,7 @@ def difference(a: Any, b: Any, where: str = "") -> str:
     if isinstance(a, list | tuple):
         if len(a) != len(b):
             return f"{where}: {len(a)} elements, not {len(b)}"
-        return next(filter(None, (difference(p, q, f"{where}[{i}]") for i, (p, q) in enumerate(zip(a, b, strict=True)))), "")
+        return next(
+            filter(None, (difference(p, q, f"{where}[{i}]") for i, (p, q) in enumerate(zip(a, b, strict=True)))), ""
+        )
     return "" if a == b else f"{where}: {a} is not {b}"

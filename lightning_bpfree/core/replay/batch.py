@@ -148,4 +148,6 @@ def _equal(now: Any, then: Any) -> bool:
         return bool(now.shape == then.shape and ((now == then) | ((now != now) & (then != then))).all())
     if now.layout is not torch.strided:
         return True
-    return torch.equal(now, then) or (now.shape == then.shape and bool(((now == then) | ((now != now) & (then != then))).all()))
+    return torch.equal(now, then) or (
+        now.shape == then.shape and bool(((now == then) | ((now != now) & (then != then))).all())
+    )
