@@ -159,19 +159,29 @@ class ParameterSlots:
     def replaced(self, params: Mapping[str, Tensor]) -> Iterator[None]:
         """Let the module compute with ``params`` instead of its own tensors; its parameters come back untouched."""
         slots = [slot for slot in self.slots if slot.name in params]
+        elsewhere = {slot.name: [p for p in self._elsewhere.get(slot.name, ()) if _holds(p, slot)] for slot in slots}
+
+        def fill(slot: Slot, tensor: Tensor) -> None:
+            for owner, key in slot.places:
+                place(owner, key, tensor)
+            for further in elsewhere[slot.name]:
+                further.put(tensor)
+
         try:
             for slot in slots:
-                self._place(slot, params[slot.name])
+                fill(slot, params[slot.name])
             yield
         finally:
             for slot in slots:
-                self._place(slot, slot.parameter)
+                fill(slot, slot.parameter)
 
-    def _place(self, slot: Slot, tensor: Tensor) -> None:
-        for owner, key in slot.places:
-            place(owner, key, tensor)
-        for elsewhere in self._elsewhere.get(slot.name, ()):
-            elsewhere.put(tensor)
+
+def _holds(found: Place, slot: Slot) -> bool:
+    """Whether the parameter is still where it was found: a list may have been emptied since."""
+    try:
+        return found.get() is slot.parameter
+    except (LookupError, TypeError):
+        return False
 
 
 def place(owner: nn.Module, key: str, tensor: Tensor | None) -> None:

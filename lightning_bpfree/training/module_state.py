@@ -17,7 +17,7 @@ from lightning_bpfree.core.params import ParameterSlots, Slot
 from lightning_bpfree.core.replay.backward_only import BackwardOnly, names_hooks
 from lightning_bpfree.core.replay.batch import BatchCopies
 from lightning_bpfree.core.replay.computed_types import ComputedTypes
-from lightning_bpfree.core.replay.held_state import HeldState
+from lightning_bpfree.core.replay.held_state import Generators, HeldState
 from lightning_bpfree.core.replay.iterators import Iterators
 from lightning_bpfree.core.replay.object_graph import Found, Place, is_generator, walk
 from lightning_bpfree.core.replay.random_streams import RandomStreams
@@ -104,7 +104,7 @@ class ModuleState:
         self.module, self.params, self._others, self._optimizers = module, params, list(others), list(optimizers)
         self.quiet, self.streams = SilencedLogging(module), RandomStreams([module.device])
         self.needs_graph = False
-        self.writes_batch_unseen = False
+        self.writes_batch = False
         self.backward_only: dict[str, bool] = {}
         self.computed_in: torch.dtype | None = None
         self.written: set[str] = set()
@@ -120,11 +120,19 @@ class ModuleState:
         self.found = walk(self.module, [*self._others, *_generators_of(self.module)])
         for group in (group for optimizer in self._optimizers for group in optimizer.param_groups):
             self.found.parameters.extend(Place(group["params"], index) for index in range(len(group["params"])))
+        # Groups that the step adds, for a head that is born in it, are added once.
+        self.found.containers.extend(optimizer.param_groups for optimizer in self._optimizers)
+        known = {id(slot.parameter) for slot in (*self.slots, *self.slots.rest)}
+        self.outside = [place for place in self._parameter_places() if id(place.get()) not in known]
         self.slots.add_places(self.found.modules, self.found.parameters)
         self.held = HeldState(self.found)
         self.buffers = TensorCopies(self._copied_places())
         self._shape = self._shape_now()
         self._new_things = False
+
+    def _parameter_places(self) -> list[Place]:
+        registered = [Place(m._parameters, key) for m in self.found.modules for key in m._parameters]
+        return [place for place in (*registered, *self.found.parameters) if place.get() is not None]
 
     def _copied_places(self) -> list[Place]:
         plain = [p for p in self.found.tensors if p.get().nbytes <= _SMALL or id(p.get()) in self._moving]
@@ -135,7 +143,8 @@ class ModuleState:
             if slot.name in self.written
             for owner, key in slot.places
         ]
-        return [*buffer_places(self.found.modules), *plain, *arrays, *frozen]
+        outside = [p for p in self.outside if id(p.get()) in self._moving]
+        return [*buffer_places(self.found.modules), *plain, *arrays, *frozen, *outside]
 
     def _frozen(self) -> list[Slot]:
         trained = {slot.name for slot in self.slots.trainable()}
@@ -153,20 +162,30 @@ class ModuleState:
 
     def refresh(self) -> bool:
         """Look again if the module has other parts than at the last look; return whether it had."""
-        if not self._new_things and self._shape == self._shape_now():
+        if not self._new_things and self._shape == self._shape_now() and not self._gone():
             return False
         self._look()
         return True
 
+    def _gone(self) -> bool:
+        """Whether something is no longer where it was found: a list was emptied, an attribute deleted."""
+        try:
+            for place in chain(self.found.tensors, self.found.arrays, self.found.iterators, self.outside):
+                place.get()
+        except (LookupError, TypeError):
+            return True
+        return False
+
     def replay(self) -> Replay:
         """Return what puts everything back between the evaluations of one step."""
-        parts: list[Any] = [self.streams, self.held]
-        if self.found.iterators:
-            parts.append(Iterators(self.found.iterators))
-        return Replay(parts, self.buffers, self._finished)
+        iterators = self._iterators()
 
-    def _finished(self, before: list[Any], after: list[Any]) -> None:
-        self._new_things |= self.held.differs(after[1], before[1])
+        def finished(before: list[Any], after: list[Any]) -> None:
+            self._new_things |= self.held.differs(after[1], before[1])
+            for part in iterators:
+                part.settle()
+
+        return Replay([self.streams, self.held, *iterators], self.buffers, finished)
 
     # --- rehearsal ---
 
@@ -192,6 +211,7 @@ class ModuleState:
             self._look()
         trained = [(slot.name, slot.parameter) for slot in [*self.slots, *self.slots.rest]]
         large = [(f"held {i}", p.get()) for i, p in enumerate(self.found.tensors) if p.get().nbytes > _SMALL]
+        large += [(f"outside {i}", p.get()) for i, p in enumerate(self.outside)]
         arrays = [p for p in self.found.arrays if p.get().nbytes > _SMALL]
         copies = [p.get().copy() for p in arrays]
         with Writes([*cast("list[tuple[str, Tensor]]", trained), *large]) as writes:
@@ -202,12 +222,12 @@ class ModuleState:
             if (place.get() != copy).any():
                 place.get()[...] = copy
                 self._moving.add(id(place.get()))
-        self.writes_batch_unseen |= batch.was_written_unseen()
+        batch.always = self.writes_batch = self.writes_batch or batch.was_written()
         self.buffers = TensorCopies(self._copied_places())
 
     def _evaluated_aside(self, evaluate: Callable[..., Any], batch: BatchCopies, held: HeldState) -> None:
         def evaluated() -> None:
-            args, kwargs = batch.fresh()
+            args, kwargs = batch.watched()
             replay.rewind()
             with self.buffers.copies(), self.quiet():
                 evaluate(*args, **kwargs)
@@ -236,7 +256,9 @@ class ModuleState:
         return [getattr(method, "__func__", method) for method in methods]
 
     def _iterators(self) -> list[Iterators]:
-        return [Iterators(self.found.iterators)] if self.found.iterators else []
+        if not self.found.iterators:
+            return []
+        return [Iterators(self.found.iterators, [self.streams, Generators(self.found.generators)])]
 
     def written_and_trained(self) -> list[str]:
         """Return the names of parameters that the training step writes to, although they are trained."""

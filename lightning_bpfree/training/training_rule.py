@@ -286,7 +286,7 @@ class TrainingRule(Callback, ABC):
 
     def _step(self, trainer: pl.Trainer, module: Any, evaluate: Any, args: Any, kwargs: Any, observed: bool) -> Step:
         state, replayable = self._looked_at(trainer, module), self.reevaluates or observed
-        copies = BatchCopies(args, kwargs, state.writes_batch_unseen) if replayable else None
+        copies = BatchCopies(args, kwargs, state.writes_batch) if replayable else None
         if copies is not None and (self.rehearses or observed) and state.rehearsal_due():
             self._rehearse(trainer, module, state, partial(state.rehearse, evaluate, copies))
         return Step(

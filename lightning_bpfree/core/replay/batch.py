@@ -74,7 +74,8 @@ class BatchCopies:
     Args:
         args: of the training step.
         kwargs: of the training step.
-        always: hand out copies whether or not an evaluation is seen to write: NumPy writes to a tensor unseen.
+        always: hand out copies whether or not an evaluation is seen to write: for a step that is known to write to its
+            batch. NumPy writes unseen, and transforms of torch.func refuse to write to what they have not made.
 
     Examples:
         >>> import torch
@@ -88,11 +89,11 @@ class BatchCopies:
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, always: bool = False) -> None:
         self.args, self.kwargs, self.always = args, dict(kwargs or {}), always
         self._kept: dict[int, tuple[Any, Any, int]] = {}  # original, its copy, its version
+        self._watched: list[tuple[Any, Any, int]] = []  # a copy that was handed out, what it was, its version
         self._as_given = rebuilt((args, self.kwargs), self._keep)  # containers from which evaluations take out nothing
 
     def _keep(self, tensor: Any) -> Any:
-        kept = tensor.detach().clone() if isinstance(tensor, Tensor) else tensor.copy()
-        self._kept[id(tensor)] = (tensor, kept, _version(tensor))
+        self._kept[id(tensor)] = (tensor, _copy(tensor), _version(tensor))
         return tensor
 
     def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -100,24 +101,53 @@ class BatchCopies:
         args, kwargs = rebuilt(self._as_given, self._unchanged)
         return args, kwargs
 
+    def watched(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return copies of the arguments, of which :meth:`was_written` tells later on whether one has changed."""
+
+        def handed_out(tensor: Any) -> Any:
+            kept = self._kept[id(tensor)][1]
+            copy = _copy(kept)
+            self._watched.append((copy, kept, _version(copy)))
+            return copy
+
+        args, kwargs = rebuilt(self._as_given, handed_out)
+        return args, kwargs
+
     def original(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments themselves, for the recorded evaluation; what others wrote to them is undone."""
         for tensor, kept, version in self._kept.values():
             if isinstance(tensor, Tensor) and _version(tensor) != version:
-                tensor.detach().copy_(kept)
+                tensor.detach().copy_(kept.detach())
         return self.args, self.kwargs
 
-    def was_written_unseen(self) -> bool:
-        """Return whether a tensor has changed without the count that torch keeps of writes."""
-        tensors = [entry for entry in self._kept.values() if isinstance(entry[0], Tensor)]
-        return any(_version(now) == version and not torch.equal(now, kept) for now, kept, version in tensors)
+    def was_written(self) -> bool:
+        """Return whether someone has written to what :meth:`watched` has handed out."""
+        return any(_version(copy) != version or not _equal(copy, kept) for copy, kept, version in self._watched)
 
     def _unchanged(self, tensor: Any) -> Any:
         original, kept, version = self._kept.get(id(tensor), (tensor, tensor, -1))
         if isinstance(original, Tensor):
-            return original if not self.always and version in (-1, _version(original)) else kept.clone()
-        return kept.copy()
+            return original if not self.always and version in (-1, _version(original)) else _copy(kept)
+        return _copy(kept)
 
 
 def _version(tensor: Any) -> int:
     return tensor._version if isinstance(tensor, Tensor) and not tensor.is_inference() else 0
+
+
+def _copy(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value.copy()
+    copy = value.detach().clone()
+    return copy.requires_grad_() if value.requires_grad else copy
+
+
+def _equal(now: Any, then: Any) -> bool:
+    """Whether two tensors, or arrays, are equal; NaN equals itself. Kinds that torch does not compare count as equal."""
+    if not isinstance(now, Tensor):
+        return bool(now.shape == then.shape and ((now == then) | ((now != now) & (then != then))).all())
+    if now.layout is not torch.strided:
+        return True
+    return torch.equal(now, then) or (
+        now.shape == then.shape and bool(((now == then) | ((now != now) & (then != then))).all())
+    )

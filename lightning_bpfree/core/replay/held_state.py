@@ -84,6 +84,37 @@ def _refill(mapping: Any, saved: Mapping[Any, Any]) -> None:
         kind.__setitem__(mapping, key, value)
 
 
+class Registries:
+    """Which parameters, buffers and children modules have registered: those that an evaluation adds are taken out again.
+
+    Args:
+        modules: the modules whose registries count.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.registries: list[dict[str, Any]] = [
+            m.__dict__[key] for m in modules for key in ("_parameters", "_buffers", "_modules")
+        ]
+        self.sizes = list(map(len, self.registries))
+
+    def save(self) -> dict[int, dict[str, Any]]:
+        """Return what was added since the start, by the number of the registry."""
+        sizes = list(map(len, self.registries))
+        if sizes == self.sizes:
+            return {}
+        grown = [i for i, size in enumerate(sizes) if size > self.sizes[i]]
+        return {i: dict(list(self.registries[i].items())[self.sizes[i] :]) for i in grown}
+
+    def load(self, state: dict[int, dict[str, Any]]) -> None:
+        """Take out what was added since, and put in what is in ``state``."""
+        if not state and list(map(len, self.registries)) == self.sizes:
+            return
+        for i, registry in enumerate(self.registries):
+            while len(registry) > self.sizes[i]:
+                registry.popitem()
+            registry.update(state.get(i, {}))
+
+
 class Containers:
     """The contents of lists, dicts, sets and deques (and of what is derived from them)."""
 
@@ -197,6 +228,7 @@ class HeldState:
             Attributes(found.modules, found.objects),
             Containers(found.containers),
             Generators(found.generators),
+            Registries(found.modules),
         )
 
     def save(self) -> list[Any]:

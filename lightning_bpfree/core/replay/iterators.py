@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from lightning_bpfree.core.replay.object_graph import Place
+
+
+class Streams(Protocol):
+    """Random streams, which what stands behind an iterator may draw from."""
+
+    def save(self) -> Any:
+        """Return the present state."""
+
+    def load(self, state: Any) -> None:
+        """Put ``state`` back."""
 
 
 class RepeatedIterator:
     """An iterator that can go back to where a step began.
 
+    An element that is handed out again moves the random streams as it did the first time, when it was made: a loader
+    that shuffles draws its order at the first element.
+
     Args:
         source: the iterator.
+        streams: what elements may draw from.
 
     Examples:
         >>> repeated = RepeatedIterator(iter("abc"))
@@ -23,9 +37,9 @@ class RepeatedIterator:
         ('a', 'b')
     """
 
-    def __init__(self, source: Iterator[Any]) -> None:
-        self.source = source
-        self.drawn: list[Any] = []
+    def __init__(self, source: Iterator[Any], streams: Sequence[Streams] = ()) -> None:
+        self.source, self.streams = source, list(streams)
+        self.drawn: list[tuple[Any, list[Any]]] = []  # elements, and the streams behind them
         self.place = 0
 
     def __iter__(self) -> RepeatedIterator:
@@ -33,9 +47,13 @@ class RepeatedIterator:
 
     def __next__(self) -> Any:
         if self.place == len(self.drawn):
-            self.drawn.append(next(self.source))
+            element = next(self.source)
+            self.drawn.append((element, [stream.save() for stream in self.streams]))
+        else:
+            for stream, state in zip(self.streams, self.drawn[self.place][1], strict=True):
+                stream.load(state)
         self.place += 1
-        return self.drawn[self.place - 1]
+        return self.drawn[self.place - 1][0]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["source"], name)
@@ -55,14 +73,15 @@ class Iterators:
 
     Args:
         places: where the iterators are.
+        streams: what their elements may draw from.
     """
 
-    def __init__(self, places: Sequence[Place]) -> None:
+    def __init__(self, places: Sequence[Place], streams: Sequence[Streams] = ()) -> None:
         self.repeated: list[RepeatedIterator] = []
         for place in places:
             source = place.get()
             if not isinstance(source, RepeatedIterator):
-                source = RepeatedIterator(source)
+                source = RepeatedIterator(source, streams)
                 place.put(source)
             self.repeated.append(source)
         self.places = list(places)

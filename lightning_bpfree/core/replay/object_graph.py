@@ -177,6 +177,7 @@ def walk(module: nn.Module, others: Iterable[Any] = ()) -> Found:
 class _Walk:
     def __init__(self) -> None:
         self.seen: set[int] = set()
+        self.classes: set[type] = set()
         self.found = Found([], [], [], [], [], [], [], [])
         self.waiting: list[Any] = []
 
@@ -197,6 +198,7 @@ class _Walk:
             self.found.modules.append(value)
             self.waiting += [child for child in value._modules.values() if child is not None]
             self._within(value.__dict__, [key for key in value.__dict__ if key not in _INTERNAL and key not in HOOKS])
+            self._of_classes(type(value))
         elif is_container(value):
             self.found.containers.append(value)
             if len(value) <= LARGEST and not isinstance(value, bytearray):
@@ -210,7 +212,18 @@ class _Walk:
         own = attributes_of(value)
         if own is not None and not (isinstance(value, torch.utils.data.Dataset | torch.utils.data.DataLoader)):
             self.found.objects.append(value)
+            self._of_classes(type(value))
             self._within(own, [key for key in own if key not in ("trainer", "_trainer")])
+
+    def _of_classes(self, kind: type) -> None:
+        """Look into what the user's classes hold themselves, such as a list that all instances fill."""
+        for base in kind.__mro__:
+            if base in self.classes or base.__module__.partition(".")[0] in (*_OPAQUE_PACKAGES, "builtins"):
+                continue
+            self.classes.add(base)
+            for name, value in vars(base).items():
+                if not name.startswith("__") and (is_container(value) or is_generator(value)):
+                    self.waiting.append(value)
 
     def _elements(self, container: Any) -> None:
         if isinstance(container, set):
