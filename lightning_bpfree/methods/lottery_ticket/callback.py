@@ -109,6 +109,10 @@ class LotteryTicket(Callback):
         """Return the arguments as they are now, checked against one another."""
         return TicketArguments(**{name: getattr(self, name) for name in TicketArguments.names()})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy of the callback, or a pickle of it, takes along: no parameters of the module."""
+        return {**self.__dict__, "_slots": {}}
+
     # --- what a run has found ---
 
     @property

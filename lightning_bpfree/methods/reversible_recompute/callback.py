@@ -109,6 +109,10 @@ class ReversibleRecompute(Callback):
         names = ("rewire", "scale", "fusion", "buffer_every", "max_error", "check_every", "store_last")
         return {name: getattr(self, name) for name in names}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy of the callback, or a pickle of it, takes along: no module, nor what was done to one."""
+        return {**self.__dict__, "conversion": None, "_module": None, "_found": []}
+
     def _check(self) -> None:
         unused = {"buffer_every": "auto", "check_every": 1, "store_last": 0}
         given = [f"{name}={v!r}" for name, v in self._options.items() if v != unused.get(name)]
