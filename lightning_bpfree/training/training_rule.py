@@ -196,6 +196,7 @@ class TrainingRule(Callback, ABC):
             self._swap.undo()
         if self._has_trained:  # else a Tuner has but tried the module, and the fit is yet to come
             self._loaded_for_fit = False
+        self._streams.take([])
         self._swap, self._module_state, self.observers = None, None, []
 
     def __getstate__(self) -> dict[str, Any]:
