@@ -5,6 +5,9 @@
 4
 """
 
+from lightning_bpfree.core.directions import Directions as Directions
+from lightning_bpfree.core.step import Estimate as Estimate
+from lightning_bpfree.core.step import Step as Step
 from lightning_bpfree.methods.backprop.rule import Backprop as Backprop
 from lightning_bpfree.methods.direct_feedback_alignment.rule import (
     DirectFeedbackAlignment as DirectFeedbackAlignment,
@@ -24,6 +27,12 @@ from lightning_bpfree.methods.reversible_recompute.callback import ReversibleRec
 from lightning_bpfree.methods.reversible_recompute.conversion import FunctionChangedWarning as FunctionChangedWarning
 from lightning_bpfree.methods.reversible_recompute.conversion import convert_to_reversible as convert_to_reversible
 from lightning_bpfree.methods.reversible_recompute.coupling import ReversibleBlock as ReversibleBlock
+from lightning_bpfree.methods.reversible_recompute.models.builders import reversible_hiera as reversible_hiera
+from lightning_bpfree.methods.reversible_recompute.models.builders import reversible_roberta as reversible_roberta
+from lightning_bpfree.methods.reversible_recompute.models.builders import reversible_swin as reversible_swin
+from lightning_bpfree.methods.reversible_recompute.models.builders import reversible_vit as reversible_vit
+from lightning_bpfree.methods.reversible_recompute.models.builders import set_schedule as set_schedule
+from lightning_bpfree.methods.reversible_recompute.models.mvit import ReversibleMViT as ReversibleMViT
 from lightning_bpfree.methods.reversible_recompute.recomputation import ReconstructionError as ReconstructionError
 from lightning_bpfree.methods.reversible_recompute.sequential import ReversibleSequential as ReversibleSequential
 from lightning_bpfree.methods.reversible_recompute.stream_fusion import StreamFusion as StreamFusion

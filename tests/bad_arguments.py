@@ -26,7 +26,16 @@ MODULES += ["control", "actor_critic"]
 BUILDERS = "lightning_bpfree.methods.reversible_recompute.models"
 
 # Results, interfaces, warnings and errors: nobody makes them to set something.
-NO_INPUT = {"Barrier", "TrainingRule", "FunctionChangedWarning", "ReconstructionError", "Step", "Estimate", "Pixels"}
+NO_INPUT = {
+    "Barrier",
+    "TrainingRule",
+    "NetworkRule",
+    "FunctionChangedWarning",
+    "ReconstructionError",
+    "Step",
+    "Estimate",
+    "Pixels",
+}
 
 SET_INSIDE = {("LanguageModel", "num_classes")}  # arguments of a base class that are not the caller's
 

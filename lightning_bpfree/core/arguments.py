@@ -16,7 +16,7 @@ import re
 import types
 import typing
 from collections import abc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -252,15 +252,19 @@ def _of_generic(origin: Any, args: tuple[Any, ...], value: Any) -> bool:
     if origin is tuple and args[-1] is not Ellipsis:  # YAML has lists for tuples
         return _is_sequence(value) and len(value) == len(args) and all(map(accepts, args, value))
     if origin in (abc.Sequence, list, tuple):
-        return _is_sequence(value) and all(accepts(args[0], entry) for entry in value)
+        return _is_sequence(value) and _all(args[0], value)
     if origin in (abc.Iterable, abc.Collection):
         is_one = isinstance(value, origin) and not isinstance(value, str | bytes | torch.Tensor)
-        return is_one and (not _is_sequence(value) or all(accepts(args[0], entry) for entry in value))
+        return is_one and (not _is_sequence(value) or _all(args[0], value))
     if issubclass(origin, abc.Mapping):
-        return isinstance(value, abc.Mapping) and all(
-            accepts(args[0], key) and accepts(args[1], entry) for key, entry in value.items()
-        )
+        return isinstance(value, abc.Mapping) and _all(args[0], value) and _all(args[1], value.values())
     return isinstance(value, origin)
+
+
+def _all(hint: Any, values: Iterable[Any]) -> bool:
+    if hint in (str, torch.Tensor, torch.nn.Parameter):  # named parameters, in every step of a plain loop
+        return all(isinstance(value, hint) for value in values)
+    return all(accepts(hint, value) for value in values)
 
 
 def _is_sequence(value: Any) -> bool:

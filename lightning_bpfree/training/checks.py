@@ -72,7 +72,7 @@ def _check_strategy(rule: TrainingRule, trainer: pl.Trainer) -> None:
         return
     if rule.allow_untested:
         return
-    if not TESTED_STRATEGIES & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
+    if not _is_tested(trainer):
         raise MisconfigurationException(
             f"{name} has not been tested under {strategy}. Use one device, strategy='ddp' or 'bpfree_scalar_sync', or "
             "pass allow_untested=True and compare a few steps with one device."
@@ -91,4 +91,23 @@ def check_writes(rule: str, written: Sequence[str]) -> None:
             f"{rule} evaluates the training step several times, at other parameters than the module's own, and the "
             f"step writes to parameters that are trained: {', '.join(written[:5])}. Normalize or clamp them in "
             "on_train_batch_start or on_before_zero_grad, which run once a batch."
+        )
+
+
+def _is_tested(trainer: pl.Trainer) -> bool:
+    return bool(TESTED_STRATEGIES & {kind.__name__ for kind in type(trainer.strategy).__mro__})
+
+
+def check_whole_parameters(name: str, trainer: pl.Trainer, strategies: str) -> None:
+    """Raise MisconfigurationException under strategies whose ranks may hold parts of the parameters.
+
+    Args:
+        name: of the callback that needs whole ones.
+        trainer: the Trainer.
+        strategies: the strategies that it works with, as Trainer takes them.
+    """
+    if not _is_tested(trainer):
+        raise MisconfigurationException(
+            f"{name} needs whole parameters on every rank, which {type(trainer.strategy).__name__} may not have: use "
+            f"one device, or {strategies}."
         )

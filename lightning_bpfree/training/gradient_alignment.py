@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_bpfree.core.arguments import PositiveInt, check_attributes, checked
 from lightning_bpfree.core.params import Params, dot, norm
 from lightning_bpfree.core.step import Estimate, Step
+from lightning_bpfree.training.ranks import mean_over_ranks
 from lightning_bpfree.training.trainer_attributes import callbacks_of, log_every_n_steps
 from lightning_bpfree.training.training_rule import TrainingRule
 
@@ -97,10 +98,8 @@ class GradientAlignment(Callback):
                 )
             truth = _differentiated(loss, parameters, names)
         step.forward_evals = evals  # the measurement is not part of the rule's cost
-        if trainer.world_size > 1:
-            guess, truth = (
-                {n: trainer.strategy.reduce(g, reduce_op="mean") for n, g in p.items()} for p in (guess, truth)
-            )
+        if mean := mean_over_ranks(trainer):
+            guess, truth = ({name: mean(gradient) for name, gradient in p.items()} for p in (guess, truth))
         self._log(trainer, module, guess, truth)
 
     def _log(self, trainer: pl.Trainer, module: pl.LightningModule, guess: Params, truth: Params) -> None:

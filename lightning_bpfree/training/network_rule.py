@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -19,6 +18,7 @@ from lightning_bpfree.core.forward_ad import compiled_parts
 from lightning_bpfree.core.forward_override import ForwardOverride, override_of, removed
 from lightning_bpfree.core.learning_rates import BlockRates
 from lightning_bpfree.core.params import ParameterSlots
+from lightning_bpfree.training.ranks import mean_over_ranks
 from lightning_bpfree.training.training_rule import TrainingRule
 
 
@@ -270,9 +270,8 @@ class NetworkRule(TrainingRule):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Let auxiliary modules take their steps too."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        mean = partial(trainer.strategy.reduce, reduce_op="mean")
         for own in self.auxiliary().values():
-            own.step(mean if trainer.world_size > 1 else None)
+            own.step(mean_over_ranks(trainer))
 
     def _begin_anew(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         trained = self._has_trained

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_bpfree.core.arguments import NonEmpty, NonNegativeFloat, Patterns, PositiveFloat, checked
 from lightning_bpfree.core.blocks import Blocks
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.step import Estimate, Step
@@ -66,23 +67,20 @@ class DirectFeedbackAlignment(NetworkRule):
     )
     reevaluates = False
 
+    @checked
     def __init__(
         self,
         blocks: Blocks = 1,
         network: str | None = None,
         *,
         feedback: Literal["direct", "layerwise"] = "direct",
-        scale: float = 1.0,
+        scale: PositiveFloat = 1.0,
         matrices: Matrices | None = None,
-        learning_rates: Sequence[float] | None = None,
-        params: str | Sequence[str] | None = None,
+        learning_rates: Annotated[Sequence[NonNegativeFloat], NonEmpty()] | None = None,
+        params: Patterns | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(params=params, **settings)
-        if feedback not in ("direct", "layerwise"):
-            raise ValueError(f"feedback={feedback!r}: choose 'direct' or 'layerwise'.")
-        if not 0 < scale < float("inf"):
-            raise ValueError(f"scale={scale!r}: give a positive factor, such as 1.")
         self.blocks, self.network, self.feedback = blocks, network, feedback
         self.scale, self.matrices, self.learning_rates = scale, matrices, learning_rates
         self._matrices = FixedMatrices(scale, matrices)

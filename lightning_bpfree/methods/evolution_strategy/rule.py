@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -25,6 +24,7 @@ from lightning_bpfree.methods.evolution_strategy.population_passes import Popula
 from lightning_bpfree.methods.evolution_strategy.search.algorithm import SearchAlgorithm
 from lightning_bpfree.methods.evolution_strategy.search.registry import Algorithm, named
 from lightning_bpfree.training.precision import computed_in, smallest_sigma
+from lightning_bpfree.training.ranks import mean_over_ranks
 from lightning_bpfree.training.training_rule import TrainingRule
 
 
@@ -260,8 +260,8 @@ class EvolutionStrategy(TrainingRule):
         """Adapt the standard deviations, once for each step of the optimizer."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self.active(trainer.current_epoch):
-            own_data = trainer.world_size > 1 and not isinstance(trainer.strategy, ScalarExchange)
-            self.algorithm.step(partial(_mean_over_ranks, trainer) if own_data else None)
+            same_data = isinstance(trainer.strategy, ScalarExchange)
+            self.algorithm.step(None if same_data else mean_over_ranks(trainer))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look anew at the module, which may have changed with the epoch."""
@@ -291,8 +291,3 @@ class EvolutionStrategy(TrainingRule):
         if self.strict_rule:
             raise MisconfigurationException(f"{message} strict_rule=True forbids it: resume with {state['name']}.")
         rank_zero_warn(message)
-
-
-def _mean_over_ranks(trainer: pl.Trainer, moment: Tensor) -> Tensor:
-    there = moment.to(trainer.strategy.root_device)
-    return cast("Tensor", trainer.strategy.reduce(there, reduce_op="mean")).to(moment.device)

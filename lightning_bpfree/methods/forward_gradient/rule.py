@@ -34,6 +34,7 @@ from lightning_bpfree.methods.forward_gradient.local_guesses import LocalGuesses
 from lightning_bpfree.methods.forward_gradient.local_loss import LocalLoss
 from lightning_bpfree.methods.forward_gradient.projection import Scope, Space
 from lightning_bpfree.methods.forward_gradient.slopes import along_many, along_one, chosen_chunk
+from lightning_bpfree.training.ranks import mean_over_ranks
 from lightning_bpfree.training.training_rule import TrainingRule
 
 
@@ -279,9 +280,7 @@ class ForwardGradient(TrainingRule):
         """Move the heads with the user's parameters."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._local_guesses is not None:
-            self._local_guesses.step_heads(
-                partial(trainer.strategy.reduce, reduce_op="mean") if trainer.world_size > 1 else None
-            )
+            self._local_guesses.step_heads(mean_over_ranks(trainer))
 
     def _restore(self) -> None:
         super()._restore()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -20,7 +19,7 @@ from lightning_bpfree.methods.lottery_ticket.pruning import Scope
 from lightning_bpfree.methods.lottery_ticket.rewinding import check_redrawable
 from lightning_bpfree.methods.lottery_ticket.scores import check_has_deviations, deviations
 from lightning_bpfree.methods.lottery_ticket.ticket import Ticket
-from lightning_bpfree.training.checks import TESTED_STRATEGIES
+from lightning_bpfree.training.checks import check_whole_parameters
 from lightning_bpfree.training.trainer_attributes import callbacks_of
 from lightning_bpfree.training.training_rule import TrainingRule
 
@@ -153,11 +152,7 @@ class LotteryTicket(Callback):
             return
         check_attributes(self)  # which may have been set since
         rules = callbacks_of(trainer, TrainingRule)
-        if not TESTED_STRATEGIES & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
-            raise MisconfigurationException(
-                f"LotteryTicket needs whole parameters on every rank, which {type(trainer.strategy).__name__} may not "
-                "have: use one device, strategy='ddp' or 'bpfree_scalar_sync'."
-            )
+        check_whole_parameters("LotteryTicket", trainer, "strategy='ddp' or 'bpfree_scalar_sync'")
         self.plan.check_epochs(trainer)
         self._levels = Levels(self._given(), rules[0] if rules else None)
         self._levels.folder = Path(self.dirpath or Path(trainer.default_root_dir) / "tickets")

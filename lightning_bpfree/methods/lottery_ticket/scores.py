@@ -22,6 +22,7 @@ from lightning_bpfree.methods.lottery_ticket.masks import Masks, Restricts
 from lightning_bpfree.methods.lottery_ticket.plan import Score
 from lightning_bpfree.methods.lottery_ticket.pruning import magnitude, random_scores, snip, snr
 from lightning_bpfree.training.module_state import ModuleState
+from lightning_bpfree.training.ranks import mean_over_ranks
 from lightning_bpfree.training.training_rule import TrainingRule
 
 _CURE = (
@@ -119,8 +120,8 @@ def snip_scores(trainer: pl.Trainer, module: pl.LightningModule, rule: TrainingR
             gradients = _mean_gradients(trainer, module, step, slots)
     finally:
         replay.finish()
-    if trainer.world_size > 1:
-        gradients = {name: trainer.strategy.reduce(grad, reduce_op="mean") for name, grad in gradients.items()}
+    if mean := mean_over_ranks(trainer):
+        gradients = {name: mean(gradient) for name, gradient in gradients.items()}
     return snip({slot.name: slot.parameter.detach() for slot in slots}, gradients)
 
 

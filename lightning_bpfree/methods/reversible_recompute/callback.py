@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -32,8 +30,8 @@ from lightning_bpfree.methods.reversible_recompute.layer_stack import Reversible
 from lightning_bpfree.methods.reversible_recompute.recomputation import Schedule
 from lightning_bpfree.methods.reversible_recompute.sequential import ReversibleSequential
 from lightning_bpfree.methods.reversible_recompute.stream_fusion import FusionOfOneWidth
-from lightning_bpfree.training.checks import TESTED_STRATEGIES
-from lightning_bpfree.training.peak_memory import peak_mib, reset_peak
+from lightning_bpfree.training.checks import check_whole_parameters
+from lightning_bpfree.training.throughput import Throughput
 from lightning_bpfree.training.trainer_attributes import log_every_n_steps
 
 Stack = ReversibleSequential | ReversibleLayers
@@ -101,7 +99,7 @@ class ReversibleRecompute(Callback):
         self.conversion: Conversion | None = None
         self._module: pl.LightningModule | None = None
         self._found: list[tuple[Stack, Schedule]] = []
-        self._window, self._logged_at = _Window(), 0
+        self._window, self._logged_at = Throughput(), 0
         self._check()
 
     @property
@@ -134,11 +132,7 @@ class ReversibleRecompute(Callback):
         """Convert, before optimizers are made and processes wrap the module; at every stage, for it is the model."""
         check_attributes(self)  # which may have been set since
         self._check()
-        if not TESTED_STRATEGIES & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
-            raise MisconfigurationException(
-                f"ReversibleRecompute needs whole parameters in the backward pass, which "
-                f"{type(trainer.strategy).__name__} may not have: use one device or strategy='ddp'."
-            )
+        check_whole_parameters("ReversibleRecompute", trainer, "strategy='ddp'")
         if pl_module is not self._module:
             self.conversion, self._found, self._module = None, [], pl_module
         if self.conversion is None and not self._found:
@@ -183,13 +177,13 @@ class ReversibleRecompute(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the settings into the loggers."""
-        self._window, self._logged_at = _Window(), trainer.global_step
+        self._window, self._logged_at = Throughput(), trainer.global_step
         for logger in trainer.loggers:
             logger.log_hyperparams({"bpfree_recompute": self.settings()})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to measure anew: validation is not training."""
-        self._window = _Window()
+        self._window = Throughput()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -231,34 +225,6 @@ class ReversibleRecompute(Callback):
                 f"The checkpoint was trained by ReversibleRecompute with {', '.join(changed)}: with other settings its "
                 "weights make another function."
             )
-
-
-class _Window:
-    """Some training batches in a row, over which time and memory are measured."""
-
-    def __init__(self) -> None:
-        self.started: float | None = None
-        self.samples = 0
-
-    def open(self, device: torch.device) -> None:
-        """Begin now."""
-        _wait(device)
-        reset_peak(device)
-        self.started, self.samples = time.perf_counter(), 0
-
-    def close(self, device: torch.device, ranks: int) -> dict[str, float]:
-        """End now, and return what to log."""
-        _wait(device)
-        assert self.started is not None
-        values = {"bpfree/samples_per_second": ranks * self.samples / (time.perf_counter() - self.started)}
-        peak = peak_mib(device)
-        self.started = None
-        return values if peak is None else {**values, "bpfree/peak_memory": peak}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _size(batch: Any) -> int:
