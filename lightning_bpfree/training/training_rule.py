@@ -31,7 +31,7 @@ from lightning_bpfree.training.record import Record, banner
 from lightning_bpfree.training.saved_streams import SavedStreams
 from lightning_bpfree.training.settings_log import log_settings
 from lightning_bpfree.training.step_swap import StepSwap, with_injected_gradients
-from lightning_bpfree.training.trainer_attributes import callbacks_of, log_every_n_steps
+from lightning_bpfree.training.trainer_attributes import callbacks_of, log_every_n_steps, without_module
 
 BACKPROP_COST = 3.0  # forward passes: one forward, and two matrix products per layer on the way back
 
@@ -201,8 +201,8 @@ class TrainingRule(Callback, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the rule, or a pickle of it, takes along: no fit."""
-        kept = {name: None if name in self.of_a_fit else value for name, value in self.__dict__.items()}
-        return {**kept, "observers": []}
+        kept = without_module(self.__dict__)
+        return {**kept, **dict.fromkeys(set(self.of_a_fit) & kept.keys()), "observers": []}
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the module's own training step back."""

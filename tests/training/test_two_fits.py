@@ -55,20 +55,14 @@ def test_a_second_fit_of_the_same_module_begins_anew(name):
         module = Problem(torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Sigmoid(), torch.nn.Linear(8, 3)))
         rule = rules[name]()
         for _ in range(2):
+            if not share and isinstance(rule, bpf.NetworkRule):
+                rule.uninstall(module)
+            rule = rule if share else rules[name]()
             torch.manual_seed(3)
             fitted(module, loader(), rule)
-            if not share:
-                rule.install(module) if name == "none" else None
-                rule = _without_traces(rule, module, rules[name])
         return weights(module)
 
     assert equal(run(share=True), run(share=False))
-
-
-def _without_traces(rule, module, make):
-    if isinstance(rule, bpf.NetworkRule):
-        rule.uninstall(module)
-    return make()
 
 
 def test_what_was_learned_is_there_until_the_next_fit():
@@ -223,14 +217,3 @@ def test_the_mean_of_gradient_alignment_begins_anew():
         fitted(Problem(), loader(), bpf.ZerothOrder(), alignment)
         assert alignment.measured == 4
 
-
-def test_a_dead_trainer_is_not_held():
-    import gc
-    import weakref
-
-    rule, module = bpf.ZerothOrder(), Problem()
-    seen = weakref.ref(fitted(module, loader(), rule))
-    module = weakref.ref(module)
-    gc.collect()
-    assert seen() is None
-    assert module() is None

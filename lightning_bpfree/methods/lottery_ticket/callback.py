@@ -20,7 +20,7 @@ from lightning_bpfree.methods.lottery_ticket.rewinding import check_redrawable
 from lightning_bpfree.methods.lottery_ticket.scores import check_has_deviations, deviations
 from lightning_bpfree.methods.lottery_ticket.ticket import Ticket
 from lightning_bpfree.training.checks import check_whole_parameters
-from lightning_bpfree.training.trainer_attributes import callbacks_of
+from lightning_bpfree.training.trainer_attributes import callbacks_of, without_module
 from lightning_bpfree.training.training_rule import TrainingRule
 
 
@@ -110,7 +110,7 @@ class LotteryTicket(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the callback, or a pickle of it, takes along: no parameters of the module."""
-        return {**self.__dict__, "_slots": {}}
+        return {**without_module(self.__dict__), "_slots": {}}
 
     # --- what a run has found ---
 

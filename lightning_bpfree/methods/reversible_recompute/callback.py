@@ -32,7 +32,7 @@ from lightning_bpfree.methods.reversible_recompute.sequential import ReversibleS
 from lightning_bpfree.methods.reversible_recompute.stream_fusion import FusionOfOneWidth
 from lightning_bpfree.training.checks import check_whole_parameters
 from lightning_bpfree.training.throughput import Throughput
-from lightning_bpfree.training.trainer_attributes import log_every_n_steps
+from lightning_bpfree.training.trainer_attributes import log_every_n_steps, without_module
 
 Stack = ReversibleSequential | ReversibleLayers
 
@@ -109,7 +109,7 @@ class ReversibleRecompute(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the callback, or a pickle of it, takes along: no module, nor what was done to one."""
-        return {**self.__dict__, "conversion": None, "_module": None, "_found": []}
+        return {**without_module(self.__dict__), "conversion": None, "_module": None, "_found": []}
 
     def _check(self) -> None:
         unused = {"buffer_every": "auto", "check_every": 1, "store_last": 0}
