@@ -45,7 +45,9 @@ class Record:
     def has_started(self, epoch: int, active: bool) -> bool:
         """Whether it is noted already whose epoch this is."""
         last = self.history[-1] if self.history else None
-        return last is not None and last["rule"] == (self.rule if active else "Backprop") and last["last_epoch"] == epoch
+        return (
+            last is not None and last["rule"] == (self.rule if active else "Backprop") and last["last_epoch"] == epoch
+        )
 
     def trained_last(self, otherwise: bool) -> bool:
         """Whether the last epoch was the rule's own; ``otherwise`` if there was none."""

@@ -25,7 +25,7 @@ from lightning_bpfree.core.params import ParameterSlots, norm
 from lightning_bpfree.core.replay.batch import BatchCopies
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.core.step import Estimate, NonFiniteLossError, SkipBatchError, Step, loss_of
-from lightning_bpfree.training.checks import check_fit, check_writes
+from lightning_bpfree.training.checks import check_even, check_fit, check_trains, check_writes
 from lightning_bpfree.training.module_state import ModuleState
 from lightning_bpfree.training.record import Record, banner
 from lightning_bpfree.training.saved_streams import SavedStreams
@@ -226,6 +226,7 @@ class TrainingRule(Callback, ABC):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note that the fit has begun: what is learned from here on is of this fit."""
+        check_even(type(self).__name__, trainer)
         self._has_trained = True
 
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> ModuleState:
@@ -236,6 +237,7 @@ class TrainingRule(Callback, ABC):
         if self.record.seed is None:
             seed = torch.initial_seed() if self.seed is None else self.seed
             self.record.seed = int(trainer.strategy.broadcast(seed)) & ((1 << 63) - 1)
+        check_trains(self, state.slots, trainer, module)
         self.check(trainer, module, state.slots)
         self._streams.watch(module.device)
         return state

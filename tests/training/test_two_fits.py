@@ -113,18 +113,18 @@ def test_a_checkpoint_is_gone_on_with(tmp_path, caplog):
     def rule():
         return bpf.EvolutionStrategy(bpf.OpenAIES(sigma=0.5, sigma_decay=0.9), population_size=4)
 
-    whole, _ = one_fit(Case(rule, Problem_), rule(), max_epochs=2)
+    whole, _ = one_fit(Case(rule, Plain), rule(), max_epochs=2)
     one = rule()
-    _, trainer = one_fit(Case(rule, Problem_), one)
+    _, trainer = one_fit(Case(rule, Plain), one)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    resumed, _ = one_fit(Case(rule, Problem_), one, max_epochs=2, ckpt_path=tmp_path / "one.ckpt")
+    resumed, _ = one_fit(Case(rule, Plain), one, max_epochs=2, ckpt_path=tmp_path / "one.ckpt")
     assert equal(weights(whole), weights(resumed))
     assert float(one.algorithm.std) == pytest.approx(0.5 * 0.9**8)
-    third, _ = one_fit(Case(rule, Problem_), one, max_epochs=2)
+    third, _ = one_fit(Case(rule, Plain), one, max_epochs=2)
     assert equal(weights(whole), weights(third))
 
 
-class Problem_(Problem):
+class Plain(Problem):
     data = staticmethod(loader)
 
 
@@ -170,7 +170,7 @@ def test_a_fit_that_failed_leaves_nothing_to_the_next(tmp_path):
             if batch_idx == 2:
                 raise KeyError("out of luck")
 
-    case = Case(lambda: bpf.EvolutionStrategy("snes", population_size=4), Problem_)
+    case = Case(lambda: bpf.EvolutionStrategy("snes", population_size=4), Plain)
     fresh, _ = one_fit(case, case.make_rule())
     rule = case.make_rule()
     torch.manual_seed(1)
@@ -182,9 +182,9 @@ def test_a_fit_that_failed_leaves_nothing_to_the_next(tmp_path):
 
 def test_the_seed_is_that_of_the_second_fit():
     rule = bpf.ZerothOrder()
-    one_fit(Case(bpf.ZerothOrder, Problem_), rule, seed=0)
-    again, _ = one_fit(Case(bpf.ZerothOrder, Problem_), rule, seed=5)
-    fresh, _ = one_fit(Case(bpf.ZerothOrder, Problem_), bpf.ZerothOrder(), seed=5)
+    one_fit(Case(bpf.ZerothOrder, Plain), rule, seed=0)
+    again, _ = one_fit(Case(bpf.ZerothOrder, Plain), rule, seed=5)
+    fresh, _ = one_fit(Case(bpf.ZerothOrder, Plain), bpf.ZerothOrder(), seed=5)
     assert equal(weights(fresh), weights(again))
 
 
@@ -216,4 +216,3 @@ def test_the_mean_of_gradient_alignment_begins_anew():
     for _ in range(2):
         fitted(Problem(), loader(), bpf.ZerothOrder(), alignment)
         assert alignment.measured == 4
-
