@@ -29,6 +29,10 @@ class ForwardOverride:
         before = module.__dict__.get("forward")
         self._own: Any = before._own if isinstance(before, ForwardOverride) else before
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy of the module, or a pickle of it, takes along: no training step."""
+        return {**self.__dict__, "training_pass": None}
+
     def install(self) -> None:
         """Take the place of the module's forward pass."""
         self.module.forward = cast("Any", self)  # subclasses are callable, each with its own arguments

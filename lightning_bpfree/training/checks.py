@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BaseFinetuning
 
 from lightning_bpfree.core.exchange import ScalarExchange
 from lightning_bpfree.core.forward_override import override_of
 from lightning_bpfree.core.params import ParameterSlots
+from lightning_bpfree.training.trainer_attributes import callbacks_of
 
 if TYPE_CHECKING:
     from lightning_bpfree.training.training_rule import TrainingRule
@@ -78,6 +80,45 @@ def _check_strategy(rule: TrainingRule, trainer: pl.Trainer) -> None:
         raise MisconfigurationException(
             f"{name} has not been tested under {strategy}. Use one device, strategy='ddp' or 'bpfree_scalar_sync', or "
             "pass allow_untested=True and compare a few steps with one device."
+        )
+
+
+def check_trains(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Raise MisconfigurationException if all parameters that a rule is to train are frozen, and stay so.
+
+    Args:
+        rule: the rule.
+        slots: the parameters that it was told to train.
+        trainer: whose callbacks may unfreeze some later.
+        module: the module in training.
+    """
+    if slots.trainable() or callbacks_of(trainer, BaseFinetuning):
+        return
+    names = ", ".join(slot.name for slot in list(slots)[:5]) or "none"
+    raise MisconfigurationException(
+        f"{type(rule).__name__}(params={rule.params!r}) has nothing to train: all parameters that this selects in "
+        f"{type(module).__name__} are frozen ({names}). Call requires_grad_(True) on them before the fit, or select "
+        "others by params=."
+    )
+
+
+def check_even(rule: str, trainer: pl.Trainer) -> None:
+    """Raise MisconfigurationException if ranks have different numbers of batches: one would wait for ever.
+
+    Args:
+        rule: the rule's name.
+        trainer: the Trainer, once it has set up its loaders.
+    """
+    if trainer.world_size == 1 or not torch.distributed.is_initialized():
+        return
+    found: list[float] = [0.0] * trainer.world_size
+    torch.distributed.all_gather_object(found, float(trainer.num_training_batches))
+    if len(set(found)) > 1:
+        numbers = ", ".join(f"{number:g}" for number in found)
+        raise MisconfigurationException(
+            f"{rule}: the ranks have {numbers} training batches, and those with more would wait for the others for "
+            f"ever. Set limit_train_batches={int(min(found))}, use a DistributedSampler (drop_last=True), or let the "
+            "Trainer put one in (use_distributed_sampler=True)."
         )
 
 

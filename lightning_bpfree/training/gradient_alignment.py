@@ -46,13 +46,15 @@ class GradientAlignment(Callback):
         self.every_n_steps, self.per_layer = every_n_steps, per_layer
         self.measured = 0
         self.mean_cosine = float("nan")
-        self._every, self._last_step = 1, -1
+        self._every, self._last_step, self._loaded = 1, -1, False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the rule whose estimates are to be measured."""
         if stage != "fit":
             return
         check_attributes(self)
+        if not self._loaded:
+            self.measured, self.mean_cosine = 0, float("nan")  # of an earlier fit
         rules = callbacks_of(trainer, TrainingRule)
         if not rules:
             raise MisconfigurationException(
@@ -121,6 +123,14 @@ class GradientAlignment(Callback):
             ranks = trainer.world_size  # the same number on all of them; without sync_dist Lightning warns
             pl_module.log("bpfree/mean_cosine", self.mean_cosine, on_step=False, on_epoch=True, sync_dist=ranks > 1)
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let the next fit begin anew; what this one has measured stays."""
+        self._loaded = False
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let the next fit begin anew: Lightning calls no teardown hooks after an exception."""
+        self._loaded = False
+
     def state_dict(self) -> dict[str, Any]:
         """Return the running mean."""
         return {"measured": self.measured, "mean_cosine": self.mean_cosine}
@@ -128,6 +138,7 @@ class GradientAlignment(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the running mean back."""
         self.measured, self.mean_cosine = state_dict["measured"], state_dict["mean_cosine"]
+        self._loaded = True
 
 
 @checked

@@ -75,6 +75,7 @@ class NetworkRule(TrainingRule):
     """How to cut it, see :func:`lightning_bpfree.core.blocks.cut`; None for rules that find parts of another kind."""
     learning_rates: Any = None
     """Factors on the optimizer's learning rate, one for each block; None for 1."""
+    of_a_fit = (*TrainingRule.of_a_fit, "_found", "_made_of", "_parts", "_override", "_factors")
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -132,7 +133,10 @@ class NetworkRule(TrainingRule):
         return BlockRates([(b.parameters, f) for b, f in zip(self.parts.blocks, self.learning_rates, strict=True)])
 
     def start_over(self) -> None:
-        """Drop what was learned beside another network, unless a checkpoint has brought it for this one."""
+        """Drop what was learned beside another network, or in an earlier fit.
+
+        It stays where a checkpoint has brought it for this network and this fit.
+        """
 
     def on_turn(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Prepare an epoch of the rule's; called after the network has been taken."""
@@ -228,6 +232,7 @@ class NetworkRule(TrainingRule):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take one's turn: a fit that is resumed inside an epoch starts none."""
+        super().on_train_start(trainer, pl_module)
         self._take_turn(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -303,6 +308,12 @@ class NetworkRule(TrainingRule):
         self._has_stepped = True
         for own in self.auxiliary().values():
             own.step(mean_over_ranks(trainer))
+
+    def _begin_anew(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        trained = self._has_trained
+        super()._begin_anew(trainer, module)
+        if trained and not self._has_trained:
+            self._found = None  # what computes in the place of its forward pass is made anew
 
     def _restore(self) -> None:
         super()._restore()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.nn.parameter import is_lazy
@@ -25,6 +24,10 @@ class Record:
 
     def __init__(self, rule: str) -> None:
         self.rule = rule
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
         self.seed: int | None = None
         self.batches = 0
         self.forward_evals = 0.0
@@ -39,6 +42,13 @@ class Record:
             last["last_epoch"] = max(epoch, last["last_epoch"])
         else:
             self.history.append({"rule": name, "first_epoch": epoch, "last_epoch": epoch})
+
+    def has_started(self, epoch: int, active: bool) -> bool:
+        """Whether it is noted already whose epoch this is."""
+        last = self.history[-1] if self.history else None
+        return (
+            last is not None and last["rule"] == (self.rule if active else "Backprop") and last["last_epoch"] == epoch
+        )
 
     def trained_last(self, otherwise: bool) -> bool:
         """Whether the last epoch was the rule's own; ``otherwise`` if there was none."""
@@ -71,16 +81,6 @@ class Record:
         if origin is not None:
             self.history = [dict(entry) for entry in origin["history"]]
         rank_zero_warn(message)
-
-
-def of_all_ranks(trainer: pl.Trainer, mine: list[Any]) -> list[Any]:
-    """Return the lists of all ranks, one after the other; of a run that was interrupted, this rank's alone."""
-    # After an exception on one rank, the others do not come here.
-    if trainer.world_size == 1 or trainer.interrupted or not torch.distributed.is_initialized():
-        return mine
-    gathered: list[list[Any]] = [[] for _ in range(trainer.world_size)]
-    torch.distributed.all_gather_object(gathered, mine)
-    return [part for parts in gathered for part in parts]
 
 
 def banner(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer) -> str:

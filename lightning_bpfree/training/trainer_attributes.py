@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
@@ -25,6 +25,11 @@ def callbacks_of(trainer: pl.Trainer, kind: Callable[..., C]) -> list[C]:
     """
     untyped, cls = cast(Any, trainer), cast(Any, kind)
     return [callback for callback in untyped.callbacks if isinstance(callback, cls)]
+
+
+def without_module(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a callback's attributes but those by which Lightning ties it to a module: ``log`` and ``log_dict``."""
+    return {name: value for name, value in attributes.items() if name not in ("log", "log_dict")}
 
 
 def log_every_n_steps(trainer: pl.Trainer) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -23,14 +24,22 @@ from lightning_bpfree.core.injection import inject, zeros
 from lightning_bpfree.core.params import ParameterSlots, norm
 from lightning_bpfree.core.replay.backward_only import findings, hooks_of_modules
 from lightning_bpfree.core.replay.batch import BatchCopies
-from lightning_bpfree.core.replay.random_streams import RandomStreams
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.core.step import Estimate, NonFiniteLossError, SkipBatchError, Step, loss_of
-from lightning_bpfree.training.checks import check_backward_only, check_fit, check_optimizers, check_writes
+from lightning_bpfree.training.checks import (
+    check_backward_only,
+    check_even,
+    check_fit,
+    check_optimizers,
+    check_trains,
+    check_writes,
+)
 from lightning_bpfree.training.module_state import ModuleState
-from lightning_bpfree.training.record import Record, banner, of_all_ranks
+from lightning_bpfree.training.record import Record, banner
+from lightning_bpfree.training.saved_streams import SavedStreams
+from lightning_bpfree.training.settings_log import log_settings
 from lightning_bpfree.training.step_swap import StepSwap, with_injected_gradients
-from lightning_bpfree.training.trainer_attributes import callbacks_of, log_every_n_steps
+from lightning_bpfree.training.trainer_attributes import callbacks_of, log_every_n_steps, without_module
 
 BACKPROP_COST = 3.0  # forward passes: one forward, and two matrix products per layer on the way back
 
@@ -80,6 +89,8 @@ class TrainingRule(Callback, ABC):
     """Whether hooks and functions that change the backward pass through the training step have their effect."""
     differentiates_forward: ClassVar[bool] = False
     """Whether the rule differentiates in forward mode, and honors the derivatives that functions bring for it."""
+    of_a_fit: ClassVar[tuple[str, ...]] = ("_swap", "_module_state", "_last_fit")
+    """Attributes that belong to a fit, and are None in a copy of the rule: what refers to the Trainer or the module."""
 
     @checked
     def __init__(
@@ -98,10 +109,11 @@ class TrainingRule(Callback, ABC):
         self.observers: list[StepObserver] = []
         self.record = Record(type(self).__name__)
         self._estimates = 0  # since the last step of the optimizer
-        self._resumed: list[dict[str, Any]] = []  # random streams of a checkpoint, by rank
+        self._streams = SavedStreams()
+        self._loaded_for_fit = self._has_trained = False
+        self._last_fit: tuple[weakref.ref[Any], ...] | None = None  # Trainer and module
         self._swap: StepSwap | None = None
         self._module_state: ModuleState | None = None
-        self._streams = RandomStreams()
         TrainingRule.resolve(self)
 
     # --- what a rule says of itself ---
@@ -148,6 +160,9 @@ class TrainingRule(Callback, ABC):
                 "the rule has no epoch."
             )
 
+    def start_over(self) -> None:
+        """Drop what was learned in an earlier fit; the base does so for counters and history."""
+
     def settings(self) -> dict[str, Any]:
         """Return the rule's arguments, as plain values that loggers and checkpoints take."""
         kinds = [kind for kind in type(self).__mro__ if issubclass(kind, TrainingRule)]
@@ -177,19 +192,47 @@ class TrainingRule(Callback, ABC):
             return
         check_attributes(self)  # which may have been set since
         self.resolve()
+        self._begin_anew(trainer, pl_module)
         rules = callbacks_of(trainer, TrainingRule)
         check_fit(self, [type(rule).__name__ for rule in rules], trainer, pl_module)
         self._swap = StepSwap(trainer, pl_module, self, partial(self._run, trainer, pl_module))
 
+    def _begin_anew(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Forget an earlier fit, unless a state was loaded for this one or the same Trainer goes on with its epochs."""
+        before, self._last_fit = self._last_fit, (weakref.ref(trainer), weakref.ref(module))
+        goes_on = before == self._last_fit and trainer.current_epoch > 0
+        if self._loaded_for_fit or goes_on:
+            return
+        self.record.reset()
+        self._streams.take([])
+        self._estimates = 0
+        if self._has_trained:
+            self._has_trained = False
+            self.start_over()
+            rank_zero_info(
+                f"{type(self).__name__} begins anew: what it learned in an earlier fit is dropped. To go on with that, "
+                "resume from a checkpoint, trainer.fit(..., ckpt_path=...)."
+            )
+
     def _restore(self) -> None:
         if self._swap is not None:
             self._swap.undo()
+        if self._has_trained:  # else a Tuner has but tried the module, and the fit is yet to come
+            self._loaded_for_fit = False
+        self._streams.take([])
         self._swap, self._module_state, self.observers = None, None, []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy of the rule, or a pickle of it, takes along: no fit."""
+        kept = without_module(self.__dict__)
+        return {**kept, **dict.fromkeys(set(self.of_a_fit) & kept.keys()), "observers": []}
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the module's own training step back."""
         if stage == "fit":
             self._restore()
+        else:
+            self._loaded_for_fit = False  # a checkpoint of an evaluation
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Put the module's own training step back: Lightning calls no teardown hooks after an exception."""
@@ -200,10 +243,14 @@ class TrainingRule(Callback, ABC):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say which rule trains what; called before the data loaders draw their order."""
         state = self._begin(trainer, pl_module)
-        self._continue_streams(trainer)
+        self._streams.on_fit_start(trainer)
         rank_zero_info(banner(self, state.slots, trainer))
-        for logger in trainer.loggers:
-            logger.log_hyperparams({"bpfree": {"rule": type(self).__name__, **self.settings()}})
+        log_settings(trainer, pl_module, {"bpfree": {"rule": type(self).__name__, **self.settings()}})
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note that the fit has begun: what is learned from here on is of this fit."""
+        check_even(type(self).__name__, trainer)
+        self._has_trained = True
 
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> ModuleState:
         """Look at the module and choose the seed; a Tuner evaluates the step before it lets callbacks begin."""
@@ -216,8 +263,9 @@ class TrainingRule(Callback, ABC):
         if not self.backpropagates:
             check_backward_only(type(self).__name__, hooks_of_modules(module))
             check_optimizers(type(self).__name__, state.slots, trainer.optimizers)
+        check_trains(self, state.slots, trainer, module)
         self.check(trainer, module, state.slots)
-        self._streams = state.streams  # kept behind the fit, for checkpoints that are saved then
+        self._streams.watch(module.device)
         return state
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -233,15 +281,12 @@ class TrainingRule(Callback, ABC):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Count batches: directions are new for every batch, not for every evaluation of one."""
+        epoch = trainer.current_epoch
+        if not self.record.has_started(epoch, self.active(epoch)):
+            # Lightning starts no epoch after a resume behind the last batch of the one before.
+            self.on_train_epoch_start(trainer, pl_module)
         self.record.batches += 1
-        if batch_idx > 0:  # resumed inside an epoch, behind the loader's draw
-            self._continue_streams(trainer)
-        self._resumed = []
-
-    def _continue_streams(self, trainer: pl.Trainer) -> None:
-        """After a resume, continue the random streams where the checkpoint left them: Lightning does not."""
-        if trainer.global_rank < len(self._resumed):
-            self._streams.from_plain(self._resumed[trainer.global_rank])
+        self._streams.on_train_batch_start(trainer, batch_idx)
 
     def _run(self, trainer: pl.Trainer, module: pl.LightningModule, original: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.active(trainer.current_epoch):
@@ -396,20 +441,21 @@ class TrainingRule(Callback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an exact resume needs: seed, counters, history, and the rule's own state."""
-        return {"record": self.record.state_dict(), "rule": self.rule_state(), "streams": [self._streams.to_plain()]}
+        return {"record": self.record.state_dict(), "rule": self.rule_state(), "streams": self._streams.to_plain()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back the state of a checkpoint."""
         self.record.load_state_dict(state_dict["record"])
         self.load_rule_state(state_dict["rule"])
-        self._resumed = state_dict["streams"]
+        self._streams.take(state_dict["streams"])
+        self._loaded_for_fit = True
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Write down which rule trained the module, with which settings, in which epochs; and streams of all ranks."""
         own = checkpoint["callbacks"][self.state_key]
-        own["streams"] = of_all_ranks(trainer, own["streams"])
+        own["streams"] = self._streams.of_all_ranks(trainer, own["streams"])
         checkpoint["bpfree"] = {
             "rule": type(self).__name__,
             "settings": self.settings(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -40,6 +41,10 @@ class PopulationPasses:
         self.chosen: int | None = None
         self._layers: LowRankLayers | None = None
         self._said: list[str] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy takes along: no module."""
+        return {**self.__dict__, "_layers": None}
 
     def restart(self) -> None:
         """Choose anew at the next batch."""

@@ -81,6 +81,7 @@ class EvolutionStrategy(TrainingRule):
     )
     exchanges_scalars: bool = True
     backpropagates: ClassVar[bool] = False
+    of_a_fit = (*TrainingRule.of_a_fit, "_slots", "_coordinates")
 
     @checked
     def __init__(
@@ -108,6 +109,7 @@ class EvolutionStrategy(TrainingRule):
         self._coordinates: Coordinates | None = None  # of the last batch
         self._passes = PopulationPasses(chunk_size, type(self).__name__)
         self._told_flat = False
+        self._given: tuple[SearchAlgorithm, dict[str, Any]] | None = None
         self.resolve()
 
     def resolve(self) -> None:
@@ -115,6 +117,8 @@ class EvolutionStrategy(TrainingRule):
         super().resolve()
         self.algorithm = named(self.algorithm)
         self.algorithm.check()
+        if self._given is None or self._given[0] is not self.algorithm:
+            self._given = self.algorithm, self.algorithm.state_dict()
         directions_of(self.population_size, self._in_pairs)
         if self.rank is not None:
             self.algorithm.check_low_rank()
@@ -143,6 +147,13 @@ class EvolutionStrategy(TrainingRule):
         if masks is not None and self.rank is not None:
             self.algorithm.check_low_rank(masks)
         self.masks = masks
+
+    def start_over(self) -> None:
+        """Begin with the search as it was given."""
+        self.restart()
+        assert self._given is not None, "resolve comes first"
+        self.algorithm.load_state_dict(self._given[1])
+        self._told_flat = False
 
     def restart(self) -> None:
         """Forget what the algorithm has learned: fresh standard deviations."""

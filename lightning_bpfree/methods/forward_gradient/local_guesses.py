@@ -49,6 +49,10 @@ class LocalGuesses:
         self._module: nn.Module | None = None
         self._inspected: frozenset[str] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy takes along: heads, and no module of the user's."""
+        return {**self.__dict__, "_cut": None, "_module": None, "_inspected": None}
+
     @property
     def uses_tangents(self) -> bool:
         """Whether estimates take forward-mode differentiation; local losses that guess themselves do not."""

@@ -198,6 +198,11 @@ class ForwardGradient(TrainingRule):
         if before is not None:
             made.go_on_with(before)
 
+    def start_over(self) -> None:
+        """Begin with new heads, and choose the chunk anew."""
+        self._chunk_found = self._local_guesses = None
+        self.resolve()
+
     @property
     def _chunk_used(self) -> int | None:
         if self.num_directions == 1:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_bpfree.core.arguments import OpenFraction, Patterns, PositiveInt, check_attributes, checked
 from lightning_bpfree.core.params import ParameterSlots, Slot
+from lightning_bpfree.methods.lottery_ticket.companions import check_companions, check_launcher, check_writable
 from lightning_bpfree.methods.lottery_ticket.levels import Levels
 from lightning_bpfree.methods.lottery_ticket.masks import Masks
 from lightning_bpfree.methods.lottery_ticket.plan import Plan, Score, Sparsities, TicketArguments, Weights
@@ -20,7 +21,9 @@ from lightning_bpfree.methods.lottery_ticket.rewinding import check_redrawable
 from lightning_bpfree.methods.lottery_ticket.scores import check_has_deviations, deviations
 from lightning_bpfree.methods.lottery_ticket.ticket import Ticket
 from lightning_bpfree.training.checks import check_whole_parameters
-from lightning_bpfree.training.trainer_attributes import callbacks_of
+from lightning_bpfree.training.saved_streams import SavedStreams
+from lightning_bpfree.training.settings_log import log_settings
+from lightning_bpfree.training.trainer_attributes import callbacks_of, is_dry_run, without_module
 from lightning_bpfree.training.training_rule import TrainingRule
 
 
@@ -42,7 +45,7 @@ class LotteryTicket(Callback):
     ``final_permute-ticket_permute`` the same with ``permute_masks=True``; SNIP ``score="snip"``.
 
     A schedule in ``configure_optimizers`` should span one level, and ``trainer.estimated_stepping_batches`` counts all.
-    ``EarlyStopping`` ends the whole fit, not a level.
+    ``EarlyStopping`` and ``ModelCheckpoint(monitor=...)`` begin anew at every level; the former ends the whole fit.
 
     Args:
         score: ``"snr"``: weight over its deviation in the rule's search, which must keep one for every weight;
@@ -103,10 +106,15 @@ class LotteryTicket(Callback):
         self._levels = Levels(self._given())
         self._slots: dict[str, Slot] = {}
         self._deviations_seen = False
+        self._streams = SavedStreams()
 
     def _given(self) -> TicketArguments:
         """Return the arguments as they are now, checked against one another."""
         return TicketArguments(**{name: getattr(self, name) for name in TicketArguments.names()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy of the callback, or a pickle of it, takes along: no parameters of the module."""
+        return {**without_module(self.__dict__), "_slots": {}}
 
     # --- what a run has found ---
 
@@ -149,15 +157,21 @@ class LotteryTicket(Callback):
         check_attributes(self)  # which may have been set since
         rules = callbacks_of(trainer, TrainingRule)
         check_whole_parameters("LotteryTicket", trainer, "strategy='ddp' or 'bpfree_scalar_sync'")
+        check_companions(trainer)
+        check_launcher(trainer)
         self.plan.check_epochs(trainer)
         self._levels = Levels(self._given(), rules[0] if rules else None)
         self._levels.folder = Path(self.dirpath or Path(trainer.default_root_dir) / "tickets")
+        if trainer.is_global_zero and not is_dry_run(trainer):
+            check_writable(self._levels.folder)
         self._deviations_seen = self.score != "snr" or self.plan.levels == 1
         if not self._deviations_seen:
             check_has_deviations(self._levels.rule)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the first initialisation, or take that of a ticket; called before a sanity check of validation."""
+        self._streams.watch(pl_module.device)
+        self._streams.on_fit_start(trainer)
         self._levels.open(trainer, pl_module)
         if self.weights == "fresh":
             check_redrawable(pl_module, self._levels.trained(pl_module))
@@ -168,9 +182,8 @@ class LotteryTicket(Callback):
         self._collect(pl_module)
         rule = self._levels.rule
         entry = {} if rule is None else {"rule": type(rule).__name__, **rule.settings()}
-        for logger in trainer.loggers:
-            # The entry is written whole, for loggers replace what they have under the same name.
-            logger.log_hyperparams({"bpfree": {**entry, "ticket": self.settings()}})
+        # The entry is written whole, for loggers replace what they have under the same name.
+        log_settings(trainer, pl_module, {"bpfree": {**entry, "ticket": self.settings()}})
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on to the next level where it is due; by now all saw the trained weights of the last one."""
@@ -181,6 +194,7 @@ class LotteryTicket(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Go on to the next level after a resume behind the last batch of an epoch: Lightning starts no epoch then."""
+        self._streams.on_train_batch_start(trainer, batch_idx)
         if batch_idx == 0 and self._levels.advance(trainer, pl_module):
             self._collect(pl_module)
 
@@ -217,6 +231,10 @@ class LotteryTicket(Callback):
             )
         self._levels.finish(trainer, pl_module)
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put exact zeros back once more: other callbacks may have set the weights when training ended."""
+        self._zero({name: slot.parameter for name, slot in self._slots.items()})
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Lift the rule's masks: its next fit may be of a dense module."""
         if stage == "fit":
@@ -241,11 +259,14 @@ class LotteryTicket(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an exact resume needs: level, masks, first initialisation, finished levels."""
-        return self._levels.state_dict()
+        state = self._levels.state_dict()
+        # A rule saves the streams too, and the same ones.
+        return {**state, "streams": self._streams.to_plain()} if state else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back the state of a checkpoint."""
         self._levels.load_state_dict(state_dict)
+        self._streams.take(state_dict.get("streams", []))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -253,4 +274,5 @@ class LotteryTicket(Callback):
         """Add the metrics so far, which Lightning does not bring back after a resume."""
         own = checkpoint.get("callbacks", {}).get(self.state_key)
         if own:
+            own["streams"] = self._streams.of_all_ranks(trainer, own["streams"])
             own["metrics"] = self._levels.metrics(trainer)

@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_bpfree.core.params import ParameterSlots, Params
 from lightning_bpfree.core.seeds import mix
+from lightning_bpfree.methods.lottery_ticket.companions import begin_level, restart_averages
 from lightning_bpfree.methods.lottery_ticket.masks import Masks, Restricts
 from lightning_bpfree.methods.lottery_ticket.plan import Plan, TicketArguments, check_selects, described, prunable_names
 from lightning_bpfree.methods.lottery_ticket.pruning import num_kept, top_masks
@@ -57,10 +58,20 @@ class Levels:
         rule_params = None if self.rule is None else self.rule.params
         self.names = prunable_names(module, self.given.params, self.given.exclude, rule_params)
         self._init, self._buffers = captured(module)
+        self._warn_of_zeros()
         if self.given.init_from is not None:
             self._take(self.given.init_from, module)
         if trainer.is_global_zero and any(self.folder.glob("level_*.pt")):
             rank_zero_warn(f"{self.folder} holds tickets of an earlier run, which this one writes over.")
+
+    def _warn_of_zeros(self) -> None:
+        zeros = [name for name in self.names if not bool(self._init[name].any())]
+        if zeros and self.given.score == "magnitude" and self.plan.levels > 1:
+            rank_zero_warn(
+                f"LotteryTicket(score='magnitude'): {', '.join(zeros)} begin at zero, so that training may leave their "
+                "weights smaller than all others, to be pruned whole. Leave them dense (exclude=), or take "
+                "scope='layer'."
+            )
 
     def _take(self, source: str | Path | Ticket, module: pl.LightningModule) -> None:
         ticket = source if isinstance(source, Ticket) else Ticket.load(source)
@@ -81,6 +92,7 @@ class Levels:
                     "checkpoint that LotteryTicket was part of."
                 )
             self._first(trainer, module)
+            restart_averages(trainer, module)
         if isinstance(self.rule, Restricts):
             # If the rule cannot search under masks, that is said here rather than after a level.
             self.rule.restrict(Masks.dense({name: self._init[name] for name in self.names}))
@@ -95,9 +107,10 @@ class Levels:
         given, ticket = self.given, self.masks
         if given.score == "snip" and (self.plan.levels > 1 or target > 0):
             rewind(module, self._init, self._buffers)  # a ticket's pruned weights too: the score is of dense weights
-            self._scores = on_cpu(snip_scores(trainer, module, self.rule, self.names))
+            scores, batches = snip_scores(trainer, module, self.rule, self.names)
+            self._scores = on_cpu(scores)
             if self.rule is not None:
-                self.rule.record.forward_evals += BACKPROP_COST * trainer.num_training_batches
+                self.rule.record.forward_evals += BACKPROP_COST * batches
         total = sum(tensor.numel() for tensor in start.values())
         if num_kept(total, target) < (total if ticket is None else ticket.kept):
             self.masks = self._choose(target, start, None)
@@ -119,6 +132,7 @@ class Levels:
             raise ValueError(f"LotteryTicket, level {self.level} of {self.plan.levels}: {error}") from None
         self._set(module, fresh=True)
         fresh_optimizers(trainer, module)
+        begin_level(trainer, module)
         if isinstance(self.rule, Restricts):
             self.rule.restrict(self.masks)
             self.rule.restart()

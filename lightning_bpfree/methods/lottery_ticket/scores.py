@@ -95,8 +95,10 @@ def warn_of_floor(std: Mapping[str, Tensor], survivors: Mapping[str, Tensor] | N
         )
 
 
-def snip_scores(trainer: pl.Trainer, module: pl.LightningModule, rule: TrainingRule | None, names: list[str]) -> Params:
-    """Return ``|w dL/dw|`` of the named weights as they are now, L the mean loss over the batches of the training set.
+def snip_scores(
+    trainer: pl.Trainer, module: pl.LightningModule, rule: TrainingRule | None, names: list[str]
+) -> tuple[Params, int]:
+    """Return ``|w dL/dw|`` of the named weights as they are now, and the number of batches; L is the mean loss.
 
     One pass by backprop. Random streams, buffers, metrics and logs are as if it had not taken place; a data set that
     counts what is taken from it is not.
@@ -117,15 +119,17 @@ def snip_scores(trainer: pl.Trainer, module: pl.LightningModule, rule: TrainingR
     step = module.training_step if rule is None or rule.original_step is None else rule.original_step
     try:
         with own, view.buffers.copies(), view.quiet(), torch.enable_grad():
-            gradients = _mean_gradients(trainer, module, step, slots)
+            gradients, batches = _mean_gradients(trainer, module, step, slots)
     finally:
         replay.finish()
     if mean := mean_over_ranks(trainer):
         gradients = {name: mean(gradient) for name, gradient in gradients.items()}
-    return snip({slot.name: slot.parameter.detach() for slot in slots}, gradients)
+    return snip({slot.name: slot.parameter.detach() for slot in slots}, gradients), batches
 
 
-def _mean_gradients(trainer: pl.Trainer, module: pl.LightningModule, step: Any, slots: list[Slot]) -> Params:
+def _mean_gradients(
+    trainer: pl.Trainer, module: pl.LightningModule, step: Any, slots: list[Slot]
+) -> tuple[Params, int]:
     totals = {slot.name: torch.zeros_like(widen(slot.parameter.detach())) for slot in slots}
     batches = 0
     for arguments in _training_set(trainer, module, step):
@@ -147,7 +151,7 @@ def _mean_gradients(trainer: pl.Trainer, module: pl.LightningModule, step: Any, 
         batches += 1
     if not batches:
         raise MisconfigurationException("LotteryTicket(score='snip') found no batch in the training set.")
-    return {name: total / batches for name, total in totals.items()}
+    return {name: total / batches for name, total in totals.items()}, batches
 
 
 def _training_set(trainer: pl.Trainer, module: pl.LightningModule, step: Any) -> Iterator[list[Any]]:

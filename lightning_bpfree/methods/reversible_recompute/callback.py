@@ -31,8 +31,10 @@ from lightning_bpfree.methods.reversible_recompute.recomputation import Schedule
 from lightning_bpfree.methods.reversible_recompute.sequential import ReversibleSequential
 from lightning_bpfree.methods.reversible_recompute.stream_fusion import FusionOfOneWidth
 from lightning_bpfree.training.checks import check_whole_parameters
+from lightning_bpfree.training.saved_streams import SavedStreams
+from lightning_bpfree.training.settings_log import log_settings
 from lightning_bpfree.training.throughput import Throughput
-from lightning_bpfree.training.trainer_attributes import log_every_n_steps
+from lightning_bpfree.training.trainer_attributes import log_every_n_steps, without_module
 
 Stack = ReversibleSequential | ReversibleLayers
 
@@ -100,12 +102,17 @@ class ReversibleRecompute(Callback):
         self._module: pl.LightningModule | None = None
         self._found: list[tuple[Stack, Schedule]] = []
         self._window, self._logged_at = Throughput(), 0
+        self._streams = SavedStreams()
         self._check()
 
     @property
     def _options(self) -> dict[str, Any]:
         names = ("rewire", "scale", "fusion", "buffer_every", "max_error", "check_every", "store_last")
         return {name: getattr(self, name) for name in names}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy of the callback, or a pickle of it, takes along: no module, nor what was done to one."""
+        return {**without_module(self.__dict__), "conversion": None, "_module": None, "_found": []}
 
     def _check(self) -> None:
         unused = {"buffer_every": "auto", "check_every": 1, "store_last": 0}
@@ -171,11 +178,15 @@ class ReversibleRecompute(Callback):
 
     # --- what it costs ---
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the random streams of a checkpoint, before the data loaders draw their order."""
+        self._streams.watch(pl_module.device)
+        self._streams.on_fit_start(trainer)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the settings into the loggers."""
         self._window, self._logged_at = Throughput(), trainer.global_step
-        for logger in trainer.loggers:
-            logger.log_hyperparams({"bpfree_recompute": self.settings()})
+        log_settings(trainer, pl_module, {"bpfree_recompute": self.settings()})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to measure anew: validation is not training."""
@@ -185,6 +196,7 @@ class ReversibleRecompute(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin to measure, if a measurement has ended."""
+        self._streams.on_train_batch_start(trainer, batch_idx)
         if self._window.started is None:
             self._window.open(trainer.strategy.root_device)
 
@@ -208,13 +220,24 @@ class ReversibleRecompute(Callback):
     # --- checkpoints ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the function of the model depends on."""
+        """Return what the function of the model depends on, and the random streams."""
+        return {**self._function(), "streams": self._streams.to_plain()}
+
+    def _function(self) -> dict[str, Any]:
         settings = self.settings()
         return {name: settings[name] for name in ("stacks", "rewire", "scale", "fusion")}
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the random streams of the other ranks."""
+        own = checkpoint["callbacks"][self.state_key]
+        own["streams"] = self._streams.of_all_ranks(trainer, own["streams"])
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Warn if the weights of the checkpoint belong to another function."""
-        now = self.state_dict()
+        self._streams.take(state_dict.get("streams", []))
+        now = self._function()
         changed = [f"{name}={state_dict[name]!r} (now {now[name]!r})" for name in now if state_dict[name] != now[name]]
         if changed:
             rank_zero_warn(

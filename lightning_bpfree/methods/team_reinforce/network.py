@@ -103,6 +103,11 @@ class TeamNetwork(ForwardOverride):
         self._layers: list[Layer] = []
         self._linears: dict[int, tuple[nn.Linear, Tensor, Tensor, int]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy takes along: no pass that is under way, and no generator, which is made when needed."""
+        idle = {"generator": None, "noted": None, "_visit": None, "_layers": [], "_linears": {}}
+        return {**super().__getstate__(), **idle}
+
     # --- in the network's place ---
 
     def set_rule(self, rule: str) -> None:

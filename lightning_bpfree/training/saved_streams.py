@@ -1,0 +1,55 @@
+"""Random streams in checkpoints: Lightning saves none, so that dropout and shuffling go other ways after a resume."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_bpfree.core.replay.random_streams import RandomStreams
+
+
+class SavedStreams:
+    """The global random streams of all ranks, as a callback saves and restores them.
+
+    The callback passes on :meth:`to_plain` in ``state_dict``, :meth:`of_all_ranks` in ``on_save_checkpoint``,
+    :meth:`take` in ``load_state_dict``, and calls :meth:`on_fit_start` and :meth:`on_train_batch_start` in the hooks of
+    these names.
+    """
+
+    def __init__(self) -> None:
+        self.streams = RandomStreams()
+        self._resumed: list[dict[str, Any]] = []  # of a checkpoint, by rank
+
+    def watch(self, device: torch.device | str | int) -> None:
+        """Save the stream of a CUDA device too."""
+        self.streams = RandomStreams([torch.device(device)])
+
+    def to_plain(self) -> list[dict[str, Any]]:
+        """Return this rank's streams in tensors, lists and numbers."""
+        return [self.streams.to_plain()]
+
+    def of_all_ranks(self, trainer: pl.Trainer, mine: list[Any]) -> list[Any]:
+        """Return the lists of all ranks, one after the other; of a run that was interrupted, this rank's alone."""
+        # After an exception on one rank, the others do not come here.
+        if trainer.world_size == 1 or trainer.interrupted or not torch.distributed.is_initialized():
+            return mine
+        gathered: list[list[Any]] = [[] for _ in range(trainer.world_size)]
+        torch.distributed.all_gather_object(gathered, mine)
+        return [part for parts in gathered for part in parts]
+
+    def take(self, streams: list[dict[str, Any]]) -> None:
+        """Go on with the streams of a checkpoint when the fit starts."""
+        self._resumed = streams
+
+    def on_fit_start(self, trainer: pl.Trainer) -> None:
+        """Continue the streams where the checkpoint left them, before the data loaders draw their order."""
+        if trainer.global_rank < len(self._resumed):
+            self.streams.from_plain(self._resumed[trainer.global_rank])
+
+    def on_train_batch_start(self, trainer: pl.Trainer, batch_idx: int) -> None:
+        """Continue them once more inside an epoch, behind the loader's draw."""
+        if self._resumed and batch_idx > 0:
+            self.on_fit_start(trainer)
+        self._resumed = []
