@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, Callback
 
 from lightning_bpfree.core.exchange import ScalarExchange
 from lightning_bpfree.core.forward_override import override_of
@@ -92,7 +92,7 @@ def check_trains(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer,
         trainer: whose callbacks may unfreeze some later.
         module: the module in training.
     """
-    if slots.trainable() or callbacks_of(trainer, BaseFinetuning):
+    if slots.trainable() or any(isinstance(callback, BaseFinetuning) for callback in callbacks_of(trainer, Callback)):
         return
     names = ", ".join(slot.name for slot in list(slots)[:5]) or "none"
     raise MisconfigurationException(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ class BackwardOnly:
                     self.found[f"{kind.__name__} (autograd.Function)"] = kind.jvp is not Function.jvp
             finally:
                 self._comparing = False
-        parent: Any = super(_SingleLevelFunction, kind)  # type: ignore[misc]  # what Function.apply calls itself
+        parent: Any = super(cast(Any, _SingleLevelFunction), kind)  # what Function.apply calls itself
         return parent.apply(*args, **kwargs)
 
 

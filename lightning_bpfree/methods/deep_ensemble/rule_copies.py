@@ -71,4 +71,4 @@ class RuleCopies:
         """Take back their states."""
         for clone, state in zip(self.copies, states, strict=True):
             clone.load_state_dict(state)
-            clone._resumed = []  # the streams are the members'
+            clone._streams.take([])  # the streams are the members'

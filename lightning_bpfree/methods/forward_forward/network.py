@@ -177,7 +177,8 @@ class GoodnessNetwork(ForwardOverride):
         def behind_tokens(x: Tensor) -> Tensor:
             if not waits or self.label_embedding is None:
                 return x
-            return self.label_embedding(x)(x, labels)
+            labelled: Tensor = self.label_embedding(x)(x, labels)
+            return labelled
 
         def left(index: int, activity: Tensor) -> Tensor:
             made = leave(index, activity)

@@ -105,7 +105,7 @@ class TeamNetwork(ForwardOverride):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy takes along: no pass that is under way, and no generator, which is made when needed."""
-        idle = {"generator": None, "noted": None, "_visit": None, "_layers": [], "_linears": {}}
+        idle: dict[str, Any] = {"generator": None, "noted": None, "_visit": None, "_layers": [], "_linears": {}}
         return {**super().__getstate__(), **idle}
 
     # --- in the network's place ---
