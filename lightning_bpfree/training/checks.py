@@ -106,8 +106,8 @@ def check_backward_only(rule: str, found: Sequence[str]) -> None:
     if found:
         raise MisconfigurationException(
             f"{rule} runs no backward pass through the training step, and would ignore what changes it: "
-            f"{', '.join(found[:5])}. Write the objective such that its own derivative is the one you mean (a term with "
-            "the other sign instead of gradient reversal), register hooks on parameters (parameter.register_hook "
+            f"{', '.join(found[:5])}. Write the objective such that its own derivative is the one you mean (a term "
+            "with the other sign instead of gradient reversal), register hooks on parameters (parameter.register_hook "
             "outside of the step, which the estimate passes), or train with Backprop()."
         )
 

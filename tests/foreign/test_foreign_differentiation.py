@@ -1,4 +1,4 @@
-"""Modules that differentiate within their step, or whose parameters are of unusual kinds, train exactly or are refused."""
+"""Steps that differentiate within themselves and parameters of unusual kinds train exactly, or are refused."""
 
 from __future__ import annotations
 
@@ -495,9 +495,7 @@ LAZY = {
     "linear": lambda: nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.LazyLinear(3)),
     "mixed": lambda: nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5), nn.LazyLinear(3)),
     "batch_norm": lambda: nn.Sequential(nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.Tanh(), nn.LazyLinear(3)),
-    "convolution": lambda: nn.Sequential(
-        nn.Unflatten(1, (1, 6)), nn.LazyConv1d(2, 3), nn.Flatten(), nn.LazyLinear(3)
-    ),
+    "convolution": lambda: nn.Sequential(nn.Unflatten(1, (1, 6)), nn.LazyConv1d(2, 3), nn.Flatten(), nn.LazyLinear(3)),
 }
 
 

@@ -71,7 +71,8 @@ class BackwardOnly:
                     self.found[f"{kind.__name__} (autograd.Function)"] = kind.jvp is not Function.jvp
             finally:
                 self._comparing = False
-        return super(_SingleLevelFunction, kind).apply(*args, **kwargs)
+        above: Any = super(_SingleLevelFunction, kind)  # type: ignore[misc]  # a class derived from it
+        return above.apply(*args, **kwargs)
 
 
 class _NoHandle(contextlib.nullcontext[None]):
