@@ -20,8 +20,8 @@ class Directions:
 
     Every direction has independent coordinates of mean 0 and variance 1, hence ``E[v v^T] = I``; a complex number has
     two coordinates. The draws are frozen: one generator per ``k`` on the tensor's device, tensors in the order of
-    ``like``, in float32 (float64 for float64 parameters). Equal seeds give equal directions on equal kinds of
-    device; the generators of CPU and CUDA differ.
+    ``like``, in float32 (float64 for float64 parameters). Equal seeds give equal directions on equal kinds of device;
+    CPU and CUDA generators differ.
 
     Args:
         like: named tensors whose shapes, dtypes and devices the directions take.

@@ -1,4 +1,4 @@
-"""Modules that differentiate within their step, or have unusual parameters, train exactly or are refused."""
+"""Steps that differentiate within themselves and parameters of unusual kinds train exactly, or are refused."""
 
 from __future__ import annotations
 

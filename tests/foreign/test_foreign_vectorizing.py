@@ -70,6 +70,12 @@ class Shapes(Base):
 
 
 LATER = [Item, Branch, Float, Lists, ToList, Numpy, Shapes]
+# A forward gradient has tangents, and no losses, for each direction: it reads numbers and branches in one pass too.
+# At low rank, members share the weight of the layer.
+ONE_PASS_DOES = {("forward_gradient", kind) for kind in LATER if kind is not Numpy} | {
+    ("low_rank", Numpy),
+    ("low_rank", Shapes),
+}
 VECTORISED = {
     "forward_gradient": lambda size: bpf.ForwardGradient(4, chunk_size=size),
     "evolution": lambda size: bpf.EvolutionStrategy(population_size=8, chunk_size=size),
@@ -91,8 +97,8 @@ def test_a_later_step_that_cannot_be_vectorised_goes_on_in_the_loop(kind, rule, 
     with caplog.at_level(logging.INFO):
         module, found = trained(kind, VECTORISED[rule]("auto"), precision="64-true")
     said = [r.message for r in caplog.records if "one by one" in r.message]
-    assert len(said) == 1
-    assert "vectorising fails" in said[0]
+    assert len(said) == (0 if (rule, kind) in ONE_PASS_DOES else 1)
+    assert all("vectorising fails" in line for line in said)
     assert len(module.kept) == (2 if kind is Lists else 0)  # once a batch, in two epochs
     # Fitness is compared in float32; equal maths in another order.
     _, looped = trained(kind, VECTORISED[rule](1), precision="64-true")
@@ -100,15 +106,20 @@ def test_a_later_step_that_cannot_be_vectorised_goes_on_in_the_loop(kind, rule, 
 
 
 @every_route
-@pytest.mark.parametrize("kind", [Item, Branch, Lists])
+@pytest.mark.parametrize("kind", [Item, Branch, Lists, Numpy])
 def test_a_chunk_size_that_stops_working_is_refused_with_the_cure(kind, rule):
-    with pytest.raises(MisconfigurationException, match=r"chunk_size=4\).*cannot be vectorised.*chunk_size=1"):
-        trained(kind, VECTORISED[rule](4))
+    if (rule, kind) in ONE_PASS_DOES:
+        trained(kind, VECTORISED[rule](2))
+        return
+    with pytest.raises(MisconfigurationException, match=r"chunk_size=2\).*cannot be vectorised.*chunk_size=1"):
+        trained(kind, VECTORISED[rule](2))
 
 
 class AtOnce(Item):
     def training_step(self, batch, batch_idx):
-        return super().training_step(batch, 2)
+        loss = super().training_step(batch, 2)
+        self.net.bias.detach().numpy()
+        return loss
 
 
 @every_route
@@ -137,6 +148,7 @@ class Skips(Base):
         return None
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @every_route
 def test_a_later_step_without_a_loss_is_left_out(rule, caplog):
     with caplog.at_level(logging.INFO):

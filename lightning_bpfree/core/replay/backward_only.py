@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +71,8 @@ class BackwardOnly:
                     self.found[f"{kind.__name__} (autograd.Function)"] = kind.jvp is not Function.jvp
             finally:
                 self._comparing = False
-        parent: Any = super(cast(Any, _SingleLevelFunction), kind)  # what Function.apply calls itself
-        return parent.apply(*args, **kwargs)
+        above: Any = super(_SingleLevelFunction, kind)  # type: ignore[misc]  # a class derived from it
+        return above.apply(*args, **kwargs)
 
 
 class _NoHandle(contextlib.nullcontext[None]):

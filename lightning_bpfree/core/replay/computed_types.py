@@ -32,7 +32,7 @@ class ComputedTypes(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        half = isinstance(result, Tensor) and result.dtype in _HALF and self.coarsest != torch.bfloat16
-        if half and getattr(function, "__name__", "") not in _CASTS:
+        half = isinstance(result, Tensor) and result.dtype in _HALF
+        if half and self.coarsest != torch.bfloat16 and getattr(function, "__name__", "") not in _CASTS:
             self.coarsest = result.dtype
         return result

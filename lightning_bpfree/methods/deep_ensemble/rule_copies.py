@@ -41,6 +41,7 @@ class RuleCopies:
         clone = copy.copy(rule)
         own = {key: value for key, value in rule.__dict__.items() if key not in _SHARED}
         clone.__dict__.update(copy.deepcopy(own, memo))
+        clone.__dict__.update({key: value for key, value in rule.__dict__.items() if key in _SHARED})
         clone.observers = []
         clone.record = Record(type(rule).__name__)
         clone.record.load_state_dict(rule.record.state_dict())
