@@ -10,6 +10,7 @@ from typing import Annotated, NamedTuple
 from torch import nn
 
 from lightning_bpfree.core.arguments import NonEmpty, Patterns, PositiveInt, checked
+from lightning_bpfree.core.functional_activations import as_modules, functional_lines
 from lightning_bpfree.core.network_call import RefusedError
 
 Blocks = (
@@ -123,7 +124,7 @@ def _layers(network: nn.Module) -> list[list[nn.Module]]:
     if chain is None:
         raise RefusedError(
             f"{type(network).__name__} does not show the order of its layers (it is no nn.Sequential): name its blocks "
-            f"by patterns, such as blocks=[{_example(network)}]. {_listing(network)}"
+            f"by patterns, such as {_example(network)} {_listing(network)}"
         )
     return _joined(chain)
 
@@ -217,9 +218,55 @@ def _check(network: nn.Module, blocks: list[Block]) -> None:
                 )
 
 
+def suggestion(network: nn.Module) -> list[str | list[str]]:
+    """Return blocks by names that are likely to work: layers as they are registered, without the one of the output.
+
+    Token embeddings join the layer behind them, for nothing can be added to tokens; normalisations and activations
+    join the layer before them.
+
+    Args:
+        network: a network that does not show the order of its layers.
+
+    Examples:
+        >>> net = nn.ModuleDict({"embed": nn.Embedding(5, 4), "one": nn.Linear(4, 4), "two": nn.Linear(4, 2)})
+        >>> suggestion(net)
+        [['embed', 'one']]
+    """
+    groups: list[list[str]] = []
+    for name in _units(network, ""):
+        part = network.get_submodule(name)
+        joins = bool(groups) and (not is_layer(part) or _reads_tokens(network, groups[-1]))
+        groups[-1].append(name) if joins else groups.append([name])
+    while groups and not any(is_layer(network.get_submodule(name)) for name in groups[0]):
+        groups = groups[1:]
+    last = groups[-1] if len(groups) > 1 else []
+    kept = groups[:-1] if last else groups
+    return [group[0] if len(group) == 1 else group for group in kept]
+
+
+def _reads_tokens(network: nn.Module, names: Sequence[str]) -> bool:
+    parts = [part for name in names for part in network.get_submodule(name).modules()]
+    layers = [part for part in parts if any(p is not None and p.dim() > 1 for p in part._parameters.values())]
+    return bool(layers) and all(isinstance(part, nn.Embedding) for part in layers)
+
+
+def _units(module: nn.Module, prefix: str) -> list[str]:
+    """Return the names of what runs in one piece, in the order in which it is registered."""
+    found: list[str] = []
+    for name, child in module.named_children():
+        inner = any(isinstance(part, nn.ModuleList | nn.Sequential) for part in child.modules())
+        if inner and child._parameters == {}:
+            found += _units(child, f"{prefix}{name}.")
+        elif any(True for _ in child.parameters()) or not list(child.children()):
+            found.append(f"{prefix}{name}")
+    return found
+
+
 def _example(network: nn.Module) -> str:
-    names = [name for name, child in network.named_children() if any(True for _ in child.parameters())]
-    return ", ".join(f"'{name}.*'" if list(network.get_submodule(name).children()) else f"'{name}'" for name in names)
+    functions = functional_lines(network)
+    said = "" if not functions else f" Activations that are functions stay outside of blocks: {as_modules(network)}"
+    order = "in the order in which they run (the layer that makes the output stays out)"
+    return f"blocks={suggestion(network)}, {order}.{said}"
 
 
 def _listing(network: nn.Module) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_bpfree.core.arguments import (
@@ -37,7 +38,7 @@ from lightning_bpfree.methods.forward_forward.settings import (
     Prediction,
     Schedule,
 )
-from lightning_bpfree.methods.forward_forward.training_pass import GoodnessPass, PeerNormalization
+from lightning_bpfree.methods.forward_forward.training_pass import GoodnessPass, PeerNormalization, first_layer
 from lightning_bpfree.training.network_rule import NetworkRule
 
 
@@ -205,6 +206,12 @@ class ForwardForward(NetworkRule):
                 f"ForwardForward(schedule='greedy'): max_epochs={trainer.max_epochs} and stop_epoch={self.stop_epoch} "
                 f"leave no epoch for each of {len(self.parts.blocks)} blocks. Give the Trainer more max_epochs, or "
                 "pass epochs_per_block."
+            )
+        if self.label == "overlay" and isinstance(first_layer(self.parts.blocks[0]), nn.modules.conv._ConvNd):
+            rank_zero_warn(
+                "ForwardForward(label='overlay') writes the label into the first pixels of an image, and a convolution "
+                "sees it in one corner alone: accuracy may stay at chance. Pass label='embedding', which adds a "
+                "learned pattern to the whole image."
             )
         self._rank = trainer.global_rank
 

@@ -65,6 +65,12 @@ def unit_dimension(layer: nn.Module) -> int:
     return 1 if isinstance(layer, nn.modules.conv._ConvNd) else -1
 
 
+def first_layer(block: Block) -> nn.Module | None:
+    """Return the innermost module of a block with the first weight matrix; None if there is none."""
+    parts = (part for top in block.modules for part in top.modules())
+    return next((part for part in parts if is_layer(part) and not list(part.children())), None)
+
+
 def last_layer(block: Block) -> nn.Module:
     """Return the innermost module of a block with the last weight matrix."""
     layers = [part for top in block.modules for part in top.modules() if is_layer(part) and not list(part.children())]

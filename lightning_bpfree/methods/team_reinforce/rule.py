@@ -25,6 +25,7 @@ from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.core.step import Estimate, Step, check_finite
 from lightning_bpfree.methods.team_reinforce.activations import Units, find_sites
 from lightning_bpfree.methods.team_reinforce.baselines import Baseline, Baselines
+from lightning_bpfree.methods.team_reinforce.chance import ChanceCheck
 from lightning_bpfree.methods.team_reinforce.credit import Credit, TopDown
 from lightning_bpfree.methods.team_reinforce.eligibility_traces import Traces
 from lightning_bpfree.methods.team_reinforce.evaluation_report import EvaluationReport
@@ -145,6 +146,7 @@ class TeamReinforce(NetworkRule):
         self._arguments: TeamArguments | None = None
         self._rank = 0
         self._report = EvaluationReport(labels)
+        self._chance = ChanceCheck()
         self.resolve()
 
     def resolve(self) -> None:
@@ -215,6 +217,8 @@ class TeamReinforce(NetworkRule):
         """Replace the activations."""
         super().check(trainer, module, slots)
         self._rank = trainer.global_rank
+        if self.record.batches == 0:
+            self._chance = ChanceCheck()
 
     def estimate(self, step: Step) -> Estimate:
         """Return the user's loss, and the gradient of the mean reward with its sign changed."""
@@ -248,8 +252,15 @@ class TeamReinforce(NetworkRule):
         if self.reevaluates:
             check_finite({f"the potentials of {layer.name}": layer.potential for layer in work.layers})
         step.forward_evals += self.num_samples * settings.cost_behind(work.layers, network.num_weights)
+        if self.reward == "class":
+            self._chance.add(rewards, work.layers[-1].potential.shape[-1])
         metrics = {"reward": rewards.mean()}
         return Estimate(loss.detach(), self._descending(step, loss, found), metrics)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say what to try if a first epoch has taught the team nothing."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._chance.report()
 
     def _learn_laterally(self, work: TeamPass, advantages: Sequence[Tensor]) -> None:
         for layer, advantage in zip(work.layers[:-1], advantages, strict=False):
