@@ -29,6 +29,7 @@ def run(folder, rule, resume=None):
     ],
     ids=["forward_forward_stops", "forward_forward_starts", "team", "zeroth_order"],
 )
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("step", [4, 8])
 def test_history_turn_and_weights_are_those_of_a_whole_run(make, step, tmp_path):
     whole, again = make(), make()

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lottery_problems import fit, plain
+from problems import fitted, loader
 from torch.optim.swa_utils import get_ema_avg_fn
 
 from lightning_bpfree import LotteryTicket, ZerothOrder
@@ -35,8 +36,6 @@ def test_averaged_weights_are_of_one_level(tmp_path, first):
 
 def _fit(folder, own, averaging):
     module = plain()
-    from problems import fitted, loader
-
     return module, fitted(module, loader(), averaging, own, max_epochs=2, default_root_dir=folder)
 
 
@@ -70,6 +69,6 @@ def test_weights_that_begin_at_zero_are_said(tmp_path):
         fit(tmp_path, tickets(tmp_path, scope="layer"), module=module)
 
 
-def test_frozen_parameters_are_said(tmp_path):
+def test_frozen_parameters_are_said():
     with pytest.raises(MisconfigurationException, match="nothing to train"):
-        fit(tmp_path, tickets(tmp_path), ZerothOrder(params="net.frozen.*"))
+        fitted(plain(), loader(), ZerothOrder(params="net.frozen.*"))
