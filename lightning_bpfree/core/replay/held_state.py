@@ -50,9 +50,10 @@ class Attributes:
                 for key in own.keys() - saved.keys():
                     del own[key]
             own.update(saved)
+        own = {key for hooks in self.hooks if hooks for key, hook in hooks.items() if _is_a_rules(hook)}
         for hooks, kept in zip(self.hooks, state[1], strict=True):
             if hooks or kept:
-                _refill(hooks, kept or {})
+                _refill(hooks, _besides(own, hooks, kept or {}))
 
     @staticmethod
     def differs(a: Any, b: Any) -> bool:
@@ -63,6 +64,18 @@ class Attributes:
             ):
                 return True
         return False
+
+
+def _is_a_rules(hook: Any) -> bool:
+    function = getattr(hook, "func", hook)
+    return str(getattr(function, "__module__", "")).startswith("lightning_bpfree.")
+
+
+def _besides(own: set[Any], hooks: Mapping[Any, Any], kept: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Return ``kept`` with the hooks that rules have now: they come and go between evaluations, not within one."""
+    now = {key: hook for key, hook in hooks.items() if key in own}
+    then = {key: hook for key, hook in kept.items() if not _is_a_rules(hook)}
+    return {**then, **now} if now or len(then) < len(kept) else kept
 
 
 def _refill(mapping: Any, saved: Mapping[Any, Any]) -> None:
