@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -105,7 +106,7 @@ def test_heads_of_a_target_learn(space):
             states.append({name: value.clone() for name, value in saved["module"].items()})
 
     fitted(Problem(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))), loader(), rule, Keeps())
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in itertools.pairwise(states):
         moved = [
             name for name in before if before[name].is_floating_point() and not torch.equal(before[name], after[name])
         ]

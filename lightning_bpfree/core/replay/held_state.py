@@ -89,7 +89,7 @@ def _refill(mapping: Any, saved: Mapping[Any, Any]) -> None:
 
 
 class Registries:
-    """Which parameters, buffers and children modules have registered: those that an evaluation adds are taken out again.
+    """Which parameters, buffers and children modules register: those that an evaluation adds are taken out again.
 
     Args:
         modules: the modules whose registries count.
