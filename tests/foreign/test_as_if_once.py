@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_bpfree as bpf
 
-# --- the batch ---------------------------------------------------------------------------------------------------------
+# --- the batch ----
 
 
 class Popped(Once):
@@ -173,7 +173,7 @@ BATCH = [
     DoubledByNumPy, ArrayDoubled, DoubledInTwoEpochs, TakenFromADataclass, TakenFromANamedTuple,
 ]  # fmt: skip
 
-# --- containers and objects that modules hold ----------------------------------------------------------------------------
+# --- containers and objects that modules hold ----
 
 
 class Lists(Once):
@@ -346,7 +346,7 @@ class EmptiedAtEpochEnd(Once):
 
 CONTAINERS = [EmptiedAtEpochEnd, Lists, Dicts, SetsAndDeques, HelperObjects, ClassLevel, HeldTensors, HiddenState]
 
-# --- metrics and logging ---------------------------------------------------------------------------------------------------
+# --- metrics and logging ----
 
 
 class UnregisteredMetrics(Once):
@@ -417,7 +417,7 @@ class MetricOfAChild(Once):
 
 METRICS = [UnregisteredMetrics, RunningMetrics, LogsInEveryWay, MetricOfAChild]
 
-# --- random sources ------------------------------------------------------------------------------------------------------
+# --- random sources ----
 
 SHARED = np.random.default_rng(7)
 
@@ -494,7 +494,7 @@ class DropoutAndNoise(Once):
 
 RANDOM = [HeldGenerators, GlobalGenerator, closed_over, GlobalStreams, DropoutAndNoise]
 
-# --- parameters that the step changes ------------------------------------------------------------------------------------
+# --- parameters that the step changes ----
 
 
 class Teacher(Once):
@@ -564,7 +564,7 @@ class Averaged(Once):
 
 TEACHERS = [Teacher, TeacherByData, TeacherByCopy, TeacherByDataInPlace, TeacherByStateDict, TeacherOutside, Averaged]
 
-# --- iterators --------------------------------------------------------------------------------------------------------------
+# --- iterators ----
 
 
 class DrawsFromAnIterator(Once):
@@ -601,7 +601,7 @@ class DrawsFromASecondLoader(Once):
 
 ITERATORS = [DrawsFromAnIterator, DrawsFromASecondLoader]
 
-# --- born during the fit ----------------------------------------------------------------------------------------------------
+# --- born during the fit ----
 
 
 class MetricInTheFirstForward(Once):
@@ -660,7 +660,7 @@ class ThingsInAContainer(Once):
 
 BORN = [MetricInTheFirstForward, ThingsInTheFirstForward, ThingsAtEpochStart, ThingsInAContainer]
 
-# --- the tests ----------------------------------------------------------------------------------------------------------------
+# --- the tests ----
 
 CASES = [*BATCH, *CONTAINERS, *METRICS, *RANDOM, *TEACHERS, *ITERATORS, *BORN]
 of_each = pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
@@ -694,7 +694,7 @@ def test_every_evaluation_is_of_the_same_function(make):
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
-# Finite differences see what no derivative sees: a loss that depends on the weights through a teacher, or through a sum.
+# Finite differences see what no derivative sees: a loss that depends on the weights through a teacher, or a sum.
 STOPPED = [*TEACHERS, HeldTensors]
 
 
@@ -795,7 +795,7 @@ def test_what_the_step_thaws_moves(rule):
     assert not torch.equal(seen[2], seen[3])
 
 
-# --- weights that the step reaches in other ways than through the module ------------------------------------------------
+# --- weights that the step reaches in other ways than through the module ----
 
 
 class FromAList(Once):
@@ -899,7 +899,7 @@ def _parameters_in(value: Any) -> list[Any]:
     return [value] if isinstance(value, Tensor) else [p for item in items for p in _parameters_in(item)]
 
 
-# --- parameters that are born during the fit ---------------------------------------------------------------------------
+# --- parameters that are born during the fit ----
 
 
 class Grows(Once):
@@ -1003,7 +1003,7 @@ def test_the_gradient_of_what_is_born_is_exact():
     )
 
 
-# --- what transformers remembers on a module ----------------------------------------------------------------------------
+# --- what transformers remembers on a module ----
 
 
 class HiddenStates(Once):
@@ -1038,7 +1038,7 @@ def test_transformers_returns_as_many_hidden_states_as_there_are(rule):
     assert found["trace"] == [(3, 2)] * (BATCHES + 1)
 
 
-# --- what the datamodule holds -----------------------------------------------------------------------------------------
+# --- what the datamodule holds ----
 
 
 class Noisy(pl.LightningDataModule):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -105,7 +106,7 @@ def test_heads_of_a_target_learn(space):
             states.append({name: value.clone() for name, value in saved["module"].items()})
 
     fitted(Problem(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))), loader(), rule, Keeps())
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in itertools.pairwise(states):
         moved = [
             name for name in before if before[name].is_floating_point() and not torch.equal(before[name], after[name])
         ]
@@ -125,6 +126,8 @@ class Noisy(Once):
         return self.loss(x + torch.randn_like(x), y)
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # on purpose
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")  # on purpose
 @pytest.mark.parametrize("make", [lambda: bpf.ForwardGradient(2), lambda: bpf.ZerothOrder(2)])
 def test_streams_go_on_within_an_epoch_behind_the_draw_of_the_loader(make, tmp_path):
     rows = TensorDataset(torch.ones(16, FEATURES, dtype=torch.float64), torch.ones(16, dtype=torch.long))

@@ -143,7 +143,7 @@ def _copy(value: Any) -> Any:
 
 
 def _equal(now: Any, then: Any) -> bool:
-    """Whether two tensors, or arrays, are equal; NaN equals itself. Sparse tensors count as equal."""
+    """Whether two tensors, or arrays, are equal; NaN equals itself. Others than strided ones count as equal."""
     if not isinstance(now, Tensor):
         return bool(now.shape == then.shape and ((now == then) | ((now != now) & (then != then))).all())
     if now.layout is not torch.strided:

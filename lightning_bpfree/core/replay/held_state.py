@@ -50,12 +50,10 @@ class Attributes:
                 for key in own.keys() - saved.keys():
                     del own[key]
             own.update(saved)
-        pairs = [(hooks, kept or {}) for hooks, kept in zip(self.hooks, state[1], strict=True) if hooks or kept]
-        # A rule registers and removes its own hooks between and around evaluations: they stay as they are now.
-        ours = {key for pair in pairs for hooks in pair for key, hook in hooks.items() if _is_ours(hook)}
-        for hooks, kept in pairs:
-            theirs = {key: hook for key, hook in kept.items() if key not in ours}
-            _refill(hooks, theirs | {key: hook for key, hook in hooks.items() if key in ours})
+        own = {key for hooks in self.hooks if hooks for key, hook in hooks.items() if _is_a_rules(hook)}
+        for hooks, kept in zip(self.hooks, state[1], strict=True):
+            if hooks or kept:
+                _refill(hooks, _besides(own, hooks, kept or {}))
 
     @staticmethod
     def differs(a: Any, b: Any) -> bool:
@@ -68,10 +66,16 @@ class Attributes:
         return False
 
 
-def _is_ours(hook: Any) -> bool:
-    """Whether a hook belongs to this package."""
+def _is_a_rules(hook: Any) -> bool:
     function = getattr(hook, "func", hook)
     return str(getattr(function, "__module__", "")).startswith("lightning_bpfree.")
+
+
+def _besides(own: set[Any], hooks: Mapping[Any, Any], kept: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Return ``kept`` with the hooks that rules have now: they come and go between evaluations, not within one."""
+    now = {key: hook for key, hook in hooks.items() if key in own}
+    then = {key: hook for key, hook in kept.items() if not _is_a_rules(hook)}
+    return {**then, **now} if now or len(then) < len(kept) else kept
 
 
 def _refill(mapping: Any, saved: Mapping[Any, Any]) -> None:
@@ -85,7 +89,7 @@ def _refill(mapping: Any, saved: Mapping[Any, Any]) -> None:
 
 
 class Registries:
-    """The registered parameters, buffers and children of modules: those that an evaluation adds are taken out again.
+    """Which parameters, buffers and children modules register: those that an evaluation adds are taken out again.
 
     Args:
         modules: the modules whose registries count.
