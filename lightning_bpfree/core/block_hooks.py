@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_bpfree.core.blocks import Block
-from lightning_bpfree.core.network_call import Call, RefusedError, scores_of, with_scores
+from lightning_bpfree.core.network.network_call import Call, RefusedError, scores_of, with_scores
 
 Look = Callable[[int, Tensor], Tensor]
 

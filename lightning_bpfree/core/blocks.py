@@ -10,8 +10,8 @@ from typing import Annotated, NamedTuple
 from torch import nn
 
 from lightning_bpfree.core.arguments import NonEmpty, Patterns, PositiveInt, checked
-from lightning_bpfree.core.functional_activations import as_modules, functional_lines
-from lightning_bpfree.core.network_call import RefusedError
+from lightning_bpfree.core.network.functional_activations import as_modules, functional_lines
+from lightning_bpfree.core.network.network_call import RefusedError
 
 Blocks = (
     PositiveInt

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_bpfree.core.network_call import LABELS, RefusedError
+from lightning_bpfree.core.network.network_call import LABELS, RefusedError
 
 LabelsOf = Callable[[Any], Tensor]
 

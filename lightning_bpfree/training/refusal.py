@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_bpfree.core.network_call import RefusedError
+from lightning_bpfree.core.network.network_call import RefusedError
 
 
 class RefusedNetworkError(MisconfigurationException, RefusedError):

@@ -2,136 +2,33 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import re
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from foreign_networks import (
+    BERT_BLOCKS,
+    CLASSES,
+    NETS,
+    Called,
+    OutsideLoss,
+    OwnLoss,
+    Tuples,
+    bert,
+    rules,
+    texts,
+    trains,
+    vectors,
+)
 from foreign_problems import Small
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from problems import fitted
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 import lightning_bpfree as bpf
-
-CLASSES = 4
-
-
-class Dicts(Dataset):
-    """Samples as transformers' own collators give them."""
-
-    def __init__(self, name: str, inputs: Tensor, labels: str = "labels") -> None:
-        self.name, self.inputs, self.labels = name, inputs, labels
-        self.y = torch.arange(len(inputs)) % CLASSES
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {self.name: self.inputs[index], self.labels: self.y[index]}
-
-
-def texts(rows: int = 12) -> DataLoader:
-    drawn = torch.randint(3, 30, (rows, 6), generator=torch.Generator().manual_seed(1))
-    return DataLoader(Dicts("input_ids", drawn), batch_size=4)
-
-
-def images(rows: int = 12) -> DataLoader:
-    drawn = torch.randn(rows, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    return DataLoader(Dicts("pixel_values", drawn), batch_size=4)
-
-
-def bert() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    return transformers.BertForSequenceClassification(
-        transformers.BertConfig(vocab_size=30, max_position_embeddings=16, num_labels=CLASSES, **sizes)
-    )
-
-
-def vit() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    return transformers.ViTForImageClassification(
-        transformers.ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=CLASSES, **sizes)
-    )
-
-
-class OwnLoss(Small):
-    """Takes the loss that the network computes, as most do."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self.net(**batch).loss
-
-
-class OutsideLoss(OwnLoss):
-    """Takes the logits."""
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        batch = dict(batch)
-        labels = batch.pop("labels")
-        return F.cross_entropy(self.net(**batch).logits, labels)
-
-
-class Tuples(OwnLoss):
-    """Asks for tuples."""
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss, logits = self.net(**batch, return_dict=False)
-        assert logits.shape == (4, CLASSES)
-        return loss
-
-
-BERT_BLOCKS = [["bert.embeddings", "bert.encoder.layer.0"], "bert.encoder.layer.1"]
-VIT_BLOCKS = [["vit.embeddings", "vit.layers.0"], "vit.layers.1"]
-NETS = {"bert": (bert, texts, BERT_BLOCKS), "vit": (vit, images, VIT_BLOCKS)}
-
-
-def rules(blocks: Any) -> dict[str, bpf.TrainingRule]:
-    return {
-        "goodness": bpf.ForwardForward(blocks, label="embedding", seed=1),
-        "readout": bpf.ForwardForward(blocks, label="embedding", prediction="readout", seed=1),
-        "hard": bpf.ForwardForward(blocks, label="embedding", negatives="hard", seed=1),
-        "local": bpf.ForwardGradient(
-            guess=bpf.LocalLoss(blocks=blocks, num_classes=CLASSES), target="local", blocks=None, seed=1
-        ),
-        "guess": bpf.ForwardGradient(guess=bpf.LocalLoss(blocks=blocks), seed=1),
-        "team": bpf.TeamReinforce(num_samples=2, seed=1),
-        "team_samples": bpf.TeamReinforce(num_samples=2, evaluation="samples", eval_samples=2, seed=1),
-    }
-
-
-class Kept(Callback):
-    """What the network returned in training steps."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.losses.append(float(outputs["loss"]))
-
-
-def trains(module: Small, loader: DataLoader, rule: bpf.TrainingRule, inside: tuple[str, ...]) -> None:
-    before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    kept = Kept()
-    fitted(module, loader, rule, kept, limit_val_batches=0)
-    assert len(kept.losses) == len(loader)
-    assert all(torch.isfinite(torch.tensor(kept.losses)))
-    moved = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
-    for part in inside:
-        assert any(part in name for name in moved), (part, moved)
-    assert all(bool(p.isfinite().all()) for p in module.parameters())
 
 
 @pytest.mark.parametrize("wanted", [OwnLoss, OutsideLoss, Tuples])
@@ -207,11 +104,6 @@ class Keyword(Small):
         return F.cross_entropy(logits, batch["label"])
 
 
-def vectors() -> DataLoader:
-    drawn = torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
-    return DataLoader(Dicts("x", drawn, "label"), batch_size=4)
-
-
 @pytest.mark.parametrize("form", ["dict", "named", "record"])
 @pytest.mark.parametrize(
     "make",
@@ -268,22 +160,6 @@ class Functional(nn.Module):
         if self.act is None:
             return self.two(F.relu(h))
         return self.two(self.act(h))
-
-
-class Called(Small):
-    def __init__(self, net: nn.Module, call: str = "x") -> None:
-        super().__init__()
-        self.net, self.call = net, call
-
-    def val_dataloader(self) -> DataLoader:
-        return vectors()
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.training_step(batch, batch_idx)
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        scores = self.net(batch) if self.call == "dict" else self.net(batch["x"])
-        return F.cross_entropy(scores, batch["label"])
 
 
 class TakesDict(nn.Sequential):
@@ -352,95 +228,3 @@ def test_a_fit_that_fails_goes_back_to_what_an_earlier_one_has_left(make: Any) -
     with pytest.raises(KeyError):
         fitted(module, vectors(), rule, Fails("on_train_start"), limit_val_batches=0)
     assert overridden(module) == before
-
-
-# --- what is suggested works -----------------------------------------------------------------------------------------
-
-
-class Convolutions(nn.Module):
-    """No chain that shows its order, with two of them inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
-        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, CLASSES))
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.classifier(self.features(pixel_values))
-
-
-class Words(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.norm = nn.Embedding(30, 8), nn.LayerNorm(8)
-        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)])
-        self.head = nn.Linear(8, CLASSES)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        x = self.norm(self.embed(input_ids))
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x.mean(1))
-
-
-class Scores(OwnLoss):
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        batch = dict(batch)
-        labels = batch.pop("labels")
-        output = self.net(**batch)
-        return F.cross_entropy(getattr(output, "logits", output), labels)
-
-
-SUGGESTED = {
-    "convolutions": (Convolutions, images),
-    "words": (Words, texts),
-    "bert": (bert, texts),
-    "vit": (vit, images),
-}
-
-
-@pytest.mark.parametrize("net", SUGGESTED)
-@pytest.mark.parametrize("rule", ["goodness", "local"])
-def test_the_suggested_blocks_work(net: str, rule: str) -> None:
-    """What the message says is written into the call, and trains all but the layer of the output."""
-    make, loader = SUGGESTED[net]
-    module = Scores(make())
-    given = rules(1)[rule]
-    with pytest.raises(MisconfigurationException, match=r"name its blocks by patterns, such as blocks=\[") as refused:
-        fitted(module, loader(), given, limit_val_batches=0)
-    fitted(module, loader(), bpf.Backprop(), limit_val_batches=0)  # nothing was left behind
-    said = re.search(r"such as blocks=(\[.*?\]), in the order", str(refused.value))
-    assert said is not None
-    blocks = ast.literal_eval(said[1])
-    module = Scores(make())
-    before = {name: p.detach().clone() for name, p in module.net.named_parameters()}
-    fitted(module, loader(), rules(blocks)[rule], limit_val_batches=0)
-    moved = {name for name, p in module.net.named_parameters() if not torch.equal(p, before[name])}
-    named = [name for block in blocks for name in ([block] if isinstance(block, str) else block)]
-    for name in named:
-        if any(p.dim() > 1 for p in module.net.get_submodule(name).parameters()):
-            assert any(other.startswith(name) for other in moved), name
-    assert not {"head", "classifier"} & set(named)  # what makes the output is no block
-
-
-def test_labels_written_over_the_input_of_a_convolution_are_warned_of() -> None:
-    module = Scores(Convolutions())
-    blocks = [["features.0", "features.1", "features.2"], ["features.3", "features.4"]]
-    with pytest.warns(UserWarning, match="label='overlay'.*Pass label='embedding'"):
-        fitted(module, images(), bpf.ForwardForward(blocks, num_classes=CLASSES), limit_val_batches=0)
-    rule = bpf.ForwardForward(blocks, label="embedding", num_classes=CLASSES)
-    fitted(Scores(Convolutions()), images(), rule, limit_val_batches=0)
-
-
-def test_a_team_at_chance_is_told_once_what_to_try() -> None:
-    drawn = torch.randn(600, 6, generator=torch.Generator().manual_seed(1))
-    loader = DataLoader(Dicts("x", drawn, "label"), batch_size=100)  # labels do not depend on the inputs
-
-    class Still(Called):
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.0)
-
-    module = Still(nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, CLASSES)))
-    with pytest.warns(UserWarning, match="25.0% are by chance. Try another learning rate") as heard:
-        fitted(module, loader, bpf.TeamReinforce(seed=1), limit_val_batches=0, max_epochs=3)
-    assert len([w for w in heard if "by chance" in str(w.message)]) == 1

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_bpfree.core.network_call import RefusedError
+from lightning_bpfree.core.network.network_call import RefusedError
 
 
 def overlaid(inputs: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:

@@ -13,7 +13,7 @@ from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
 from lightning_bpfree.core.block_hooks import block_hooks, cut_off, entering
 from lightning_bpfree.core.blocks import Cut
 from lightning_bpfree.core.forward_override import ForwardOverride
-from lightning_bpfree.core.network_call import Call, RefusedError
+from lightning_bpfree.core.network.network_call import Call, RefusedError
 from lightning_bpfree.methods.forward_forward.goodness import goodness, rescaled
 from lightning_bpfree.methods.forward_forward.label_embedding import LabelEmbedding
 from lightning_bpfree.methods.forward_forward.negatives import overlaid

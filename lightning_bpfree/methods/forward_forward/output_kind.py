@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_bpfree.core.network_call import Call, RefusedError, with_scores
+from lightning_bpfree.core.network.network_call import Call, RefusedError, with_scores
 from lightning_bpfree.core.replay.held_state import HeldState
 from lightning_bpfree.core.replay.object_graph import walk
 from lightning_bpfree.core.replay.random_streams import RandomStreams

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_bpfree.core.blocks import Cut
 from lightning_bpfree.core.labels import LabelsOf
-from lightning_bpfree.core.network_call import RefusedError
+from lightning_bpfree.core.network.network_call import RefusedError
 from lightning_bpfree.methods.forward_forward.goodness import Goodness, Length
 
 LabelInput = Callable[[Tensor, Tensor | None], Tensor]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_bpfree.core.blocks import Block, Cut, is_layer
 from lightning_bpfree.core.labels import labels_of
-from lightning_bpfree.core.network_call import Call, RefusedError, scores_of
+from lightning_bpfree.core.network.network_call import Call, RefusedError, scores_of
 from lightning_bpfree.core.params import Params
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.core.step import Step

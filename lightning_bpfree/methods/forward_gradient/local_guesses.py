@@ -13,7 +13,7 @@ from lightning_bpfree.core.block_hooks import calls_of, scores_leaving
 from lightning_bpfree.core.blocks import Blocks, Cut, cut, find_network
 from lightning_bpfree.core.directions import Distribution
 from lightning_bpfree.core.labels import LabelsOf
-from lightning_bpfree.core.network_call import RefusedError
+from lightning_bpfree.core.network.network_call import RefusedError
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.step import Estimate, Step
 from lightning_bpfree.methods.forward_gradient.block_passes import DUAL_COST

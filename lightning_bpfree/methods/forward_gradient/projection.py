@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from lightning_bpfree.core.directions import Directions, Distribution
 from lightning_bpfree.core.labels import LabelsOf, labels_of
-from lightning_bpfree.core.network_call import Call
+from lightning_bpfree.core.network.network_call import Call
 from lightning_bpfree.core.params import Params, widen
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.forward_gradient.block_passes import local_slopes, sample_slopes, slopes

@@ -10,8 +10,8 @@ from typing import Annotated
 from torch import nn
 
 from lightning_bpfree.core.arguments import Name, NonEmpty
-from lightning_bpfree.core.functional_activations import as_modules
-from lightning_bpfree.core.network_call import RefusedError
+from lightning_bpfree.core.network.functional_activations import as_modules
+from lightning_bpfree.core.network.network_call import RefusedError
 from lightning_bpfree.methods.team_reinforce.units.stochastic import StochasticUnit
 
 Units = Name | type[nn.Module] | Annotated[Sequence[Name | type[nn.Module]], NonEmpty()]

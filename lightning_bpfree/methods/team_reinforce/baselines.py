@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_bpfree.core.arguments import PositiveFloat, checked
 from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
-from lightning_bpfree.core.network_call import RefusedError
+from lightning_bpfree.core.network.network_call import RefusedError
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.team_reinforce.training_pass import TeamPass
 

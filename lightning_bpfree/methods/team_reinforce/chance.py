@@ -38,7 +38,7 @@ class ChanceCheck:
             return False
         chance = 1 / self.num_classes
         error = (chance * (1 - chance) / self.draws) ** 0.5
-        return float(self.right) / self.draws < chance + DEVIATIONS * error
+        return bool(float(self.right) / self.draws < chance + DEVIATIONS * error)
 
     def report(self) -> None:
         """Say what to try, at the end of the first epoch in which there were draws enough."""

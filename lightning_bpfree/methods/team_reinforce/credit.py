@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_bpfree.core.arguments import checked
-from lightning_bpfree.core.network_call import RefusedError
+from lightning_bpfree.core.network.network_call import RefusedError
 from lightning_bpfree.core.params import added
 from lightning_bpfree.methods.team_reinforce.layer import Layer
 from lightning_bpfree.methods.team_reinforce.segment_gradients import Gradients, Sums, by_signals, over_units

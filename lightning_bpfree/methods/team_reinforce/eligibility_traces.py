@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_bpfree.core.arguments import FractionBelowOne, checked
-from lightning_bpfree.core.network_call import RefusedError
+from lightning_bpfree.core.network.network_call import RefusedError
 from lightning_bpfree.methods.team_reinforce.credit import Credit, WeightMax
 from lightning_bpfree.methods.team_reinforce.layer import Layer
 from lightning_bpfree.methods.team_reinforce.map_propagation import MapPropagation

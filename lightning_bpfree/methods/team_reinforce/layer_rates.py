@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_bpfree.core.autograd_graph import reached
 from lightning_bpfree.core.learning_rates import BlockRates
-from lightning_bpfree.core.network_call import RefusedError
+from lightning_bpfree.core.network.network_call import RefusedError
 
 
 class LayerRates:

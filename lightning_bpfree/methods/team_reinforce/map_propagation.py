@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bpfree.core.arguments import NonNegativeInt, PositiveFloat, checked
-from lightning_bpfree.core.network_call import RefusedError
+from lightning_bpfree.core.network.network_call import RefusedError
 from lightning_bpfree.methods.team_reinforce.credit import Credit
 from lightning_bpfree.methods.team_reinforce.layer import Layer
 from lightning_bpfree.methods.team_reinforce.segment_gradients import Gradients, by_signals, over_units

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_bpfree.core.auxiliary_modules import AuxiliaryModules
 from lightning_bpfree.core.forward_override import ForwardOverride
-from lightning_bpfree.core.network_call import Call, RefusedError, scores_of, with_scores
+from lightning_bpfree.core.network.network_call import Call, RefusedError, scores_of, with_scores
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.team_reinforce.layer import Layer, as_input, averaged
 from lightning_bpfree.methods.team_reinforce.units.boltzmann_machine import Machine, MachineLayer

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_bpfree.core.arguments import checked
 from lightning_bpfree.core.labels import LabelsOf, labels_of
-from lightning_bpfree.core.network_call import RefusedError
+from lightning_bpfree.core.network.network_call import RefusedError
 from lightning_bpfree.core.step import NonFiniteLossError, Step
 from lightning_bpfree.methods.team_reinforce.training_pass import TeamPass
 from lightning_bpfree.methods.team_reinforce.units.stochastic import Softmax

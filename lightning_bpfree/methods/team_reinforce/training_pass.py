@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_bpfree.core.network_call import Call, RefusedError
+from lightning_bpfree.core.network.network_call import Call, RefusedError
 from lightning_bpfree.core.replay.random_streams import RandomStreams
 from lightning_bpfree.core.step import Step
 from lightning_bpfree.methods.team_reinforce.layer import Layer, as_input, averaged

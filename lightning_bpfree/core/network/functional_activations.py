@@ -50,6 +50,13 @@ def as_modules(network: nn.Module) -> str:
         >>> as_modules(nn.Linear(2, 2))
         'Make them modules: self.act = nn.ReLU() in __init__, and self.act(x) in forward.'
     """
+    for part in network.modules():
+        given = getattr(part, "activation", None)
+        if isinstance(part, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) and not isinstance(
+            given, nn.Module
+        ):
+            module = _MODULES.get(getattr(given, "__name__", ""), "nn.GELU()")
+            return f"Give nn.{type(part).__name__} a module, activation={module}."
     lines = functional_lines(network)
     if not lines:
         return "Make them modules: self.act = nn.ReLU() in __init__, and self.act(x) in forward."
