@@ -12,6 +12,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from lightning_bpfree.core.arguments import checked
 from lightning_bpfree.core.params import Params
@@ -224,11 +225,14 @@ def compiled_parts(module: nn.Module) -> list[str]:
 def failing_layer(module: nn.Module, evaluate: Callable[[], object]) -> tuple[Exception | None, str | None]:
     """Return what ``evaluate`` raises, and "name (Type)" of the innermost layer in which it does; None for neither."""
     stack: list[str] = []
-    handles = []
-    for name, part in module.named_modules():
-        label = f"{name or type(part).__name__} ({type(part).__name__})"
-        handles.append(part.register_forward_pre_hook(lambda *_, label=label: stack.append(label)))
-        handles.append(part.register_forward_hook(lambda *_: stack.pop() and None))
+    labels = {
+        id(part): f"{name or type(part).__name__} ({type(part).__name__})" for name, part in module.named_modules()
+    }
+    # Hooks of all modules: those of one module would be put back to what they were when the step began.
+    handles = [
+        register_module_forward_pre_hook(lambda part, *_: stack.append(labels.get(id(part), type(part).__name__))),
+        register_module_forward_hook(lambda *_: stack.pop() and None),
+    ]
     try:
         evaluate()
     except Exception as error:
