@@ -23,7 +23,7 @@ from lightning_bpfree import functional
 from lightning_bpfree.methods.concept_backprop.detection import Samples
 
 MODULES = ["data", "modules", "regression", "multiplexer", "text", "language", "corruption", "transformers_nets"]
-MODULES += ["control", "actor_critic", "digit_diffusion", "digit_rewards"]
+MODULES += ["control", "actor_critic", "diffusion_tasks.digit_diffusion", "diffusion_tasks.digit_rewards"]
 BUILDERS = "lightning_bpfree.methods.reversible_recompute.models"
 
 # Results, interfaces, warnings and errors: nobody makes them to set something.

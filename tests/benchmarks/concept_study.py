@@ -23,14 +23,14 @@ import torch
 from torch import nn
 
 import lightning_bpfree as bpf
-from lightning_bpfree.demos import concepts as label
-from lightning_bpfree.demos import tictactoe
-from lightning_bpfree.demos.autoencoder import Autoencoder
+from lightning_bpfree.demos.concept_tasks import concepts as label
+from lightning_bpfree.demos.concept_tasks import tictactoe
+from lightning_bpfree.demos.concept_tasks.autoencoder import Autoencoder
+from lightning_bpfree.demos.concept_tasks.in_memory_tables import InMemoryTableDataModule
+from lightning_bpfree.demos.concept_tasks.next_byte import ByteGRU, NextByteDataModule
 from lightning_bpfree.demos.data import DigitsDataModule, FashionMNISTDataModule
-from lightning_bpfree.demos.in_memory_tables import InMemoryTableDataModule
 from lightning_bpfree.demos.language import LanguageModel
 from lightning_bpfree.demos.modules import MLP, Classifier, SmallCNN
-from lightning_bpfree.demos.next_byte import ByteGRU, NextByteDataModule
 from lightning_bpfree.methods.concept_backprop.change import change_concept
 from lightning_bpfree.methods.concept_backprop.detection import collect_activations, detect_concepts
 from lightning_bpfree.methods.concept_backprop.flips import flip_concept, single_changes, token_changes

@@ -30,7 +30,7 @@ MODELS = ("Classifier", "ControlModule", "ActorCritic", "LanguageModel", "DigitD
 def a_pipeline(folder: str) -> None:
     """Write an untrained model where a recipe expects the one that another recipe trains."""
     pytest.importorskip("diffusers")
-    from lightning_bpfree.demos.digit_diffusion import DigitDiffusion
+    from lightning_bpfree.demos.diffusion_tasks.digit_diffusion import DigitDiffusion
 
     DigitDiffusion(folder, channels=(8, 16)).save(folder)
 
