@@ -21,9 +21,17 @@ from torch import nn
 import lightning_bpfree as bpf
 from lightning_bpfree import functional
 from lightning_bpfree.methods.concept_backprop.detection import Samples
+from lightning_bpfree.methods.deep_ensemble.combining.combination import Combination
 
 MODULES = ["data", "modules", "regression", "multiplexer", "text", "language", "corruption", "transformers_nets"]
-MODULES += ["control", "actor_critic", "digit_diffusion", "digit_rewards"]
+MODULES += [
+    "tables",
+    "pillars",
+    "control",
+    "actor_critic",
+    "diffusion_tasks.digit_diffusion",
+    "diffusion_tasks.digit_rewards",
+]
 BUILDERS = "lightning_bpfree.methods.reversible_recompute.models"
 
 # Results, interfaces, warnings and errors: nobody makes them to set something.
@@ -139,6 +147,13 @@ GOOD: dict[str, Callable[[], Any]] = {
     "measure": lambda: torch.mean,
     "target": lambda: 1.0,
     "num_classes": lambda: 3,
+    "EnsembleModule.members": lambda: [nn.Linear(1, 2)],
+    "combination": Combination,
+    "bootstrap_rows.samples": lambda: 3,
+    "probabilities": lambda: torch.full((2, 3, 4), 0.25),
+    "values": lambda: torch.ones(2, 3),
+    "outputs": lambda: torch.full((2, 3, 4), 0.25),
+    "targets": lambda: torch.zeros(3, dtype=torch.int64),
 }
 
 

@@ -18,6 +18,16 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import (
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Seed32,
+    checked,
+    checked_class,
+)
 from lightning_bpfree.demos.tables import TableDataModule
 
 __all__ = ["CoalPillarDataModule", "SafetyFactor", "pillar_classes", "read_pillars", "simulated_pillars"]
@@ -29,6 +39,7 @@ _LONGEST = {"w": 200.0, "h": 30.0, "B": 50.0, "H": 2000.0}  # metres; beyond, an
 RANGES = {"w": (4.0, 25.0), "h": (1.5, 6.0), "B": (4.5, 7.5), "H": (20.0, 220.0)}
 
 
+@checked_class
 @dataclass(frozen=True)
 class SafetyFactor:
     """The classical safety factor of square pillars: strength over load, both in MPa.
@@ -48,16 +59,10 @@ class SafetyFactor:
         1.944
     """
 
-    strength: float = 7.2
-    width_power: float = 0.46
-    height_power: float = 0.66
-    gradient: float = 0.025
-
-    def __post_init__(self) -> None:
-        """Refuse constants of no meaning."""
-        for name in ("strength", "width_power", "height_power", "gradient"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a constant above 0.")
+    strength: PositiveFloat = 7.2
+    width_power: PositiveFloat = 0.46
+    height_power: PositiveFloat = 0.66
+    gradient: PositiveFloat = 0.025
 
     def __call__(self, w: Tensor, h: Tensor, bord: Tensor, depth: Tensor) -> Tensor:
         """The safety factor of pillars `w` wide and `h` high, between bords of width `bord`, in `depth`, in metres."""
@@ -65,7 +70,10 @@ class SafetyFactor:
         return strength / (self.gradient * depth * ((w + bord) / w) ** 2)
 
 
-def pillar_classes(failed: Tensor, safety: Tensor, threshold: float, labelling: Labelling = "agreement") -> Tensor:
+@checked
+def pillar_classes(
+    failed: Tensor, safety: Tensor, threshold: PositiveFloat, labelling: Labelling = "agreement"
+) -> Tensor:
     """The class of each pillar, int64: 0 intact and 1 intact, 2 failed and 3 failed; even ones with a suitable factor.
 
     Two readings of "suitable" are offered, since sources differ. ``agreement``: the factor says what happened (failed
@@ -90,15 +98,16 @@ def pillar_classes(failed: Tensor, safety: Tensor, threshold: float, labelling: 
     return 2 * failed.long() + (~suitable).long()
 
 
+@checked
 def simulated_pillars(
-    num_failed: int = 86,
-    num_intact: int = 337,
-    seed: int = 0,
+    num_failed: PositiveInt = 86,
+    num_intact: PositiveInt = 337,
+    seed: Seed32 = 0,
     *,
     factor: SafetyFactor | None = None,
-    spread: float = 0.25,
-    weak_share: float = 0.4,
-    weak_strength: float = 0.5,
+    spread: NonNegativeFloat = 0.25,
+    weak_share: Fraction = 0.4,
+    weak_strength: PositiveFraction = 0.5,
 ) -> dict[str, Tensor]:
     """SIMULATED pillars, in metres, by column: ``w``, ``h``, ``B``, ``H`` and ``failed``; no measurement is among them.
 
@@ -123,14 +132,6 @@ def simulated_pillars(
         >>> len(cases["w"]), int(cases["failed"].sum())
         (15, 5)
     """
-    for name, count in (("num_failed", num_failed), ("num_intact", num_intact)):
-        if count < 1:
-            raise ValueError(f"{name} is {count}; give 1 or more.")
-    if spread < 0 or not 0 <= weak_share <= 1 or not 0 < weak_strength <= 1:
-        raise ValueError(
-            f"spread is {spread}, weak_share {weak_share}, weak_strength {weak_strength}; give a spread of 0 or more, "
-            "a share from 0 to 1, and a strength above 0 and up to 1."
-        )
     state, factor = np.random.RandomState(seed), factor or SafetyFactor()
     wanted, rows = {True: num_failed, False: num_intact}, []
     for _ in range(1000 * (num_failed + num_intact)):
@@ -148,6 +149,7 @@ def simulated_pillars(
     return dict(zip(COLUMNS, columns, strict=True))
 
 
+@checked
 def read_pillars(path: str | Path) -> dict[str, Tensor]:
     """Pillars of a CSV file, by column.
 
@@ -248,26 +250,23 @@ class CoalPillarDataModule(TableDataModule):
     )
     feature_names: Sequence[str] = ("w", "h", "B", "H", "ratio")
 
+    @checked
     def __init__(
         self,
         path: str | None = None,
-        threshold: float = 1.3,
+        threshold: PositiveFloat = 1.3,
         labelling: Labelling = "agreement",
         *,
-        strength: float = 7.2,
-        width_power: float = 0.46,
-        height_power: float = 0.66,
-        gradient: float = 0.025,
-        num_failed: int = 86,
-        num_intact: int = 337,
-        data_seed: int = 0,
+        strength: PositiveFloat = 7.2,
+        width_power: PositiveFloat = 0.46,
+        height_power: PositiveFloat = 0.66,
+        gradient: PositiveFloat = 0.025,
+        num_failed: PositiveInt = 86,
+        num_intact: PositiveInt = 337,
+        data_seed: Seed32 = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not threshold > 0:
-            raise ValueError(f"threshold is {threshold}; give a safety factor above 0, such as 1.6.")
-        if labelling not in ("agreement", "adequacy"):
-            raise ValueError(f"labelling is {labelling!r}; give 'agreement' or 'adequacy'.")
         self.path, self.threshold, self.labelling = path, threshold, labelling
         self.factor = SafetyFactor(strength, width_power, height_power, gradient)
         self.num_failed, self.num_intact, self.data_seed = num_failed, num_intact, data_seed

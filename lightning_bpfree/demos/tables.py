@@ -18,6 +18,7 @@ from torchmetrics.classification import (
     MulticlassStatScores,
 )
 
+from lightning_bpfree.core.arguments import AtLeastTwo, OpenFraction, PositiveInt, Seed32, check_arguments, checked
 from lightning_bpfree.demos.in_memory import BatchDataset, pass_through, stratified_split
 from lightning_bpfree.demos.modules import Classifier
 
@@ -47,15 +48,15 @@ class TableDataModule(LightningDataModule):
     class_names: Sequence[str] = ()
     feature_names: Sequence[str] = ()
 
+    @checked
     def __init__(
-        self, batch_size: int = 32, test_fraction: float = 0.2, val_fraction: float = 0.2, seed: int = 0
+        self,
+        batch_size: PositiveInt = 32,
+        test_fraction: OpenFraction = 0.2,
+        val_fraction: OpenFraction = 0.2,
+        seed: Seed32 = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; give 1 or more rows a batch.")
-        for name, share in (("test_fraction", test_fraction), ("val_fraction", val_fraction)):
-            if not 0 < share < 1:
-                raise ValueError(f"{name} is {share}; give a share between 0 and 1, both excluded, such as 0.2.")
         self.batch_size, self.test_fraction = batch_size, test_fraction
         self.val_fraction, self.seed = val_fraction, seed
         self._splits: dict[str, BatchDataset] = {}
@@ -133,10 +134,9 @@ class ScikitTableDataModule(TableDataModule):
         ((16, 13), (16,))
     """
 
+    @checked
     def __init__(self, name: Literal["breast_cancer", "wine", "digits"] = "breast_cancer", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if name not in ("breast_cancer", "wine", "digits"):
-            raise ValueError(f"name is {name!r}; give 'breast_cancer', 'wine' or 'digits'.")
         self.name = name
 
     def load(self) -> tuple[Tensor, Tensor]:
@@ -179,11 +179,12 @@ class TableClassifier(Classifier):
     def __init__(
         self,
         net: nn.Module,
-        num_classes: int,
+        num_classes: AtLeastTwo,
         class_names: Sequence[str] | None = None,
         confusion_plot: str | None = None,
         **kwargs: Any,
     ) -> None:
+        check_arguments(TableClassifier, locals())
         super().__init__(net, num_classes, **kwargs)
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"class_names has {len(class_names)} names for {num_classes} classes; give one each.")

@@ -23,7 +23,7 @@ def test_the_safety_factor_is_its_closed_form():
     w, h, bord, depth = torch.rand(4, 100, dtype=torch.float64) * 10 + 1
     closed = 288 * w**2.46 / (depth * h**0.66 * (w + bord) ** 2)  # 7.2 / 0.025 = 288
     assert torch.allclose(SafetyFactor()(w, h, bord, depth), closed, rtol=1e-10)  # float64
-    with pytest.raises(ValueError, match="strength is -1"):
+    with pytest.raises(ValueError, match=r"strength=-1\.0: give a positive number"):
         SafetyFactor(strength=-1.0)
 
 
@@ -48,7 +48,7 @@ def test_simulated_pillars_are_a_function_of_the_seed_and_say_so(caplog):
     with caplog.at_level("INFO"):
         CoalPillarDataModule().setup()
     assert "SIMULATED" in caplog.text
-    with pytest.raises(ValueError, match="num_failed is 0"):
+    with pytest.raises(ValueError, match="num_failed=0: give a whole number of at least 1"):
         simulated_pillars(num_failed=0)
 
 
@@ -83,14 +83,14 @@ def test_a_file_is_read_and_checked(tmp_path):
 
 def test_arguments_are_checked():
     for arguments, message in (
-        ({"threshold": 0.0}, "threshold is 0"),
-        ({"labelling": "both"}, "labelling is 'both'"),
-        ({"test_fraction": 1.0}, "test_fraction is 1"),
-        ({"batch_size": 0}, "batch_size is 0"),
+        ({"threshold": 0.0}, "threshold=0.0: give a positive number"),
+        ({"labelling": "both"}, "labelling='both': choose 'agreement' or 'adequacy'"),
+        ({"test_fraction": 1.0}, "test_fraction=1.0: give a number in"),
+        ({"batch_size": 0}, "batch_size=0: give a whole number of at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             CoalPillarDataModule(**arguments)
-    with pytest.raises(ValueError, match="name is 'iris'"):
+    with pytest.raises(ValueError, match="name='iris': choose 'breast_cancer'"):
         ScikitTableDataModule("iris")  # type: ignore[arg-type]
 
 

@@ -31,8 +31,6 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 def check_activations(activations: Sequence[str], members: int) -> None:
     """Raise ValueError for unknown names, or where members do not divide into groups of equal size."""
-    if isinstance(activations, str) or not activations:
-        raise ValueError(f"activations={activations!r}: give a list of names, such as ['relu', 'elu', 'gelu'].")
     for name in activations:
         if name not in ACTIVATIONS:
             near = difflib.get_close_matches(name, ACTIVATIONS, n=3)

@@ -13,13 +13,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_bpfree.core.arguments import PositiveInt, checked
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.deep_ensemble.overriding import overridden
 
 _STREAM = 0xB007  # apart from all other uses of a member's seed
 
 
-def bootstrap_rows(samples: int, seed: int) -> Tensor:
+@checked
+def bootstrap_rows(samples: PositiveInt, seed: int) -> Tensor:
     """Return the indices of a bootstrap sample, int64 ``(samples,)``: drawn with replacement, a function of ``seed``.
 
     Training a member alone on ``torch.utils.data.Subset(data, bootstrap_rows(len(data), seed))``, with the member's

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import lightning.pytorch as pl
 import torch
@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_bpfree.core.arguments import Fraction, Name, NonEmpty, PositiveFloat, PositiveInt, checked
 from lightning_bpfree.core.replay.random_streams import RandomStreams
 from lightning_bpfree.methods.deep_ensemble.answers import Answers
 from lightning_bpfree.methods.deep_ensemble.bootstrap import Bootstrap
@@ -80,18 +81,19 @@ class DeepEnsemble(Callback):
         Network-Backpropagation (ANN-BP) Architecture for Coal Pillar Stability Classification", 2023, arXiv 2303.16524.
     """
 
+    @checked
     def __init__(
         self,
-        members: int | None = None,
+        members: PositiveInt | None = None,
         *,
-        activations: Sequence[str] | None = None,
+        activations: Annotated[Sequence[Name], NonEmpty()] | None = None,
         combine: Combine = "mean",
         task: Task = "classification",
-        weights: Sequence[float] | None = None,
+        weights: Annotated[Sequence[Fraction], NonEmpty()] | None = None,
         bootstrap: bool = False,
-        lr_factors: Sequence[float] | None = None,
+        lr_factors: Annotated[Sequence[PositiveFloat], NonEmpty()] | None = None,
         initialise: Initialise = "reset",
-        seed: int | Sequence[int] | None = None,
+        seed: int | Annotated[Sequence[int], NonEmpty()] | None = None,
         route: Route = "auto",
         network: str | None = None,
         probabilities: bool = False,

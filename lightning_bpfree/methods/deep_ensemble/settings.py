@@ -1,4 +1,4 @@
-"""The arguments of an ensemble, checked."""
+"""The arguments of an ensemble, checked against each other."""
 
 from __future__ import annotations
 
@@ -14,11 +14,6 @@ from lightning_bpfree.methods.deep_ensemble.combining.report import TargetsOf
 from lightning_bpfree.methods.deep_ensemble.initialisation import Initialise
 
 Route = Literal["auto", "stacked", "sequential"]
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "combine": ("mean", "vote", "stack"),
-    "task": ("classification", "binary", "regression"),
-    "route": ("auto", "stacked", "sequential"),
-}
 
 
 @dataclass
@@ -26,7 +21,7 @@ class Settings:
     """What :class:`DeepEnsemble` was given; its documentation explains the fields.
 
     Raises:
-        ValueError: for values out of range, with the name of the argument.
+        ValueError: for values that do not go together, with the names of the arguments.
     """
 
     members: int
@@ -45,28 +40,19 @@ class Settings:
     targets: TargetsOf
 
     def __post_init__(self) -> None:
-        """Check each field, and the fields against each other."""
-        if not isinstance(self.members, int) or isinstance(self.members, bool) or self.members < 1:
-            raise ValueError(f"members={self.members!r}: give a whole number of at least 1.")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}.")
+        """Check the fields against each other."""
         if self.activations is not None:
             check_activations(self.activations, self.members)
         if self.weights is not None:
             check_weights(self.weights, self.members)
         self._check_combination()
         factors = self.lr_factors or [1.0] * self.members
-        if len(factors) != self.members or not all(0 < factor < float("inf") for factor in factors):
+        if len(factors) != self.members:
             raise ValueError(
                 f"lr_factors={list(factors)}: give {self.members} numbers above 0, by which each member's learning "
                 "rate differs from the one configured."
             )
         self.lr_factors = [float(factor) for factor in factors]
-        if self.initialise not in ("reset", "same") and not callable(self.initialise):
-            raise ValueError(
-                f"initialise={self.initialise!r}: choose 'reset', 'same', or give a function of the module."
-            )
         if isinstance(self.seed, Sequence) and (len(self.seed) != self.members or len(set(self.seed)) < self.members):
             raise ValueError(
                 f"seed={list(self.seed)}: give {self.members} different seeds, one a member, or one for all."

@@ -71,7 +71,12 @@ def test_disagreement_counts_pairs_and_mutual_information_is_zero_where_members_
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [([0.5, 0.4], "sum to 0.9, not to 1"), ([1.5, -0.5], "between 0 and 1"), ([1.0], "1 numbers for 2 members")],
+    [
+        ([0.5, 0.4], "sum to 0.9, not to 1"),
+        ([1.5, -0.5], r"in \[0, 1\]"),
+        (torch.tensor([1.5, -0.5]), "between 0 and 1"),
+        ([1.0], "1 numbers for 2 members"),
+    ],
 )
 def test_weights_are_checked(weights, message):
     with pytest.raises(ValueError, match=message):

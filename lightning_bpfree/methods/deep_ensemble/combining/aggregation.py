@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import Fraction, checked
+
 _WINNER = 1e-3  # what the winner of a vote gets of the others' shares, so that argmax finds it where shares tie
 
 
@@ -35,7 +37,8 @@ def _weights(outputs: Tensor, weights: Sequence[float] | Tensor | None) -> Tenso
     return given.reshape(-1, *[1] * (outputs.dim() - 1))
 
 
-def mean_probability(probabilities: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tensor:
+@checked
+def mean_probability(probabilities: Tensor, weights: Sequence[Fraction] | Tensor | None = None) -> Tensor:
     """Return the (weighted) mean of the members' probabilities, ``(B, C)``.
 
     Its negative log-likelihood is at most the members' mean negative log-likelihood (Jensen's inequality).
@@ -61,7 +64,8 @@ def mean_probability(probabilities: Tensor, weights: Sequence[float] | Tensor | 
     return (_weights(probabilities, weights) * probabilities).sum(0)
 
 
-def vote_shares(probabilities: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tensor:
+@checked
+def vote_shares(probabilities: Tensor, weights: Sequence[Fraction] | Tensor | None = None) -> Tensor:
     """Return the (weighted) share of the members that choose each class, ``(B, C)``.
 
     Examples:
@@ -73,7 +77,8 @@ def vote_shares(probabilities: Tensor, weights: Sequence[float] | Tensor | None 
     return (_weights(votes, weights) * votes).sum(0)
 
 
-def majority_vote(probabilities: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tensor:
+@checked
+def majority_vote(probabilities: Tensor, weights: Sequence[Fraction] | Tensor | None = None) -> Tensor:
     """Return the class with most votes, int64 of shape ``(B,)``; a tie goes to the larger mean probability.
 
     Args:
@@ -95,7 +100,7 @@ def majority_vote(probabilities: Tensor, weights: Sequence[float] | Tensor | Non
     return torch.where(leading, mean_probability(probabilities, weights), -1.0).argmax(-1)
 
 
-def vote_probabilities(probabilities: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tensor:
+def vote_probabilities(probabilities: Tensor, weights: Sequence[Fraction] | Tensor | None = None) -> Tensor:
     """Return vote shares as probabilities ``(B, C)``, whose argmax is :func:`majority_vote`.
 
     A thousandth of the mean probability keeps the logarithm finite for classes without a vote, and a thousandth goes to
@@ -111,8 +116,9 @@ def vote_probabilities(probabilities: Tensor, weights: Sequence[float] | Tensor 
     return (1 - 1.5 * _WINNER) * shares + _WINNER * winner + 0.5 * _WINNER * mean
 
 
+@checked
 def mean_and_variance(
-    values: Tensor, variances: Tensor | None = None, weights: Sequence[float] | Tensor | None = None
+    values: Tensor, variances: Tensor | None = None, weights: Sequence[Fraction] | Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return mean and variance of the mixture of the members' predictions, each of a member's shape.
 
@@ -134,6 +140,7 @@ def mean_and_variance(
     return mean, (shares * (values - mean) ** 2).sum(0) + within
 
 
+@checked
 def disagreement(probabilities: Tensor) -> Tensor:
     """Return the share of pairs of members that choose different classes, ``(B,)``; 0 for one member.
 
@@ -160,6 +167,7 @@ def entropy(probabilities: Tensor) -> Tensor:
     return summed
 
 
+@checked
 def mutual_information(probabilities: Tensor) -> Tensor:
     """Return the entropy of the mean less the mean entropy, ``(B,)``, in nats: what members do not agree on.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from lightning_bpfree.core.arguments import NonEmpty, checked
 from lightning_bpfree.methods.deep_ensemble.combining.aggregation import disagreement
 from lightning_bpfree.methods.deep_ensemble.combining.combination import Combination
 
@@ -20,7 +21,7 @@ class EnsembleModule(nn.Module):
     with its own weights and activations.
 
     Args:
-        members: the networks.
+        members: the networks, one or more.
         combination: of their outputs.
 
     Examples:
@@ -29,7 +30,8 @@ class EnsembleModule(nn.Module):
         torch.Size([5, 2])
     """
 
-    def __init__(self, members: Sequence[nn.Module], combination: Combination) -> None:
+    @checked
+    def __init__(self, members: Annotated[Sequence[nn.Module], NonEmpty()], combination: Combination) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
         self.combination = combination

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import AtLeastTwo, checked
 from lightning_bpfree.methods.deep_ensemble.combining.aggregation import mean_and_variance, mean_probability
 
 _STEPS = 500  # of the fixed-point iteration; both problems are convex and their values settle long before
 
 
+@checked
 def stacking_weights(outputs: Tensor, targets: Tensor, *, regression: bool = False) -> Tensor:
     """Return weights ``(M,)``, at least 0 and summing to 1, with which the ensemble's mean predicts ``targets`` best.
 
@@ -69,8 +71,9 @@ def _onto_simplex(point: Tensor) -> Tensor:
     return (point - excess[(ordered > excess).sum() - 1]).clamp_min(0)
 
 
+@checked
 def cross_fitted(
-    outputs: Tensor, targets: Tensor, folds: int = 5, seed: int = 0, *, regression: bool = False
+    outputs: Tensor, targets: Tensor, folds: AtLeastTwo = 5, seed: int = 0, *, regression: bool = False
 ) -> Tensor:
     """Return the stacked predictions ``(N, ...)`` of every sample, by weights that have not seen it.
 
@@ -93,8 +96,8 @@ def cross_fitted(
         torch.Size([20, 4])
     """
     samples = len(targets)
-    if not 2 <= folds <= samples:
-        raise ValueError(f"folds={folds}: give a number from 2 to the {samples} samples.")
+    if folds > samples:
+        raise ValueError(f"cross_fitted: folds={folds}: give a number from 2 to the {samples} samples.")
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed)).to(targets.device)
     predicted = torch.empty_like(outputs[0])
     for fold in range(folds):

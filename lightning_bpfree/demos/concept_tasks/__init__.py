@@ -1,0 +1,1 @@
+"""Data, labels and networks on which concept backpropagation is shown."""

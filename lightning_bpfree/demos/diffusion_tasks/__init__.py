@@ -1,0 +1,1 @@
+"""A diffusion model of digits, and rewards that fine-tune it."""
