@@ -228,10 +228,14 @@ def failing_layer(module: nn.Module, evaluate: Callable[[], object]) -> tuple[Ex
     labels = {
         id(part): f"{name or type(part).__name__} ({type(part).__name__})" for name, part in module.named_modules()
     }
+
+    def left(*_: Any) -> None:
+        stack.pop()
+
     # Hooks of all modules: those of one module would be put back to what they were when the step began.
     handles = [
         register_module_forward_pre_hook(lambda part, *_: stack.append(labels.get(id(part), type(part).__name__))),
-        register_module_forward_hook(lambda *_: stack.pop() and None),
+        register_module_forward_hook(left),
     ]
     try:
         evaluate()

@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_bpfree.core.arguments import NonNegativeInt, Patterns, PositiveInt, check_attributes, checked
@@ -38,6 +38,7 @@ from lightning_bpfree.training.module_state import ModuleState
 from lightning_bpfree.training.record import Record, banner
 from lightning_bpfree.training.saved_streams import SavedStreams
 from lightning_bpfree.training.settings_log import log_settings
+from lightning_bpfree.training.skipping import gradients_cross_ranks, is_skipped, waited_for
 from lightning_bpfree.training.step_swap import StepSwap, with_injected_gradients
 from lightning_bpfree.training.trainer_attributes import callbacks_of, log_every_n_steps, without_module
 
@@ -309,9 +310,9 @@ class TrainingRule(Callback, ABC):
             if self._module_state is not None:
                 self._module_state.needs_graph |= step.needs_graph
             step.finish()
-        zeros_for = self._waited_for(trainer, step)
+        zeros_for = waited_for(trainer, step)
         try:
-            failed = self._failed(trainer, failure)
+            failed = is_skipped(trainer, self.record, failure, self.on_nonfinite)
         except RuntimeError:
             step.undo()
             self.on_batch_settled(False)
@@ -326,7 +327,7 @@ class TrainingRule(Callback, ABC):
         own = {f"bpfree/{_snake(type(self).__name__)}/{k}": v for k, v in estimate.metrics.items()}
         self._log(trainer, module, {"bpfree/loss": estimate.loss.detach(), **own})
         # Where gradients cross ranks, another rank may have learned something, and all must step together.
-        self._estimates += estimate.informative or _gradients_cross_ranks(trainer)
+        self._estimates += estimate.informative or gradients_cross_ranks(trainer)
         return with_injected_gradients(step, estimate, zeros_for)
 
     def _step(self, trainer: pl.Trainer, module: Any, evaluate: Any, args: Any, kwargs: Any, observed: bool) -> Step:
@@ -369,34 +370,6 @@ class TrainingRule(Callback, ABC):
         if state.refresh():
             self.check(trainer, module, state.slots)
         return state
-
-    def _waited_for(self, trainer: pl.Trainer, step: Step) -> list[Tensor]:
-        """Return parameters for which DDP's reducer waits although the rule does not train them."""
-        if not _gradients_cross_ranks(trainer):
-            return []
-        trained = {slot.name for slot in step.trained}
-        others = [*step.slots.rest, *(slot for slot in step.slots if slot.name not in trained)]
-        return [slot.parameter for slot in others if slot.parameter.requires_grad]
-
-    def _failed(self, trainer: pl.Trainer, failure: NonFiniteLossError | None) -> bool:
-        batch = self.record.batches - 1
-        if self.on_nonfinite == "raise":
-            if failure is None:
-                return False
-            raise RuntimeError(
-                f"{type(self).__name__}: {failure} in batch {batch}. No parameter has moved. Lower the learning rate "
-                "or sigma, or leave out such batches with on_nonfinite='skip'."
-            ) from failure
-        failed = failure is not None
-        if _gradients_cross_ranks(trainer):
-            # Ranks must skip together, or the others wait in DDP's reducer for ever.
-            flag = torch.tensor(float(failed), device=trainer.strategy.root_device)
-            failed = bool(trainer.strategy.reduce(flag, reduce_op="sum"))
-        if failed:
-            self.record.skipped += 1
-            reason = failure or "another rank failed"
-            rank_zero_warn(f"{type(self).__name__}: {reason}; batch {batch} is skipped.")
-        return failed
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Keep parameters that the rule does not train untouched, and log the norm of the estimate."""
@@ -471,7 +444,3 @@ class TrainingRule(Callback, ABC):
 
 def _snake(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
-
-
-def _gradients_cross_ranks(trainer: pl.Trainer) -> bool:
-    return trainer.world_size > 1 and not isinstance(trainer.strategy, ScalarExchange)

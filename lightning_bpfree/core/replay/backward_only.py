@@ -71,7 +71,7 @@ class BackwardOnly:
                     self.found[f"{kind.__name__} (autograd.Function)"] = kind.jvp is not Function.jvp
             finally:
                 self._comparing = False
-        above: Any = super(_SingleLevelFunction, kind)  # type: ignore[misc]  # a class derived from it
+        above: Any = super(_SingleLevelFunction, kind)  # a class derived from it
         return above.apply(*args, **kwargs)
 
 
