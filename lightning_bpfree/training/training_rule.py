@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -34,13 +32,13 @@ from lightning_bpfree.training.checks import (
     check_trains,
     check_writes,
 )
+from lightning_bpfree.training.logging_of_rules import is_log_due, log_settings, named_after, settings_of
 from lightning_bpfree.training.module_state import ModuleState
 from lightning_bpfree.training.record import Record, banner
 from lightning_bpfree.training.saved_streams import SavedStreams
-from lightning_bpfree.training.settings_log import log_settings
 from lightning_bpfree.training.skipping import gradients_cross_ranks, is_skipped, waited_for
 from lightning_bpfree.training.step_swap import StepSwap, with_injected_gradients
-from lightning_bpfree.training.trainer_attributes import callbacks_of, log_every_n_steps, without_module
+from lightning_bpfree.training.trainer_attributes import callbacks_of, without_module
 
 BACKPROP_COST = 3.0  # forward passes: one forward, and two matrix products per layer on the way back
 
@@ -166,11 +164,7 @@ class TrainingRule(Callback, ABC):
 
     def settings(self) -> dict[str, Any]:
         """Return the rule's arguments, as plain values that loggers and checkpoints take."""
-        kinds = [kind for kind in type(self).__mro__ if issubclass(kind, TrainingRule)]
-        arguments = [p for kind in kinds for p in inspect.signature(kind.__init__).parameters.values()]
-        names = {p.name for p in arguments if p.kind is not p.VAR_KEYWORD and hasattr(self, p.name)}
-        values = {name: getattr(self, name) for name in sorted(names)}
-        return {name: v if isinstance(v, int | float | str | None) else str(v) for name, v in values.items()}
+        return settings_of(self, TrainingRule)
 
     def active(self, epoch: int) -> bool:
         """Whether the epoch (counted from 0) is the rule's; the others are plain backprop's."""
@@ -324,7 +318,7 @@ class TrainingRule(Callback, ABC):
             return inject(torch.full((), torch.nan, device=module.device), zeros_for, lambda _: map(zeros, zeros_for))
         if not step.recorded:
             raise RuntimeError(f"{type(self).__name__}.estimate made no recorded evaluation: call step.loss() once.")
-        own = {f"bpfree/{_snake(type(self).__name__)}/{k}": v for k, v in estimate.metrics.items()}
+        own = named_after(type(self), estimate.metrics)
         self._log(trainer, module, {"bpfree/loss": estimate.loss.detach(), **own})
         # Where gradients cross ranks, another rank may have learned something, and all must step together.
         self._estimates += estimate.informative or gradients_cross_ranks(trainer)
@@ -379,7 +373,7 @@ class TrainingRule(Callback, ABC):
         self._estimates = 0
         for slot in [*slots.rest, *(slots if skipped else [])]:
             slot.parameter.grad = None  # a gradient of zero would still move it, by momentum or weight decay
-        if self._log_due(trainer):
+        if is_log_due(trainer):
             grads = {slot.name: slot.parameter.grad for slot in slots if slot.parameter.grad is not None}
             self._log(trainer, pl_module, {"bpfree/grad_norm": norm(grads)})
 
@@ -391,12 +385,8 @@ class TrainingRule(Callback, ABC):
         if isinstance(trainer.strategy, ScalarExchange):
             trainer.strategy.verify(pl_module)
 
-    def _log_due(self, trainer: pl.Trainer) -> bool:
-        every = log_every_n_steps(trainer)
-        return bool(every) and (trainer.global_step + 1) % every == 0 and not trainer.barebones
-
     def _log(self, trainer: pl.Trainer, module: pl.LightningModule, values: dict[str, Any]) -> None:
-        if not self._log_due(trainer):
+        if not is_log_due(trainer):
             return
         values = {"bpfree/forward_evals": self.record.forward_evals, "bpfree/active": 1.0, **values}
         if isinstance(trainer.strategy, ScalarExchange):
@@ -440,7 +430,3 @@ class TrainingRule(Callback, ABC):
     ) -> None:
         """Say so if the checkpoint comes from another rule."""
         self.record.check_origin(checkpoint.get("bpfree"), self.strict_rule)
-
-
-def _snake(name: str) -> str:
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()

@@ -21,8 +21,8 @@ from lightning_bpfree.methods.lottery_ticket.rewinding import check_redrawable
 from lightning_bpfree.methods.lottery_ticket.scores import check_has_deviations, deviations
 from lightning_bpfree.methods.lottery_ticket.ticket import Ticket
 from lightning_bpfree.training.checks import check_whole_parameters
+from lightning_bpfree.training.logging_of_rules import log_settings
 from lightning_bpfree.training.saved_streams import SavedStreams
-from lightning_bpfree.training.settings_log import log_settings
 from lightning_bpfree.training.trainer_attributes import callbacks_of, is_dry_run, without_module
 from lightning_bpfree.training.training_rule import TrainingRule
 

@@ -31,8 +31,8 @@ from lightning_bpfree.methods.reversible_recompute.recomputation import Schedule
 from lightning_bpfree.methods.reversible_recompute.sequential import ReversibleSequential
 from lightning_bpfree.methods.reversible_recompute.stream_fusion import FusionOfOneWidth
 from lightning_bpfree.training.checks import check_whole_parameters
+from lightning_bpfree.training.logging_of_rules import log_settings
 from lightning_bpfree.training.saved_streams import SavedStreams
-from lightning_bpfree.training.settings_log import log_settings
 from lightning_bpfree.training.throughput import Throughput
 from lightning_bpfree.training.trainer_attributes import log_every_n_steps, without_module
 

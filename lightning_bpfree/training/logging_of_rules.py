@@ -1,0 +1,63 @@
+"""Settings and metrics of rules and companions, as loggers show them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+import lightning.pytorch as pl
+
+from lightning_bpfree.training.trainer_attributes import log_every_n_steps
+
+
+def log_settings(trainer: pl.Trainer, module: pl.LightningModule, entry: dict[str, Any]) -> None:
+    """Log ``entry`` together with the hyperparameters of the user's own, which Lightning logs after ``on_fit_start``.
+
+    TensorBoard shows one entry of a run: one of the callback's alone would hide the user's.
+
+    Args:
+        trainer: whose loggers are meant.
+        module: the module in training.
+        entry: plain values.
+    """
+    own: dict[str, Any] = {}
+    for holder in (module, cast(Any, trainer).datamodule):
+        if holder is not None and getattr(holder, "_log_hyperparams", False):
+            own.update(holder.hparams_initial)
+    own.pop("_class_path", None)  # LightningCLI's
+    for logger in trainer.loggers:
+        logger.log_hyperparams({**own, **entry})
+
+
+def settings_of(owner: object, base: type) -> dict[str, Any]:
+    """Return the constructor arguments of an object, by name, as plain values that loggers and checkpoints take.
+
+    Args:
+        owner: keeps its arguments in attributes of their names.
+        base: the class from which on constructors count.
+    """
+    kinds = [kind for kind in type(owner).__mro__ if issubclass(kind, base)]
+    arguments = [p for kind in kinds for p in inspect.signature(cast(Any, kind).__init__).parameters.values()]
+    names = {p.name for p in arguments if p.kind is not p.VAR_KEYWORD and hasattr(owner, p.name)}
+    values = {name: getattr(owner, name) for name in sorted(names)}
+    return {name: v if isinstance(v, int | float | str | None) else str(v) for name, v in values.items()}
+
+
+def named_after(rule: type, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics under ``bpfree/<class in snake case>/<name>``.
+
+    Examples:
+        >>> class SignRule: ...
+        >>> named_after(SignRule, {"ties": 2})
+        {'bpfree/sign_rule/ties': 2}
+    """
+    snake = re.sub(r"(?<!^)(?=[A-Z])", "_", rule.__name__).lower()
+    return {f"bpfree/{snake}/{name}": value for name, value in metrics.items()}
+
+
+def is_log_due(trainer: pl.Trainer) -> bool:
+    """Return whether loggers listen to the coming optimizer step."""
+    every = log_every_n_steps(trainer)
+    return bool(every) and (trainer.global_step + 1) % every == 0 and not trainer.barebones
