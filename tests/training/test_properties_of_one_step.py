@@ -130,14 +130,14 @@ class Noisy(Once):
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")  # on purpose
 @pytest.mark.parametrize("make", [lambda: bpf.ForwardGradient(2), lambda: bpf.ZerothOrder(2)])
 def test_streams_go_on_within_an_epoch_behind_the_draw_of_the_loader(make, tmp_path):
-    rows = TensorDataset(torch.ones(16, FEATURES, dtype=torch.float64), torch.ones(16, dtype=torch.long))
+    rows = TensorDataset(torch.ones(16, FEATURES), torch.ones(16, dtype=torch.long))
 
     def run(folder, **resume):
         torch.manual_seed(len(str(folder)))
         module = Noisy()
         keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1, save_on_train_epoch_end=False)
         data = DataLoader(rows, batch_size=4, shuffle=True)  # draws its order from torch's stream
-        settings = {"enable_checkpointing": True, "precision": "64-true", "max_epochs": 2, "default_root_dir": folder}
+        settings = {"enable_checkpointing": True, "max_epochs": 2, "default_root_dir": folder}
         fitted(module, data, make(), keep, **settings, **resume)
         return module.net.weight.detach()
 

@@ -29,9 +29,9 @@ class BackwardOnly:
     Examples:
         >>> watch = BackwardOnly()
         >>> with watch:
-        ...     torch.ones(2).retain_grad()
+        ...     _ = torch.ones(2).register_hook(print)
         >>> watch.found
-        {'Tensor.retain_grad': False}
+        {'Tensor.register_hook': False}
     """
 
     def __init__(self) -> None:

@@ -13,6 +13,7 @@ class ChanceCheck:
     """Counts the rewards of the first epoch for classes, and says once what to try if the team has learned nothing.
 
     Examples:
+        >>> import torch
         >>> check = ChanceCheck()
         >>> check.add(torch.ones(4, 500), num_classes=10)
         >>> check.at_chance()

@@ -34,6 +34,7 @@ NETS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:ForwardForward.label='overlay'")  # writes into one corner, which is said
 @pytest.mark.parametrize("label", ["overlay", "embedding"])
 @pytest.mark.parametrize("kind", NETS)
 def test_images_train_convolutions_and_transformers(kind, label):

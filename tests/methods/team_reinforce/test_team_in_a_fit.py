@@ -230,17 +230,14 @@ def test_a_run_that_is_resumed_inside_an_epoch_is_the_same_run(settings, tmp_pat
 # --- several fits, several rules -------------------------------------------------------------------------------------
 
 
-def test_a_second_fit_goes_on():
+def test_a_second_fit_begins_anew():
     module, rule = problem(lr=0.05), bpf.TeamReinforce(exploration="boltzmann", lateral_lr=0.05)
     fitted(module, loader(), rule)
-    first = lateral_weights(rule)
     fitted(module, loader(), rule)
-    assert rule.record.batches == 8
+    assert rule.record.batches == 4
     assert all(len(part._forward_hooks) == 1 for part in module.modules() if isinstance(part, nn.Linear))
-    for name, weight in lateral_weights(rule).items():
-        assert not torch.equal(weight, first[name])
     for saved in rule.rule_state()["lateral"].values():
-        assert int(saved["optimizer"]["state"][0]["step"]) == 8
+        assert int(saved["optimizer"]["state"][0]["step"]) == 4
     fitted(module, loader(), bpf.TeamReinforce())  # by another object
     assert all(len(part._forward_hooks) == 1 for part in module.modules() if isinstance(part, nn.Linear))
 
