@@ -27,6 +27,7 @@ from once_problems import (
     table,
 )
 from problems import fitted
+from thinned import in_turn
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -48,8 +49,7 @@ def plain(make: Callable[[], Once]) -> dict[str, Any]:
     return PLAIN[make]
 
 
-@pytest.mark.parametrize("rule", RULES)
-@of_each
+@pytest.mark.parametrize(("make", "rule"), in_turn(CASES, RULES, fast=2))
 def test_all_is_left_behind_as_by_a_plain_fit(make, rule):
     found = outcome(make, RULES[rule](), max_epochs=getattr(make, "epochs", 1))
     assert not difference(found, plain(make))

@@ -15,6 +15,7 @@ from differentiating_modules import (
 from foreign_problems import Slopes, vector_data
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from problems import fitted
+from thinned import in_turn
 from torch.utils.data import DataLoader
 
 import lightning_bpfree as bpf
@@ -40,8 +41,7 @@ def test_slopes_are_exact_where_the_step_differentiates(kind, rule):
     assert_slopes_are_exact(kind(smooth()), vector_data(), rule)
 
 
-@pytest.mark.parametrize("algorithm", ["openai_es", "snes"])
-@pytest.mark.parametrize("kind", DERIVATIVES)
+@pytest.mark.parametrize(("kind", "algorithm"), in_turn(DERIVATIVES, ["openai_es", "snes"], fast=1))
 def test_members_see_the_loss_that_differentiates(kind, algorithm):
     found = []
     for chunk_size in ("auto", 1):

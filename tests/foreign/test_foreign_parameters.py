@@ -15,6 +15,7 @@ from differentiating_modules import (
 from foreign_problems import RULES, Small, vector_data
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from problems import fitted
+from thinned import in_turn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -188,8 +189,7 @@ LAZY = {
 }
 
 
-@pytest.mark.parametrize("rule", [*WITHOUT_BACKWARD, "backprop"])
-@pytest.mark.parametrize("net", LAZY)
+@pytest.mark.parametrize(("net", "rule"), in_turn(LAZY, [*WITHOUT_BACKWARD, "backprop"], fast=2))
 def test_lazy_layers_train(net, rule):
     module = Classifier(LAZY[net]())
     seen = []

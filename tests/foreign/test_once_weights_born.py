@@ -13,6 +13,7 @@ from once_problems import (
     first_gradient,
 )
 from problems import fitted
+from thinned import in_turn
 from torch import nn
 
 import lightning_bpfree as bpf
@@ -83,8 +84,7 @@ class Growing(pl.Callback):
             pl_module.grow()
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("make", [Grows, GrowsInASequential, GrowsInTheStep], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(("make", "rule"), in_turn([Grows, GrowsInASequential, GrowsInTheStep], RULES, fast=2))
 def test_what_is_born_during_the_fit_is_trained(make, rule):
     torch.manual_seed(0)
     module = make()
@@ -94,9 +94,11 @@ def test_what_is_born_during_the_fit_is_trained(make, rule):
     assert len(trainer.optimizers[0].param_groups) == 2
 
 
+HOOKS = ["on_train_epoch_start", "on_train_batch_start", "on_train_start"]
+
+
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_batch_start", "on_train_start"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "hook"), in_turn(RULES, HOOKS, fast=1))
 def test_what_callbacks_bring_is_trained(rule, hook, first):
     torch.manual_seed(0)
     module, grows, made = Grown(), Growing(hook), RULES[rule]()

@@ -17,6 +17,7 @@ from once_problems import (
     first_gradient,
 )
 from problems import fitted
+from thinned import in_turn
 from torch import Tensor, nn
 
 import lightning_bpfree as bpf
@@ -105,8 +106,7 @@ def test_weights_are_perturbed_wherever_the_step_takes_them_from(make):
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("make", ELSEWHERE, ids=lambda make: make.__name__)
+@pytest.mark.parametrize(("make", "rule"), in_turn(ELSEWHERE, RULES, fast=2))
 def test_what_holds_the_weights_holds_them_behind_the_fit(make, rule):
     torch.manual_seed(0)
     module = make()
