@@ -133,6 +133,7 @@ class TeacherOutside(Teacher):
 
     def prepare(self):
         self.held = [copy.deepcopy(self.net).requires_grad_(False).double()]
+        nn.init.zeros_(self.held[0].weight)
 
     @property
     def teacher(self):

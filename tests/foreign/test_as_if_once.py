@@ -35,9 +35,6 @@ import lightning_bpfree as bpf
 
 # --- the tests ----
 
-# A teacher outside of the module gives a loss that no direction changes, which is said.
-pytestmark = pytest.mark.filterwarnings("ignore:ForwardGradient: the loss is flat")
-
 CASES = [*BATCH, *CONTAINERS, *METRICS, *RANDOM, *TEACHERS, *ITERATORS, *BORN]
 of_each = pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
 PLAIN: dict[Callable[[], Once], dict[str, Any]] = {}

@@ -91,7 +91,7 @@ class ConceptBackprop(Callback):
 
     citation: ClassVar[str] = (
         "@article{hammersborg2023concept, title={Concept backpropagation: An Explainable AI approach for visualising "
-        'learned concepts in neural network models}, author={Hammersborg, Patrik and Str{\\"u}make, Inga}, '
+        'learned concepts in neural network models}, author={Hammersborg, Patrik and Str{\\"u}mke, Inga}, '
         "journal={arXiv preprint arXiv:2307.12601}, year={2023}}"
     )
 
