@@ -191,7 +191,10 @@ class PopulationPasses:
         vectorised = self._at_once(step, population, range(chunk))[: len(members)].double()
         alone = self._one_by_one(step, population, members).to(vectorised.device).double()
         step.forward_evals = counted
-        rounding = 1e-5 * alone.abs().nan_to_num(posinf=0.0, neginf=0.0).max()
+        # Under autocast, weights and noise are rounded together in a loop, and apart where the noise is of low rank.
+        kind = vectorised.device.type
+        digits = torch.finfo(torch.get_autocast_dtype(kind)).eps if torch.is_autocast_enabled(kind) else 1e-5
+        rounding = digits * alone.abs().nan_to_num(posinf=0.0, neginf=0.0).max()
         spread = (alone - alone[0]).abs().nan_to_num(posinf=0.0, neginf=0.0).max()
         return torch.allclose(vectorised, alone, rtol=0, atol=float(0.1 * spread + rounding), equal_nan=True)
 
