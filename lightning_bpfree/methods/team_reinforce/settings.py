@@ -105,7 +105,7 @@ class TeamSettings(NamedTuple):
 
     @property
     def route(self) -> str:
-        """What the banner says of how gradients are had."""
+        """How gradients are obtained, in the words of the banner."""
         if isinstance(self.credit, TopDown) and not isinstance(self.credit, WeightMax):
             return "draws forward, backprop through them"
         return "a reward for every unit, no gradient between layers"
