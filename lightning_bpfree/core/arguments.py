@@ -214,58 +214,71 @@ def accepts(hint: Any, value: Any) -> bool:
         >>> accepts(int, True), accepts(float, 1), accepts(float, float("nan")), accepts(Literal["a"] | None, None)
         (False, True, False, True)
     """
+    return _acceptor(hint)(value)
+
+
+@functools.cache
+def _acceptor(hint: Any) -> Callable[[Any], bool]:
+    """Return the check of an annotation. It is made once: functions of plain loops are called in every step."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
-        return True
+        return _anything
     if origin is Annotated:
+        kind = _acceptor(args[0])
         limits = [limit for limit in hint.__metadata__ if isinstance(limit, Range | NonEmpty)]
-        return accepts(args[0], value) and all(value in limit for limit in limits)
+        return lambda value: kind(value) and all(value in limit for limit in limits)
     if origin in (Union, types.UnionType):
-        return any(accepts(kind, value) for kind in args)
+        kinds = [_acceptor(kind) for kind in args]
+        return lambda value: any(kind(value) for kind in kinds)
     if origin is Literal:
-        return any(type(value) is type(choice) and value == choice for choice in args)
+        return lambda value: any(type(value) is type(choice) and value == choice for choice in args)
     if hint is None or hint is type(None):
-        return value is None
+        return lambda value: value is None
     if hint in (int, float):
-        number = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
-        return number and math.isfinite(value)
-    if origin is None:
-        return _is_instance(hint, value)
-    return _of_generic(origin, args, value)
+        number = Integral if hint is int else Real
+        return lambda value: isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
+    return _of_class(hint) if origin is None else _of_generic(origin, args)
 
 
-def _is_instance(hint: Any, value: Any) -> bool:
+def _anything(_value: Any) -> bool:
+    return True
+
+
+def _of_class(hint: Any) -> Callable[[Any], bool]:
     if hint in (Callable, abc.Callable):
-        return callable(value)
+        return callable
     plain = isinstance(hint, type) and not (getattr(hint, "_is_protocol", False) and not _runtime(hint))
-    return isinstance(value, hint) if plain else True
+    return (lambda value: isinstance(value, hint)) if plain else _anything
 
 
 def _runtime(hint: Any) -> bool:
     return bool(getattr(hint, "_is_runtime_protocol", False))
 
 
-def _of_generic(origin: Any, args: tuple[Any, ...], value: Any) -> bool:
+def _of_generic(origin: Any, args: tuple[Any, ...]) -> Callable[[Any], bool]:
     if origin is abc.Callable:
-        return callable(value)
+        return callable
     if origin is type:
-        return isinstance(value, type) and (not isinstance(args[0], type) or issubclass(value, args[0]))
+        return lambda value: isinstance(value, type) and (not isinstance(args[0], type) or issubclass(value, args[0]))
     if origin is tuple and args[-1] is not Ellipsis:  # YAML has lists for tuples
-        return _is_sequence(value) and len(value) == len(args) and all(map(accepts, args, value))
+        return lambda value: _is_sequence(value) and len(value) == len(args) and all(map(accepts, args, value))
     if origin in (abc.Sequence, list, tuple):
-        return _is_sequence(value) and _all(args[0], value)
+        return lambda value: _is_sequence(value) and _all(args[0], value)
     if origin in (abc.Iterable, abc.Collection):
-        is_one = isinstance(value, origin) and not isinstance(value, str | bytes | torch.Tensor)
-        return is_one and (not _is_sequence(value) or _all(args[0], value))
+        return lambda value: (
+            isinstance(value, origin)
+            and not isinstance(value, str | bytes | torch.Tensor)
+            and (not _is_sequence(value) or _all(args[0], value))
+        )
     if issubclass(origin, abc.Mapping):
-        return isinstance(value, abc.Mapping) and _all(args[0], value) and _all(args[1], value.values())
-    return isinstance(value, origin)
+        return lambda value: isinstance(value, abc.Mapping) and _all(args[0], value) and _all(args[1], value.values())
+    return lambda value: isinstance(value, origin)
 
 
 def _all(hint: Any, values: Iterable[Any]) -> bool:
     if hint in (str, torch.Tensor, torch.nn.Parameter):  # named parameters, in every step of a plain loop
         return all(isinstance(value, hint) for value in values)
-    return all(accepts(hint, value) for value in values)
+    return all(map(_acceptor(hint), values))
 
 
 def _is_sequence(value: Any) -> bool:

@@ -37,12 +37,12 @@ class Estimate(NamedTuple):
         """Return the named gradients times ``scale``; only for an estimate that brings gradients."""
         if self.gradients is None:
             raise ValueError("this estimate leaves its gradients to autograd")
+        # A pass over the parameters is saved where looking at the scale makes no device wait.
+        if scale is not None and scale.device.type == "cpu" and bool(scale == 1):
+            scale = None
         if not isinstance(self.gradients, dict):
             return self.gradients(scale)
-        # A copy of the parameters is saved where looking at the scale makes no device wait.
-        if scale is None or (scale.device.type == "cpu" and bool(scale == 1)):
-            return self.gradients
-        return {name: grad * scale for name, grad in self.gradients.items()}
+        return self.gradients if scale is None else {name: grad * scale for name, grad in self.gradients.items()}
 
 
 class SkipBatchError(Exception):

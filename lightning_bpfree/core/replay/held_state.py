@@ -5,21 +5,37 @@ from __future__ import annotations
 import operator
 import random
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice, repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from lightning_bpfree.core.replay.object_graph import HOOKS, Found, attributes_of
 
-_MISSING = object()
 _SIMPLE = (int, float, complex, str, bytes, bool, type(None))
+
+_MISSING = object()
 
 
 def _same(now: Mapping[Any, Any], then: Mapping[Any, Any]) -> bool:
     """Whether two mappings have the same keys in the same order and hold the same objects."""
     return len(now) == len(then) and all(map(operator.is_, now.values(), then.values())) and list(now) == list(then)
+
+
+class SavedAttributes(NamedTuple):
+    """Attributes of several objects: how many each has, their names and values one behind the other, and hooks."""
+
+    sizes: list[int]
+    keys: list[str]
+    values: list[Any]
+    hooks: list[dict[Any, Any]] | None
+
+    def named(self) -> dict[tuple[int, str], Any]:
+        """Return the values by the number of the owner and the name."""
+        owners = chain.from_iterable(map(repeat, range(len(self.sizes)), self.sizes))
+        return dict(zip(zip(owners, self.keys, strict=True), self.values, strict=True))
 
 
 class Attributes:
@@ -39,31 +55,43 @@ class Attributes:
         self.owners += [own for own in map(attributes_of, objects) if own is not None]
         self.hooks: list[dict[Any, Any]] = [m.__dict__[key] for m in modules for key in HOOKS if key in m.__dict__]
 
-    def save(self) -> tuple[list[dict[str, Any]], list[dict[Any, Any] | None]]:
+    def save(self) -> SavedAttributes:
         """Return every owner's attributes, and every module's hooks."""
-        return [own.copy() for own in self.owners], [hooks.copy() if hooks else None for hooks in self.hooks]
+        hooks = [hooks.copy() for hooks in self.hooks] if any(self.hooks) else None
+        return SavedAttributes(*self._now(), hooks)
 
-    def load(self, state: tuple[list[dict[str, Any]], list[dict[Any, Any] | None]]) -> None:
+    def _now(self) -> tuple[list[int], list[str], list[Any]]:
+        # Flat lists: comparing them takes a third of the time of comparing dict by dict.
+        owners = self.owners
+        return list(map(len, owners)), list(chain(*owners)), list(chain(*map(dict.values, owners)))
+
+    def load(self, state: SavedAttributes) -> None:
         """Put attributes and hooks back."""
-        for own, saved in zip(self.owners, state[0], strict=True):
-            if len(own) != len(saved) or own.keys() != saved.keys():
-                for key in own.keys() - saved.keys():
-                    del own[key]
-            own.update(saved)
-        own = {key for hooks in self.hooks if hooks for key, hook in hooks.items() if _is_a_rules(hook)}
-        for hooks, kept in zip(self.hooks, state[1], strict=True):
+        sizes, keys, values = self._now()
+        if sizes != state.sizes or keys != state.keys or not all(map(operator.is_, values, state.values)):
+            named = zip(state.keys, state.values, strict=True)
+            for own, size in zip(self.owners, state.sizes, strict=True):
+                _refill(own, dict(islice(named, size)))
+        if any(self.hooks) or state.hooks:
+            self._load_hooks(state.hooks or [{}] * len(self.hooks))
+
+    def _load_hooks(self, state: list[dict[Any, Any]]) -> None:
+        own = {key for hooks in self.hooks for key, hook in hooks.items() if _is_a_rules(hook)}
+        for hooks, kept in zip(self.hooks, state, strict=True):
             if hooks or kept:
-                _refill(hooks, _besides(own, hooks, kept or {}))
+                _refill(hooks, _besides(own, hooks, kept))
 
     @staticmethod
-    def differs(a: Any, b: Any) -> bool:
+    def differs(a: SavedAttributes, b: SavedAttributes) -> bool:
         """Whether anything but numbers and strings was assigned or registered between two states."""
-        for now, then in zip(a[0], b[0], strict=True):
-            if not _same(now, then) and any(
-                then.get(key, _MISSING) is not value and not isinstance(value, _SIMPLE) for key, value in now.items()
-            ):
-                return True
-        return False
+        if a.sizes == b.sizes and a.keys == b.keys:
+            if all(map(operator.is_, a.values, b.values)):
+                return False
+            pairs: Iterable[tuple[Any, Any]] = zip(a.values, b.values, strict=True)
+        else:
+            then = b.named()
+            pairs = ((value, then.get(name, _MISSING)) for name, value in a.named().items())
+        return any(now is not then and not isinstance(now, _SIMPLE) for now, then in pairs)
 
 
 def _is_a_rules(hook: Any) -> bool:
