@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, cast
@@ -127,7 +128,10 @@ class ModuleState:
         self.slots.add_places(self.found.modules, self.found.parameters)
         self.held = HeldState(self.found)
         self.buffers = TensorCopies(self._copied_places())
-        self._shape = self._shape_now()
+        modules = self.found.modules
+        self._registries = [d for module in modules for d in (module._parameters, module._modules)]
+        self._buffer_names = [module._buffers for module in modules]
+        self._parts = self._parts_now()
         self._new_things = False
 
     def _parameter_places(self) -> list[Place]:
@@ -154,15 +158,15 @@ class ModuleState:
         groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
         return {id(parameter) for group in groups for parameter in group["params"]}
 
-    def _shape_now(self) -> tuple[Any, ...]:
-        """Return what tells modules, parameters and names of buffers apart, at the cost of a microsecond or so."""
-        modules = self.found.modules
-        held = chain.from_iterable(d.values() for m in modules for d in (m._parameters, m._modules))
-        return (*map(id, held), *chain.from_iterable(m._buffers for m in modules))
+    def _parts_now(self) -> list[Any]:
+        """Return parameters, submodules and names of buffers, of which each tells whether it has changed by itself."""
+        return [*chain(*map(dict.values, self._registries)), *chain(*self._buffer_names)]
 
     def refresh(self) -> bool:
         """Look again if the module has other parts than at the last look; return whether it had."""
-        if not self._new_things and self._shape == self._shape_now() and not self._gone():
+        now, then = self._parts_now(), self._parts
+        same = len(now) == len(then) and all(map(operator.is_, now, then))
+        if same and not self._new_things and not self._gone():
             return False
         self._look()
         return True

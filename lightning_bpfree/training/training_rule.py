@@ -318,8 +318,9 @@ class TrainingRule(Callback, ABC):
             return inject(torch.full((), torch.nan, device=module.device), zeros_for, lambda _: map(zeros, zeros_for))
         if not step.recorded:
             raise RuntimeError(f"{type(self).__name__}.estimate made no recorded evaluation: call step.loss() once.")
-        own = named_after(type(self), estimate.metrics)
-        self._log(trainer, module, {"bpfree/loss": estimate.loss.detach(), **own})
+        if is_log_due(trainer):
+            own = named_after(type(self), estimate.metrics)
+            self._log(trainer, module, {"bpfree/loss": estimate.loss.detach(), **own})
         # Where gradients cross ranks, another rank may have learned something, and all must step together.
         self._estimates += estimate.informative or gradients_cross_ranks(trainer)
         return with_injected_gradients(step, estimate, zeros_for)

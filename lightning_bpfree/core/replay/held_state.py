@@ -17,6 +17,7 @@ from lightning_bpfree.core.replay.object_graph import HOOKS, Found, attributes_o
 _SIMPLE = (int, float, complex, str, bytes, bool, type(None))
 
 _MISSING = object()
+_VALUES = operator.methodcaller("values")
 
 
 def _same(now: Mapping[Any, Any], then: Mapping[Any, Any]) -> bool:
@@ -63,7 +64,7 @@ class Attributes:
     def _now(self) -> tuple[list[int], list[str], list[Any]]:
         # Flat lists: comparing them takes a third of the time of comparing dict by dict.
         owners = self.owners
-        return list(map(len, owners)), list(chain(*owners)), list(chain(*map(dict.values, owners)))
+        return list(map(len, owners)), list(chain(*owners)), list(chain(*map(_VALUES, owners)))
 
     def load(self, state: SavedAttributes) -> None:
         """Put attributes and hooks back."""
@@ -110,7 +111,7 @@ def _refill(mapping: Any, saved: Mapping[Any, Any]) -> None:
     if _same(mapping, saved):
         return
     # Of the kind that Python brings: a class of the user's own may do more in these methods, as Counter.update does.
-    kind: Any = OrderedDict if isinstance(mapping, OrderedDict) else dict
+    kind: Any = next((kind for kind in (OrderedDict, dict) if isinstance(mapping, kind)), type(mapping))
     kind.clear(mapping)
     for key, value in saved.items():
         kind.__setitem__(mapping, key, value)
