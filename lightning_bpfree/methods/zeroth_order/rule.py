@@ -68,8 +68,9 @@ class ZerothOrder(TrainingRule):
 
     The estimate ``mean_k c_k v_k``, with ``c_k`` the difference quotient of the loss along the random direction
     ``v_k``, is unbiased for the gradient of the loss smoothed over N(0, sigma^2). No derivative is taken: a training
-    step that returns an accuracy, calls NumPy or a simulator trains too. No activation is stored: the peak of memory is
-    that of inference plus one copy of the batch and two of the trained parameters (moved parameters and estimate), at any depth.
+    step that returns an accuracy, calls NumPy or a simulator trains too. No activation is stored: at any depth, peak
+    memory is that of inference plus one copy of the batch and two of the trained parameters (the moved ones and the
+    estimate).
 
     Cost: ``1 + 2 K`` forward passes a batch (central) or ``1 + K`` (forward). The error of the estimate grows with the
     number of trained parameters ``d``: the cosine to the gradient is about ``sqrt(K / (K + d + 1))``.
