@@ -96,7 +96,7 @@ def test_a_setting_reaches_a_network_that_is_installed_already():
         (bpf.ZerothOrder(), "scheme", "forwrad", "ZerothOrder: scheme='forwrad': choose 'central' or 'forward'"),
         (bpf.EvolutionStrategy(), "population_size", 7, "population_size=7 is odd"),
         (bpf.TeamReinforce(), "num_samples", 1, "num_samples=1 with baseline='leave_one_out'"),
-        (bpf.ForwardGradient(), "network", "nett", "network='nett' is no part of Problem"),
+        (bpf.ForwardGradient(), "network", "nett", "network='nett' is not a part of Problem"),
         (bpf.Backprop(), "stop_epoch", 0, "stop_epoch=0"),
         (bpf.Backprop(), "start_epoch", float("nan"), "start_epoch=nan: give a whole number of at least 0"),
     ],

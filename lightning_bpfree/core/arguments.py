@@ -3,7 +3,7 @@
     @checked
     def draw(num: PositiveInt = 1, sigma: PositiveFloat | None = None) -> None: ...
 
-Arguments are never converted: ``"3"``, ``3.7`` and True are no whole numbers, and NaN is no number.
+Arguments are never converted: ``"3"``, ``3.7`` and True are not whole numbers, and NaN is not a number.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def unknown(owner: str, name: str, value: Any, known: list[str]) -> str:
 
 
 def accepts(hint: Any, value: Any) -> bool:
-    """Whether a value is of an annotated type; what is no type that can be looked at, such as a TypeVar, is accepted.
+    """Whether a value is of an annotated type; annotations that cannot be checked, such as a TypeVar, accept everything.
 
     Examples:
         >>> accepts(int, True), accepts(float, 1), accepts(float, float("nan")), accepts(Literal["a"] | None, None)

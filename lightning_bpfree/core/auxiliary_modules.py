@@ -58,7 +58,7 @@ def _plain_defaults() -> Iterator[None]:
 class AuxiliaryModules:
     """Modules that a rule makes late, trains itself, and saves with its own state.
 
-    They are no part of the user's module: neither its state dict nor its optimizer knows of them. A rule asks for a
+    They are not part of the user's module: neither its state dict nor its optimizer knows of them. A rule asks for a
     module when the shapes are known (:meth:`get`), hands over gradients as micro-batches come (:meth:`add_gradients`),
     and steps when the user's optimizer does (:meth:`step`, from ``on_before_optimizer_step``). Its ``rule_state`` and
     ``load_rule_state`` pass on :meth:`state_dict` and :meth:`load_state_dict`; what is loaded waits for modules that

@@ -66,7 +66,7 @@ def cut(network: nn.Module, blocks: Blocks = 1) -> Cut:
             - a function from the network to a list of lists of its modules.
 
     Raises:
-        ValueError: if the network is no chain of layers and ``blocks`` is a number, if a pattern matches nothing, if
+        ValueError: if the network is not a chain of layers and ``blocks`` is a number, if a pattern matches nothing, if
             blocks overlap, or if a block has no parameters; the message lists the network's modules.
 
     Examples:
@@ -123,8 +123,8 @@ def _layers(network: nn.Module) -> list[list[nn.Module]]:
     chain = _chain(network)
     if chain is None:
         raise RefusedError(
-            f"{type(network).__name__} does not show the order of its layers (it is no nn.Sequential): name its blocks "
-            f"by patterns, such as {_example(network)} {_listing(network)}"
+            f"{type(network).__name__} does not show the order of its layers (it is not an nn.Sequential): name its "
+            f"blocks by patterns, such as {_example(network)} {_listing(network)}"
         )
     return _joined(chain)
 
@@ -303,6 +303,6 @@ def find_network(module: nn.Module, name: str | None = None) -> tuple[str, nn.Mo
         return name, module.get_submodule(name)
     except AttributeError:
         raise RefusedError(
-            f"network={name!r} is no part of {type(module).__name__}; its children with parameters: "
+            f"network={name!r} is not a part of {type(module).__name__}; its children with parameters: "
             f"{', '.join(children) or 'none'}."
         ) from None

@@ -16,7 +16,7 @@ class Combination:
     """Makes the estimate ``sum_k a_k v_k`` of the gradient from slopes ``s_k = <g, v_k>``.
 
     Where ``a_k = s_k / K`` and the slopes are this rank's own, directions are added up as their slopes come in, while
-    they are at hand: one copy of the parameters for the sum, and no direction is drawn twice. Else they are remade,
+    they are in memory: one copy of the parameters for the sum, and no direction is drawn twice. Else they are remade,
     once all slopes are known.
 
     Args:

@@ -1,4 +1,4 @@
-"""Gradient injection: a loss whose backward pass hands over a gradient that was had by other means."""
+"""Gradient injection: a loss whose backward pass returns a gradient that was computed by other means."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ class BlockRates:
     """Scales what a step of the optimizer changes, parameter by parameter.
 
     For optimizers whose step is proportional to the learning rate (SGD with momentum, Adam, AdamW), it is as if the
-    parameters had a learning rate of their own, whatever the scheduler does to the common one.
+    parameters have a learning rate of their own, whatever the scheduler does to the common one.
 
     Args:
         factors: parameters, and the factor on their learning rate, >= 0.

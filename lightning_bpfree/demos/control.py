@@ -146,7 +146,7 @@ class SeedDataset(Dataset[Tensor]):
 
 
 class FreshSampler(Sampler[int]):
-    """Indices drawn anew in each epoch, with torch's global generator.
+    """Indices drawn in each epoch, with torch's global generator.
 
     Not torch's RandomSampler, which Lightning replaces, on several devices, by one that goes through all seeds.
 

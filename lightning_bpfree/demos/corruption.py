@@ -45,7 +45,7 @@ class Pixels(NamedTuple):
 class Corruption:
     """What is done to the training set; each share is of the training samples in use, to the nearest sample.
 
-    Images with Gaussian noise and images with missing rows are never the same, whence their shares sum to 1 at most.
+    Images with Gaussian noise and images with missing rows are never the same, so their shares sum to at most 1.
     The other two parts are independent of them and of each other; the labels of random images stay as they are drawn.
     A larger share corrupts the samples that a smaller one does, and more. Values are those before standardisation, and
     are not clipped: noise may leave the range of the pixels, or else black would only get brighter.

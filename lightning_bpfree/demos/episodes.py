@@ -155,7 +155,7 @@ class Episodes:
         totals, running = np.zeros(len(seeds)), np.ones(len(seeds), dtype=bool)
         while running.any():
             observations, rewards, terminated, truncated, _ = env.step(self.actions(policy(observations)))
-            totals += np.where(running, rewards, 0.0)  # an episode that has ended begins anew, which does not count
+            totals += np.where(running, rewards, 0.0)  # an episode that has ended restarts, which does not count
             running &= ~(terminated | truncated)
         return torch.from_numpy(totals).float()
 
@@ -246,7 +246,7 @@ class RunningEpisodes:
 
         if self._episodes._in_one_array:
             return self._env.step(actions)[:4]
-        # One after the other, since several environments together begin anew by themselves, and without a seed.
+        # One after the other, since vectorized environments restart by themselves, and without a seed.
         steps = [env.step(action)[:4] for env, action in zip(self._env.envs, actions, strict=True)]
         observations, rewards, terminated, truncated = (np.stack(parts) for parts in zip(*steps, strict=True))
         return observations, rewards, terminated, truncated

@@ -43,7 +43,7 @@ class FreshBatches(Dataset[Batch]):
 
     def __init__(self, draw: Callable[[int, np.random.RandomState], Batch], batch_size: int) -> None:
         self.draw, self.batch_size = draw, batch_size
-        self._state = np.random.RandomState(0)  # seeded anew for each batch: making one takes longer than the batch
+        self._state = np.random.RandomState(0)  # seeded for each batch: making one takes longer than the batch
 
     def __len__(self) -> int:
         return _TRAINING_SEEDS

@@ -114,7 +114,7 @@ def read_idx(path: str | Path) -> Tensor:
         A tensor of the file's shape and element type, in native byte order.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ValueError: The magic number, the type code, the sizes or the number of bytes is wrong.
 
     Example:

@@ -17,7 +17,7 @@ from lightning_bpfree.demos.in_memory import BatchDataset
 
 __all__ = ["IGNORED", "MASK", "VOCABULARY", "EpochSampler", "MaskedSequences", "masked"]
 
-MASK = 128  # the token behind the 128 ASCII characters
+MASK = 128  # the token after the 128 ASCII characters
 VOCABULARY = 129
 IGNORED = -100  # the label of positions that are not to be predicted; cross_entropy leaves them out
 _PRINTABLE = (32, 127)  # the range of random characters
@@ -81,7 +81,7 @@ class EpochSampler(Sampler[int]):
 
 
 class MaskedSequences(Dataset[tuple[Tensor, ...]]):
-    """Sequences by the numbers of :class:`EpochSampler`, masked anew in each epoch.
+    """Sequences by the numbers of :class:`EpochSampler`, masked differently in each epoch.
 
     Args:
         tokens: Shape (N, T), int64.

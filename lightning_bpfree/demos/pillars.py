@@ -160,8 +160,8 @@ def read_pillars(path: str | Path) -> dict[str, Tensor]:
         path: The file.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A column is missing, or a row holds what is no pillar in metres; with its line.
+        FileNotFoundError: The file does not exist.
+        ValueError: A column is missing, or a row does not describe a pillar in meters; the message names the line.
     """
     with Path(path).open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
@@ -203,7 +203,7 @@ def _number(row: Mapping[str, Any], column: str, where: str) -> float:
     try:
         value = float(row[column])
     except (TypeError, ValueError):
-        raise ValueError(f"{where}: {column} is {row[column]!r}, which is no number.") from None
+        raise ValueError(f"{where}: {column} is {row[column]!r}, which is not a number.") from None
     if not math.isfinite(value):
         raise ValueError(f"{where}: {column} is {value}; leave such rows out.")
     return value
@@ -213,7 +213,7 @@ class CoalPillarDataModule(TableDataModule):
     """Coal pillars with five features, w, h, B, H and w / h, and the four classes of :func:`pillar_classes`.
 
     Without a file the pillars are simulated, by :func:`simulated_pillars`, and the data module says so: scores on them
-    are no statement about mines, and must not be compared with published ones.
+    say nothing about real mines, and must not be compared with published results.
 
     Safety factor and ratio are functions of the other columns, so that part of the label is a formula of the features.
 

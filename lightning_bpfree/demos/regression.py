@@ -128,7 +128,7 @@ class Regressor(LightningModule):
 
         Args:
             batch: Inputs and targets, of which the targets, shape (B, 1), are used.
-            action: Outputs for M copies of the batch one behind the other, shape (M * B, 1): row m * B + b is an output
+            action: Outputs for M concatenated copies of the batch, shape (M * B, 1): row m * B + b is an output
                 for sample b.
 
         Raises:

@@ -57,7 +57,7 @@ def read_docstrings(module: str, folder: Path) -> str:
         folder: Where the standard library lies.
 
     Raises:
-        FileNotFoundError: There is no source of it.
+        FileNotFoundError: The text has no source on this machine.
     """
     files = [folder / f"{module}.py"]
     if not files[0].is_file():

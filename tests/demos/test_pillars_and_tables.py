@@ -67,7 +67,7 @@ def test_a_file_is_read_and_checked(tmp_path):
         HEADER + "12,3,6,100,0\n12,3,0,100,0\n": "line 3: B is 0",
         HEADER + "12000,3,6,100,0\n": "w is 12000 m, more than 200 m; is it in feet or millimetres",
         HEADER + "12,3,6,100,2\n": "failed is 2; give 1 for failed",
-        HEADER + "12,3,6,deep,1\n": "H is 'deep', which is no number",
+        HEADER + "12,3,6,deep,1\n": "H is 'deep', which is not a number",
         HEADER + "12,3,6,nan,1\n": "H is nan",
         "w,h,B,H,failed,ratio\n12,3,6,100,0,1.2\n": "ratio is 1.2, but w / h is 4",
         HEADER: "a header and no pillar",

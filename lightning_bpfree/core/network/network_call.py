@@ -18,7 +18,7 @@ class RefusedError(ValueError):
 
 LABELS = ("labels", "label", "targets", "target")
 """Names of arguments, and keys of batches, that hold labels."""
-_BESIDE = ("mask", "label", "target", "position", "token_type", "cache")  # of arguments that are no inputs
+_BESIDE = ("mask", "label", "target", "position", "token_type", "cache")  # of arguments that are not inputs
 
 
 class Call(NamedTuple):
@@ -75,7 +75,7 @@ class Call(NamedTuple):
         return (*self.args[: self.at], inputs, *self.args[self.at + 1 :]), self.kwargs
 
     def times(self, rows: int, copies: int) -> Call:
-        """Return arguments for ``copies`` batches one behind the other: tensors of ``rows`` rows are repeated."""
+        """Return arguments for ``copies`` concatenated batches: tensors of ``rows`` rows are repeated."""
 
         def repeated(tensor: Tensor) -> Tensor:
             fits = tensor.dim() > 0 and len(tensor) == rows

@@ -67,7 +67,7 @@ def _object(value: Any, tensors: Callable[[Any], Any], memo: dict[int, Any]) -> 
 class BatchCopies:
     """The arguments of a training step for one evaluation after another.
 
-    Containers are made anew for each evaluation, so that a step may take labels out of a dict. Tensors are handed out
+    Containers are rebuilt for each evaluation, so that a step may take labels out of a dict. Tensors are handed out
     as they are, until an evaluation writes to one; then all others get copies of what it was when the step began. The
     recorded evaluation alone gets the batch itself, and may leave it changed.
 

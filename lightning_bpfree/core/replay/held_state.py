@@ -26,7 +26,7 @@ def _same(now: Mapping[Any, Any], then: Mapping[Any, Any]) -> bool:
 
 
 class SavedAttributes(NamedTuple):
-    """Attributes of several objects: how many each has, their names and values one behind the other, and hooks."""
+    """Attributes of several objects: how many each has, their names and values in one list each, and hooks."""
 
     sizes: list[int]
     keys: list[str]

@@ -63,7 +63,7 @@ class Place(NamedTuple):
         return value
 
     def put(self, value: Any) -> None:
-        """Put ``value`` there; a tuple around it is made anew."""
+        """Put ``value`` there; a tuple around it is rebuilt."""
         self.holder[self.key] = _with(self.holder[self.key], self.path, value)
 
 

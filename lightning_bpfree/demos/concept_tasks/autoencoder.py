@@ -1,4 +1,4 @@
-"""A small autoencoder that learns from the inputs at hand: what keeps changed inputs among those that exist."""
+"""A small autoencoder of the inputs: changed inputs stay among those that it can produce."""
 
 from __future__ import annotations
 

@@ -81,7 +81,8 @@ def even_digit(_inputs: Tensor, targets: Tensor | None) -> Tensor:
 def long_sleeves(inputs: Tensor, targets: Tensor | None = None) -> Tensor:
     """Whether a garment has sleeves that hang down at its sides, (B,), for images of Fashion-MNIST (B, 1, 28, 28).
 
-    The outer quarters of the lower half are bright: 1.0, or 0.0. Where targets are given, NaN for what is no top.
+    The outer quarters of the lower half are bright: 1.0, or 0.0. Where targets are given, images that are not tops give
+    NaN.
     """
     bright = _inked(inputs)[:, 14:24]
     sides = torch.cat([bright[:, :, :7], bright[:, :, 21:]], 2).float().mean((1, 2))

@@ -74,7 +74,7 @@ class Slant:
 class Towards:
     """Minus the squared distance of a measure of the images from a target, shape (B,).
 
-    A reward without an end is raised by images that are no digits: a white sheet has the widest stroke of all.
+    An unbounded reward is maximized by images that are not digits: a white image has the widest stroke.
 
     Args:
         measure: of images in 0 to 1, such as :class:`StrokeThickness`.

@@ -133,7 +133,7 @@ class Silent(nn.Module):
         (None, {"units": "net.*.act"}, ValueError, r"units='net\.\*\.act' matches no module.*nearest names"),
         (None, {"units": nn.GELU}, ValueError, "units=GELU matches no module of the network.*ReLU"),
         (None, {"units": "net.layers.0"}, ValueError, r"units: net\.layers\.0 \(Linear\) has parameters.*Name the a"),
-        (None, {"network": "nett"}, ValueError, "network='nett' is no part of Problem.*net"),
+        (None, {"network": "nett"}, ValueError, "network='nett' is not a part of Problem.*net"),
         (None, {"unit": ["sign"] * 3}, ValueError, r"unit: 3 units for 2 layers.*net\.layers\.1.*give one, or one"),
         (None, {"learning_rates": [1.0, 1.0]}, ValueError, r"learning_rates=\[1\.0, 1\.0\].*each of the 2 layers"),
         (None, {"reward": lambda b, a: a[:5].float()}, ValueError, r"reward: found shape \(5,\).*\(64,\): row m \* B"),
