@@ -208,7 +208,7 @@ def unknown(owner: str, name: str, value: Any, known: list[str]) -> str:
 
 
 def accepts(hint: Any, value: Any) -> bool:
-    """Whether a value is of an annotated type; annotations that cannot be checked, such as a TypeVar, accept everything.
+    """Whether a value is of an annotated type; annotations that cannot be checked, such as a TypeVar, accept anything.
 
     Examples:
         >>> accepts(int, True), accepts(float, 1), accepts(float, float("nan")), accepts(Literal["a"] | None, None)
