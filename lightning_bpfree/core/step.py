@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bpfree.core.exchange import ScalarExchange
+from lightning_bpfree.core.network.network_call import RefusedError
 from lightning_bpfree.core.params import ParameterSlots, Params, Slot
 from lightning_bpfree.core.replay.batch import BatchCopies
 from lightning_bpfree.core.replay.replay import Replay
@@ -290,7 +291,7 @@ def loss_of(output: Any) -> Tensor:
 
     Raises:
         SkipBatchError: for None.
-        ValueError: for anything else.
+        RefusedError: for anything else; a ValueError.
     """
     loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
     if loss is None:
@@ -299,14 +300,14 @@ def loss_of(output: Any) -> Tensor:
         try:
             return torch.tensor(float(loss), dtype=torch.float64)  # a difference needs the digits
         except (TypeError, ValueError):
-            raise ValueError(
+            raise RefusedError(
                 f"training_step returned {type(loss).__name__}: return one number (a scalar tensor, a float, or a dict "
                 "with the key 'loss'), or None to skip the batch."
             ) from None
     if not loss.is_floating_point():
         loss = loss.float()  # a count of right answers
     if loss.numel() != 1:
-        raise ValueError(
+        raise RefusedError(
             f"training_step returned a loss of shape {tuple(loss.shape)}: a training rule needs one number per batch; "
             "return loss.mean()."
         )

@@ -133,7 +133,7 @@ def check_writes(rule: str, written: Sequence[str]) -> None:
         raise MisconfigurationException(
             f"{rule} evaluates the training step several times, at other parameters than the module's own, and the "
             f"step writes to parameters that are trained: {', '.join(written[:5])}. Normalize or clamp them in "
-            "on_train_batch_start or on_before_zero_grad, which run once a batch."
+            "on_train_batch_start or on_train_batch_end, which run once a batch."
         )
 
 

@@ -240,10 +240,6 @@ class NetworkRule(TrainingRule):
         super().on_train_epoch_start(trainer, pl_module)
         self._take_turn(trainer, pl_module)
 
-    def _run(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any, **kwargs: Any) -> Any:
-        with refusing(type(self).__name__):
-            return super()._run(trainer, module, *args, **kwargs)
-
     def _note_override(self, module: nn.Module) -> None:
         """Note whether something stood in for the forward pass before the fit, which is to be so if the fit fails."""
         if not self._noted:

@@ -35,6 +35,7 @@ from lightning_bpfree.training.checks import (
 from lightning_bpfree.training.logging_of_rules import is_log_due, log_settings, named_after, settings_of
 from lightning_bpfree.training.module_state import ModuleState
 from lightning_bpfree.training.record import Record, banner
+from lightning_bpfree.training.refusal import refusing
 from lightning_bpfree.training.saved_streams import SavedStreams
 from lightning_bpfree.training.skipping import gradients_cross_ranks, is_skipped, waited_for
 from lightning_bpfree.training.step_swap import StepSwap, with_injected_gradients
@@ -292,7 +293,8 @@ class TrainingRule(Callback, ABC):
         step = self._step(trainer, module, original, args, kwargs, observed=bool(observers))
         failure: NonFiniteLossError | None = None
         try:
-            estimate = self.estimate(step)
+            with refusing(type(self).__name__):
+                estimate = self.estimate(step)
             for observer in observers:
                 observer.observe(trainer, module, step, estimate)
         except SkipBatchError:
