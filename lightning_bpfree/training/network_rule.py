@@ -170,7 +170,7 @@ class NetworkRule(TrainingRule):
         Args:
             module: the LightningModule, or a module that holds the network under the same name.
         """
-        name, network = find_network(module, self.network)
+        name, network = self._network_in(module)
         self.resolve()  # attributes may have been set
         another = self._found is not network
         if another or self._made_of != self.made_of():
@@ -186,6 +186,17 @@ class NetworkRule(TrainingRule):
         if self._override is not None:
             self._override.install()
 
+    def _network_in(self, module: nn.Module) -> tuple[str, nn.Module]:
+        """Return name and module of the network: the one that was found before, as long as the module has it.
+
+        Another child that is born during a fit, such as a second head, is no network of the rule's.
+        """
+        if self.network is None and self._found is not None:
+            for name, part in module.named_modules():
+                if part is self._found:
+                    return name, part
+        return find_network(module, self.network)
+
     def uninstall(self, module: nn.Module | None = None) -> None:
         """Give the network's own forward pass back.
 
@@ -194,7 +205,7 @@ class NetworkRule(TrainingRule):
         """
         found = self._override
         if module is not None and self.replaces_forward:
-            found = override_of(find_network(module, self.network)[1])
+            found = override_of(self._network_in(module)[1])
         if found is not None and found.rule == type(self).__name__:
             found.remove()
 
@@ -243,7 +254,7 @@ class NetworkRule(TrainingRule):
     def _note_override(self, module: nn.Module) -> None:
         """Note whether something stood in for the forward pass before the fit, which is to be so if the fit fails."""
         if not self._noted:
-            self._had_override = override_of(find_network(module, self.network)[1]) is not None
+            self._had_override = override_of(self._network_in(module)[1]) is not None
             self._noted = True
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
