@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from lightning_bpfree.core.exchange import ScalarExchange
 from lightning_bpfree.core.forward_override import override_of
 from lightning_bpfree.core.params import ParameterSlots
+from lightning_bpfree.core.replay.inner_derivatives import watched
 from lightning_bpfree.training.trainer_attributes import callbacks_of
 
 if TYPE_CHECKING:
@@ -135,6 +136,29 @@ def check_writes(rule: str, written: Sequence[str]) -> None:
             f"step writes to parameters that are trained: {', '.join(written[:5])}. Normalize or clamp them in "
             "on_train_batch_start or on_train_batch_end, which run once a batch."
         )
+
+
+def undifferentiated(rule: str, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a training step that raises MisconfigurationException where it differentiates within itself.
+
+    Args:
+        rule: the name of a rule by which the network computes, or hands gradients back, otherwise than it does alone.
+        evaluate: the module's own training step.
+    """
+
+    def refuse() -> None:
+        raise MisconfigurationException(
+            f"{rule}: the training step differentiates within itself (autograd.grad, backward), and what comes back "
+            "through the network is not its derivative while the rule is active. Train such an objective with "
+            "Backprop(), ForwardGradient(), ZerothOrder() or EvolutionStrategy(), or move what it differentiates out "
+            "of the network (network=...)."
+        )
+
+    def evaluated(*args: Any, **kwargs: Any) -> Any:
+        with watched(refuse):
+            return evaluate(*args, **kwargs)
+
+    return evaluated
 
 
 def _is_tested(trainer: pl.Trainer) -> bool:

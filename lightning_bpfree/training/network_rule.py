@@ -68,6 +68,7 @@ class NetworkRule(TrainingRule):
         ['0..1']
     """
 
+    cuts_graphs = True
     rehearses: ClassVar[bool] = False  # what runs several times is the network, or parts of it
     network: str | None = None
     """Name of the submodule that maps inputs to outputs; see :func:`lightning_bpfree.core.blocks.find_network`."""

@@ -101,7 +101,7 @@ def _remove(strategy: Any) -> None:
 
 
 def _padding_rows(slot: Slot) -> list[int]:
-    """Return the rows that backprop never moves, although the loss depends on them: of embeddings tied to nothing else."""
+    """Return the rows of an embedding, tied to nothing else, that backprop never moves although the loss sees them."""
     found = {owner.padding_idx if isinstance(owner, nn.Embedding) else None for owner, _ in slot.places}
     return [row for row in found if row is not None] if len(found) == 1 else []
 

@@ -31,6 +31,7 @@ from lightning_bpfree.training.checks import (
     check_optimizers,
     check_trains,
     check_writes,
+    undifferentiated,
 )
 from lightning_bpfree.training.logging_of_rules import is_log_due, log_settings, named_after, settings_of
 from lightning_bpfree.training.module_state import ModuleState
@@ -87,6 +88,8 @@ class TrainingRule(Callback, ABC):
     """Whether the estimate is one of the gradient of the user's loss; rules with losses of their own say False."""
     backpropagates: ClassVar[bool] = True
     """Whether hooks and functions that change the backward pass through the training step have their effect."""
+    cuts_graphs: bool = False
+    """Whether what the step differentiates within itself goes through other graphs than the module's own."""
     differentiates_forward: ClassVar[bool] = False
     """Whether the rule differentiates in forward mode, and honors the derivatives that functions bring for it."""
     of_a_fit: ClassVar[tuple[str, ...]] = ("_swap", "_module_state", "_last_fit")
@@ -334,7 +337,7 @@ class TrainingRule(Callback, ABC):
             self._rehearse(trainer, module, state, partial(state.rehearse, evaluate, copies))
         return Step(
             module,
-            evaluate,
+            undifferentiated(type(self).__name__, evaluate) if self.cuts_graphs else evaluate,
             state.slots,
             mix(self.record.seed or 0, self.record.batches),
             args=args,

@@ -187,6 +187,7 @@ class ForwardGradient(TrainingRule):
             self.directions,
         )
         self.exchanges_scalars = made is None  # a guess, or a last part, differs from rank to rank
+        self.cuts_graphs = made is not None
         if made is None:
             return
         if self.orthogonal or self.normalize or self.chunk_size not in ("auto", 1):

@@ -181,7 +181,7 @@ def _local(kind: type[Any], made: Any, module: Any, found: dict[str, Any], watch
 
 
 def _behind(made: Any, module: nn.Module, found: list[Gradients]) -> list[Any]:
-    parts = made.find_parts(*find_network(module, made.network))
+    parts = made.find_parts("net", getattr(module, "net", None) or find_network(module)[1])
     inside = {id(p) for block in parts.blocks for p in block.parameters}
     names = [n for n, p in module.named_parameters() if id(p) not in inside]
     return [{n: grads[n] for n in names if n in grads} for grads in found]
