@@ -15,6 +15,7 @@ from lightning_bpfree.core.exchange import ScalarExchange
 from lightning_bpfree.core.forward_override import override_of
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.replay.inner_derivatives import watched
+from lightning_bpfree.core.replay.rehearsal import uninitialized
 from lightning_bpfree.training.trainer_attributes import callbacks_of
 
 if TYPE_CHECKING:
@@ -101,6 +102,22 @@ def check_trains(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer,
         f"{type(module).__name__} are frozen ({names}). Call requires_grad_(True) on them before the fit, or select "
         "others by params=."
     )
+
+
+def check_made(name: str, module: torch.nn.Module) -> None:
+    """Raise MisconfigurationException if layers have yet to be made by a first forward pass.
+
+    Args:
+        name: of the rule or callback that looks into the layers.
+        module: the module in training.
+    """
+    lazy = [type(part).__name__ for part in uninitialized(module)]
+    if lazy:
+        raise MisconfigurationException(
+            f"{name} looks at the shapes of layers before the first batch, and {type(module).__name__} has lazy ones "
+            f"({', '.join(lazy)}) that have none yet. Call the module on a batch before the fit, in __init__ or "
+            "setup, or use layers with given sizes."
+        )
 
 
 def check_even(rule: str, trainer: pl.Trainer) -> None:
@@ -193,6 +210,26 @@ def check_backward_only(rule: str, found: Sequence[str]) -> None:
             f"{', '.join(found[:5])}. Write the objective such that its own derivative is the one you mean (a term "
             "with the other sign instead of gradient reversal), register hooks on parameters (parameter.register_hook "
             "outside of the step, which the estimate passes), or train with Backprop()."
+        )
+
+
+def check_registered(rule: str, module: pl.LightningModule, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Raise MisconfigurationException if an optimizer holds parameters that the module does not register.
+
+    Args:
+        rule: the rule's name; it estimates gradients of the module's own parameters.
+        module: the module in training.
+        optimizers: of the Trainer.
+    """
+    known = {id(parameter) for parameter in module.parameters()}
+    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    unknown = [tuple(p.shape) for p in held if id(p) not in known and p.requires_grad]
+    if unknown and len(unknown) < len(held):  # else the optimizer has copies, or flattened ones
+        raise MisconfigurationException(
+            f"{rule} estimates the gradients of parameters that {type(module).__name__} registers, and the optimizer "
+            f"holds others, of shapes {', '.join(map(str, unknown[:5]))}: layers in a plain list, dict or helper "
+            "object. Put them into an nn.ModuleList, nn.ModuleDict or nn.ParameterList, or assign them to the module, "
+            "or leave them out of the optimizer."
         )
 
 

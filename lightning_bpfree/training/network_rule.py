@@ -18,6 +18,7 @@ from lightning_bpfree.core.forward_ad import compiled_parts
 from lightning_bpfree.core.forward_override import ForwardOverride, override_of, removed
 from lightning_bpfree.core.learning_rates import BlockRates
 from lightning_bpfree.core.params import ParameterSlots
+from lightning_bpfree.training.checks import check_made
 from lightning_bpfree.training.ranks import mean_over_ranks
 from lightning_bpfree.training.refusal import refusing
 from lightning_bpfree.training.training_rule import TrainingRule
@@ -235,6 +236,7 @@ class NetworkRule(TrainingRule):
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
         """Cut the network, and take its forward pass if the first epoch is the rule's."""
+        check_made(type(self).__name__, module)
         with refusing(type(self).__name__, ValueError):
             self._note_override(module)
             self.install(module)

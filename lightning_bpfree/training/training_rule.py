@@ -29,6 +29,7 @@ from lightning_bpfree.training.checks import (
     check_even,
     check_fit,
     check_optimizers,
+    check_registered,
     check_trains,
     check_writes,
     undifferentiated,
@@ -262,6 +263,8 @@ class TrainingRule(Callback, ABC):
         if not self.backpropagates:
             check_backward_only(type(self).__name__, hooks_of_modules(module))
             check_optimizers(type(self).__name__, state.slots, trainer.optimizers)
+        if not self.backpropagates or not self.estimates_user_loss:  # else autograd reaches whatever the loss does
+            check_registered(type(self).__name__, module, trainer.optimizers)
         check_trains(self, state.slots, trainer, module)
         self.check(trainer, module, state.slots)
         self._streams.watch(module.device)

@@ -78,7 +78,7 @@ def evaluate(branch: Branch, x: Tensor, context: Mapping[str, Any], label: str, 
     if not isinstance(out, Tensor):
         raise TypeError(f"{name} of {label} returns {type(out).__name__}; a branch returns one tensor.")
     if out.shape != x.shape:
-        raise ValueError(
+        raise RefusedStackError(
             f"{name} of {label} makes shape {tuple(out.shape)} of {tuple(x.shape)}; a branch of a reversible block "
             "keeps the shape. Put layers that change it between two reversible stacks."
         )

@@ -162,12 +162,12 @@ def _norm(tensors: Iterable[Tensor]) -> Tensor:
 
 def _check_streams(x1: Tensor, x2: Tensor) -> None:
     if x1.shape != x2.shape or x1.dtype != x2.dtype or x1.device != x2.device:
-        raise ValueError(
+        raise RefusedStackError(
             f"the streams are {tuple(x1.shape)} of {x1.dtype} on {x1.device} and {tuple(x2.shape)} of {x2.dtype} on "
             f"{x2.device}; a reversible stack needs two streams of one shape, type and device."
         )
     if not x1.is_floating_point():
-        raise ValueError(f"the streams are of {x1.dtype}; a reversible stack needs floating-point numbers.")
+        raise RefusedStackError(f"the streams are of {x1.dtype}; a reversible stack needs floating-point numbers.")
 
 
 def _check_hooks(couplings: Sequence[Coupling]) -> None:
@@ -197,7 +197,7 @@ def _check_context(context: Mapping[str, Any]) -> None:
         if isinstance(value, Tensor):
             continue
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(value)):
-            raise ValueError(
+            raise RefusedStackError(
                 f"{key} holds a tensor that needs a gradient within a {type(value).__name__}, where it would be lost: "
                 "pass that tensor as a keyword argument of its own."
             )

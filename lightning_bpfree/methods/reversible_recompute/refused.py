@@ -5,5 +5,5 @@ from __future__ import annotations
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
-class RefusedStackError(MisconfigurationException, RuntimeError):
-    """A reversible stack cannot recompute what runs in it; the message names the cure."""
+class RefusedStackError(MisconfigurationException, ValueError, RuntimeError):
+    """A reversible stack cannot recompute what runs in it, or what it is given; the message names the cure."""

@@ -88,7 +88,6 @@ class SchedulerOfItsOwn(Foreign):
 
 @case
 class AccumulatesAndClips(Foreign):
-
     comparable = False  # sums of batches
 
     settings = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}  # noqa: RUF012

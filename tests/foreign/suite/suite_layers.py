@@ -46,6 +46,8 @@ class TiedLanguageModel(Foreign):
 
 @case
 class Lazy(Foreign):
+    draws_alike = False  # layers are made before the first step, and not within it
+
     def prepare(self) -> None:
         self.net = nn.Sequential(nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.Tanh(), nn.LazyLinear(CLASSES))
 

@@ -115,7 +115,7 @@ add("Swin", Pictured, "SwinForImageClassification", "SwinConfig",
      "patch_size": 2})  # fmt: skip
 add("Resnet", Pictured, "ResNetForImageClassification", "ResNetConfig",
     {"num_channels": 1, "embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic",
-     "num_labels": CLASSES}, size=16)  # fmt: skip
+     "num_labels": CLASSES}, size=16, **ROUGH)  # fmt: skip
 add("Convnext", Pictured, "ConvNextForImageClassification", "ConvNextConfig",
     {"num_channels": 1, "patch_size": 2, "hidden_sizes": [4, 4], "depths": [1, 1], "num_stages": 2,
      "num_labels": CLASSES})  # fmt: skip
