@@ -131,8 +131,8 @@ def _estimates(rule: str, made: Any, module: Any, watch: Watch, plain: Watch) ->
         for name in padding.keys() & expected.keys():
             expected[name][padding[name]] = 0.0
         off = norm({name: estimate[name] - expected[name] for name in names})
-        # What central differences over sigma = 1e-5, and over 1e-3, neglect: the third derivatives of small layers with
-        # normalizations; and the rounding of fitness in float32, 1e-7 / 1e-3. Another batch, noise or buffer is off by 1.
+        # What central differences over sigma = 1e-5, and over 1e-3, neglect: third derivatives of small layers with
+        # normalizations; and the rounding of fitness in float32, 1e-7 / 1e-3. Other batches or noise are off by 1.
         allowed = {"zeroth_order": 0.03, "evolution_strategy": 0.1}.get(rule, max(module.digits * 100, 1e-8))
         if not float(off) <= allowed * float(norm(expected) + norm(whole)):
             return f"batch {i}: the estimate is off by {float(off / norm(expected)):.2g} of its size"

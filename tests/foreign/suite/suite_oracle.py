@@ -29,7 +29,7 @@ _OTHERS = {
 }  # fmt: skip
 
 
-def picture(value: Any, seen: dict[int, Any] | None = None) -> Any:
+def picture(value: Any, seen: dict[int, Any] | None = None) -> Any:  # noqa: C901  # one line a kind
     """Return plain values that are equal if, and only if, two objects hold the same."""
     seen = {} if seen is None else seen
     if is_lazy(value):
@@ -203,7 +203,7 @@ def started(kind: type[Any]) -> Any:
 
 
 def left(module: Any, trainer: pl.Trainer, heard: Heard, watch: Watch) -> dict[str, Any]:
-    """Return all that a fit has left behind: on the module, in metrics and loggers, in random streams, in optimizers."""
+    """Return all that a fit has left behind: on the module, in metrics, loggers, random streams and optimizers."""
     return {
         "draw": [torch.rand(()), random.random(), np.random.rand()],
         "losses": watch.losses,

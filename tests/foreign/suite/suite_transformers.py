@@ -120,7 +120,8 @@ add("Convnext", Pictured, "ConvNextForImageClassification", "ConvNextConfig",
     {"num_channels": 1, "patch_size": 2, "hidden_sizes": [4, 4], "depths": [1, 1], "num_stages": 2,
      "num_labels": CLASSES})  # fmt: skip
 add("Mobilenet", Pictured, "MobileNetV2ForImageClassification", "MobileNetV2Config",
-    {"num_channels": 1, "image_size": 16, "depth_multiplier": 0.1, "num_labels": CLASSES}, size=32, **ROUGH)  # fmt: skip
+    {"num_channels": 1, "image_size": 16, "depth_multiplier": 0.1, "num_labels": CLASSES},
+    size=32, **ROUGH)  # fmt: skip
 
 
 class Spoken(Classified):
