@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from lightning_bpfree.core.exchange import ScalarExchange
 from lightning_bpfree.core.forward_override import override_of
 from lightning_bpfree.core.params import ParameterSlots
+from lightning_bpfree.core.replay.backward_only import hooks_of_modules
 from lightning_bpfree.core.replay.inner_derivatives import watched
 from lightning_bpfree.core.replay.rehearsal import uninitialized
 from lightning_bpfree.training.trainer_attributes import callbacks_of
@@ -83,6 +84,24 @@ def _check_strategy(rule: TrainingRule, trainer: pl.Trainer) -> None:
             f"{name} has not been tested under {strategy}. Use one device, strategy='ddp' or 'bpfree_scalar_sync', or "
             "pass allow_untested=True and compare a few steps with one device."
         )
+
+
+def check_begin(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Raise MisconfigurationException if a rule cannot train the parameters as the optimizers and hooks are.
+
+    Args:
+        rule: the rule.
+        slots: the parameters that it was told to train.
+        trainer: the Trainer, with its optimizers.
+        module: the module in training.
+    """
+    name = type(rule).__name__
+    if not rule.backpropagates:
+        check_backward_only(name, hooks_of_modules(module))
+        check_optimizers(name, slots, trainer.optimizers)
+    if not rule.backpropagates or not rule.estimates_user_loss:  # else autograd reaches whatever the loss does
+        check_registered(name, module, trainer.optimizers)
+    check_trains(rule, slots, trainer, module)
 
 
 def check_trains(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -155,24 +174,26 @@ def check_writes(rule: str, written: Sequence[str]) -> None:
         )
 
 
-def undifferentiated(rule: str, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+def undifferentiated(rule: TrainingRule, evaluate: Callable[..., Any]) -> Callable[..., Any]:
     """Return a training step that raises MisconfigurationException where it differentiates within itself.
 
     Args:
-        rule: the name of a rule by which the network computes, or hands gradients back, otherwise than it does alone.
+        rule: by which the network computes, or hands gradients back, otherwise than it does alone.
         evaluate: the module's own training step.
     """
 
     def refuse() -> None:
         raise MisconfigurationException(
-            f"{rule}: the training step differentiates within itself (autograd.grad, backward), and what comes back "
+            f"{type(rule).__name__}: the training step differentiates within itself (autograd.grad, backward), and what comes back "
             "through the network is not its derivative while the rule is active. Train such an objective with "
             "Backprop(), ForwardGradient(), ZerothOrder() or EvolutionStrategy(), or move what it differentiates out "
             "of the network (network=...)."
         )
 
+    files = {kind.__module__ for kind in type(rule).__mro__}  # a rule of the user's own differentiates in its hooks
+
     def evaluated(*args: Any, **kwargs: Any) -> Any:
-        with watched(refuse):
+        with watched(refuse, files):
             return evaluate(*args, **kwargs)
 
     return evaluated

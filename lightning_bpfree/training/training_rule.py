@@ -20,17 +20,15 @@ from lightning_bpfree.core.arguments import NonNegativeInt, Patterns, PositiveIn
 from lightning_bpfree.core.exchange import ScalarExchange
 from lightning_bpfree.core.injection import inject, zeros
 from lightning_bpfree.core.params import ParameterSlots, norm
-from lightning_bpfree.core.replay.backward_only import findings, hooks_of_modules
+from lightning_bpfree.core.replay.backward_only import findings
 from lightning_bpfree.core.replay.batch import BatchCopies
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.core.step import Estimate, NonFiniteLossError, SkipBatchError, Step, loss_of
 from lightning_bpfree.training.checks import (
     check_backward_only,
+    check_begin,
     check_even,
     check_fit,
-    check_optimizers,
-    check_registered,
-    check_trains,
     check_writes,
     undifferentiated,
 )
@@ -260,12 +258,7 @@ class TrainingRule(Callback, ABC):
         if self.record.seed is None:
             seed = torch.initial_seed() if self.seed is None else self.seed
             self.record.seed = int(trainer.strategy.broadcast(seed)) & ((1 << 63) - 1)
-        if not self.backpropagates:
-            check_backward_only(type(self).__name__, hooks_of_modules(module))
-            check_optimizers(type(self).__name__, state.slots, trainer.optimizers)
-        if not self.backpropagates or not self.estimates_user_loss:  # else autograd reaches whatever the loss does
-            check_registered(type(self).__name__, module, trainer.optimizers)
-        check_trains(self, state.slots, trainer, module)
+        check_begin(self, state.slots, trainer, module)
         self.check(trainer, module, state.slots)
         self._streams.watch(module.device)
         return state
@@ -340,7 +333,7 @@ class TrainingRule(Callback, ABC):
             self._rehearse(trainer, module, state, partial(state.rehearse, evaluate, copies))
         return Step(
             module,
-            undifferentiated(type(self).__name__, evaluate) if self.cuts_graphs else evaluate,
+            undifferentiated(self, evaluate) if self.cuts_graphs else evaluate,
             state.slots,
             mix(self.record.seed or 0, self.record.batches),
             args=args,
