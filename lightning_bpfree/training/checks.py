@@ -184,10 +184,10 @@ def undifferentiated(rule: TrainingRule, evaluate: Callable[..., Any]) -> Callab
 
     def refuse() -> None:
         raise MisconfigurationException(
-            f"{type(rule).__name__}: the training step differentiates within itself (autograd.grad, backward), and what comes back "
-            "through the network is not its derivative while the rule is active. Train such an objective with "
-            "Backprop(), ForwardGradient(), ZerothOrder() or EvolutionStrategy(), or move what it differentiates out "
-            "of the network (network=...)."
+            f"{type(rule).__name__}: the training step differentiates within itself (autograd.grad, backward), and "
+            "what comes back through the network is not its derivative while the rule is active. Train such a step "
+            "with Backprop(), ForwardGradient(), ZerothOrder() or EvolutionStrategy(), or move what it differentiates "
+            "out of the network (network=...)."
         )
 
     files = {kind.__module__ for kind in type(rule).__mro__}  # a rule of the user's own differentiates in its hooks
