@@ -154,23 +154,6 @@ def test_des_deviations_fall_where_curvature_is_high():
     assert slope_of_std(DES(sigma=0.5), 64, 200) < -0.05
 
 
-@pytest.mark.parametrize("temperature", [0.5, 12.5])
-def test_snes_with_a_temperature_weighs_ranks_by_a_softmax(temperature):
-    """Formulas written out over members: the utilities add up to 1, and the deviation is compared with that."""
-    torch.manual_seed(0)
-    algorithm, num = SNES(sigma=0.3, temperature=temperature), 6
-    x = torch.randn(5, dtype=torch.float64)
-    population = algorithm.ask({"x": x}, num, seed=1)
-    fitness = torch.tensor([3.0, 1.0, 5.0, 0.0, 2.0, 4.0])
-    z = population.noise.rows(range(num))[fitness.argsort()]
-    gradient = algorithm.tell(population, fitness)["x"]
-    algorithm.step()
-    u = torch.softmax(torch.tensor([-temperature * (i / 5 - 0.5) for i in range(6)], dtype=torch.float64), 0)
-    rate = (3 + math.log(5)) / (5 * math.sqrt(5))
-    torch.testing.assert_close(x - gradient, x + 0.3 * u @ z)
-    torch.testing.assert_close(algorithm.std, 0.3 * torch.exp(rate / 2 * (u @ (z * z) - 1)))
-
-
 @pytest.mark.parametrize("name", ["snes", "sep_cma_es"])
 def test_steps_follow_the_published_formulas(name):
     """One generation of SNES and of Sep-CMA-ES, against formulas written out over members."""

@@ -1,16 +1,13 @@
 """Goodness, its loss, and negative samples: identities of the papers and of the field."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_bpfree import ForwardForward
 from lightning_bpfree.methods.forward_forward.goodness import contrast, goodness, rescaled
 from lightning_bpfree.methods.forward_forward.negatives import hard_labels, hybrid_images, overlaid, wrong_labels
-from lightning_bpfree.methods.forward_forward.training_pass import GoodnessPass
 
 
 def test_the_gradient_is_hintons():
@@ -113,26 +110,6 @@ def test_the_neutral_label_lies_between():
 def test_inputs_that_cannot_hold_the_label_are_refused(inputs, said):
     with pytest.raises(ValueError, match=said):
         overlaid(inputs, torch.tensor([0, 1]), 3)
-
-
-def test_a_hybrid_is_never_mixed_of_one_sample():
-    x = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 16, 16)
-    for seed in range(20):  # a shift that may be none would be none in half of them
-        made = hybrid_images(x, torch.Generator().manual_seed(seed))
-        assert [made[row].unique().numel() for row in range(2)] == [2, 2]
-
-
-def test_ranks_draw_other_negatives_and_each_the_same_again():
-    labels = torch.arange(64) % 10
-
-    def drawn(rank: int, seed: int = 3) -> list[int]:
-        step = SimpleNamespace(seed=seed, trained=[])
-        work = GoodnessPass(step, ForwardForward()._settings, [0], None, rank)
-        return wrong_labels(labels, 10, work.generator).tolist()
-
-    assert drawn(0) == drawn(0)
-    assert drawn(0) != drawn(1)
-    assert drawn(0) != drawn(0, seed=4)
 
 
 def test_hybrids_take_every_pixel_from_one_of_two_samples():

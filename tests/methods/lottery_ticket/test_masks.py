@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lightning_bpfree.methods.lottery_ticket.masks import Masks
-from lightning_bpfree.methods.lottery_ticket.rewinding import shuffled
 
 
 def some(seed: int = 0) -> Masks:
@@ -48,17 +47,6 @@ def test_permuted_keeps_counts_and_global_streams():
     assert one != other
     assert one != masks
     assert one.counts == masks.counts
-
-
-def test_each_tensor_has_an_order_of_its_own():
-    mask = torch.arange(64) < 32
-    permuted = Masks({"a": mask, "b": mask.clone()}).permuted(1)
-    assert permuted["a"].sum() == permuted["b"].sum() == 32
-    assert not torch.equal(permuted["a"], permuted["b"])
-    weight, whole = torch.arange(64.0), torch.ones(64, dtype=torch.bool)
-    moved = shuffled({"a": weight, "b": weight.clone()}, Masks({"a": whole, "b": whole.clone()}), 1)
-    assert torch.equal(moved["a"].sort().values, weight)
-    assert not torch.equal(moved["a"], moved["b"])
 
 
 def test_to_and_equality():
