@@ -120,10 +120,10 @@ class PopulationPasses:
         if isinstance(population, LowRankPopulation) and layers is not None:
             factors, moved = population.split(members, layers.names)
             strays: set[str] = set()
-            watched = layers.watched(strays)
+            shared, watched = layers, layers.watched(strays)
 
             def fitness_of(noise: dict[str, tuple[Tensor, Tensor]], params: Params) -> Tensor:
-                with layers.perturbed({name: Factors(*parts) for name, parts in noise.items()}, watched):
+                with shared.perturbed({name: Factors(*parts) for name, parts in noise.items()}, watched):
                     return step.loss_under_transform({**params, **watched}).float()
 
             pairs = {name: (noise.left, noise.right) for name, noise in factors.items()}
