@@ -6,6 +6,8 @@ Tolerances: `torch.equal` where the same algorithm runs on the same numbers; oth
 
 from __future__ import annotations
 
+import csv
+import inspect
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -23,7 +25,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel
 from problems import Problem, fitted, loader
 
-from lightning_bpfree import Backprop
+from lightning_bpfree import Backprop, TrainingRule
 
 
 def state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -73,6 +75,8 @@ def logs_and_metrics_count_once(case: Case) -> None:
     _, plain = case.run(False, lr=0.0)
     _, ruled = case.run(lr=0.0)
     assert {"train_loss", "train_acc"} <= ruled.callback_metrics.keys()
+    # A mean over evaluations may hide that there were several: those around a point cancel.
+    assert ruled.callback_metrics["steps_logged"] == plain.callback_metrics["steps_logged"] == 4
     if not case.make_rule().estimates_user_loss:
         return  # it changes what the network returns, and so the values
     for key in ("train_loss", "train_acc"):
@@ -221,7 +225,24 @@ def the_signature_is_kept(case: Case) -> None:
         def training_step(self, batch):
             return super().training_step(batch, 0)
 
-    fitted(OnlyBatch(), case.problem.data(), case.make_rule())
+    class Renamed(case.problem):
+        def training_step(self, rows, number):
+            return super().training_step(rows, number)
+
+    seen: list[list[str]] = []
+
+    class Looks(pl.Callback):
+        def on_before_zero_grad(self, trainer, module, optimizer) -> None:
+            seen.append(list(inspect.signature(module.training_step).parameters))
+
+    for kind, names in ((OnlyBatch, ["batch"]), (Renamed, ["rows", "number"])):
+        seen.clear()
+        torch.manual_seed(0)
+        module = kind()
+        fitted(module, case.problem.data(), case.make_rule(), Looks())
+        assert seen == [names] * 4
+        assert set(module.calls) == ({0} if kind is OnlyBatch else {0, 1, 2, 3})  # Lightning hands over the number
+        assert len(module.gradients) == 4
 
 
 # --- which parameters, which epochs -------------------------------------------------------------------------------
@@ -303,10 +324,17 @@ def several_dataloaders(case: Case) -> None:
             first = super().training_step(batch["a"], index)
             return first + super().training_step(batch["b"], index)
 
-    torch.manual_seed(0)
-    module = Two()
-    fitted(module, {"a": case.problem.data(seed=1), "b": case.problem.data(seed=2)}, case.make_rule())
-    assert len(module.gradients) == 4
+    def gradients(b: int) -> list[dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
+        module = Two()
+        fitted(module, {"a": case.problem.data(seed=1), "b": case.problem.data(seed=b)}, case.make_rule(seed=5))
+        assert len(module.gradients) == 4
+        return module.gradients
+
+    first, again, other = gradients(2), gradients(2), gradients(3)
+    for a, b, c in zip(first, again, other, strict=True):
+        assert_equal(a, b)
+        assert any(not torch.equal(a[name], c[name]) for name in a)  # the second loader has a say
 
 
 # --- proof and refusals -------------------------------------------------------------------------------------------
@@ -317,7 +345,8 @@ def the_run_proves_its_rule(case: Case) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         logger = CSVLogger(folder, version="")
-        _, trainer = case.run(logger=logger)
+        module, trainer = case.run(logger=logger)
+        (rule,) = [callback for callback in trainer.callbacks if isinstance(callback, TrainingRule)]
         name = type(case.make_rule()).__name__
         text = (Path(logger.log_dir) / "hparams.yaml").read_text()
         assert f"rule: {name}" in text
@@ -327,9 +356,20 @@ def the_run_proves_its_rule(case: Case) -> None:
             "bpfree/forward_evals",
             "bpfree/active",
         } <= trainer.callback_metrics.keys()
-        assert float(trainer.callback_metrics["bpfree/forward_evals"]) > 0
-        header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0]
-        assert "bpfree/grad_norm" in header
+        found = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        assert found["bpfree/active"] == 1.0
+        assert found["bpfree/forward_evals"] == pytest.approx(rule.record.forward_evals, rel=1e-6)  # logged in float32
+        assert rule.record.forward_evals >= 4
+        assert rule.record.batches == 4
+        assert rule.record.history == [{"rule": name, "first_epoch": 0, "last_epoch": 0}]
+        gradient = torch.cat([grad.flatten() for grad in module.gradients[-1].values()])
+        # One sum of squares in another order of float32.
+        assert found["bpfree/grad_norm"] == pytest.approx(float(gradient.norm()), rel=1e-5)
+        with (Path(logger.log_dir) / "metrics.csv").open() as file:
+            logged = [row["bpfree/loss"] for row in csv.DictReader(file) if row["bpfree/loss"]]
+        assert len(logged) == 4
+        if rule.estimates_user_loss:  # in half of the digits that the file has
+            assert sum(map(float, logged)) / 4 == pytest.approx(found["train_loss"], rel=1e-4)
 
 
 def refusals_name_the_cure(case: Case) -> None:

@@ -78,6 +78,7 @@ class Problem(pl.LightningModule):
         self.accuracy(logits, y)
         self.log("train_acc", self.accuracy, on_step=False, on_epoch=True)
         self.log("train_loss", loss, on_step=False, on_epoch=True)
+        self.log("steps_logged", 1.0, on_step=False, on_epoch=True, reduce_fx="sum")
         if self.returns == "none" and index % 2:
             return None
         return {"loss": loss, "logits": logits.detach()} if self.returns == "dict" else loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +21,8 @@ from lightning_bpfree.cli.common import recipes
 from lightning_bpfree.cli.common.configured import Blueprint, RulesChoice, silence
 from lightning_bpfree.cli.common.preconditions import CommandError, require
 from lightning_bpfree.cli.common.tables import console, number
+from lightning_bpfree.core.replay.batch import BatchCopies
 from lightning_bpfree.core.step import loss_of
-from lightning_bpfree.training.gradient_alignment import GradientAlignment
 from lightning_bpfree.training.module_state import SilencedLogging
 from lightning_bpfree.training.trainer_attributes import callbacks_of
 from lightning_bpfree.training.training_rule import TrainingRule
@@ -47,46 +48,80 @@ class Verdict(NamedTuple):
     obstacle: str = ""
 
 
+class _Measured(Exception):  # noqa: N818  # no error: it ends a fit in front of the optimizer's first step
+    pass
+
+
 class CostMeter(Callback):
-    """Measures a rule's step on the first batch, and ends the fit before that batch is trained on.
+    """Lets a fit go as far as the optimizer's first step, measures the rule's step there, and ends the fit.
+
+    What stands in the way of a fit by then stands in the way of the check, for it is a fit: setup, rehearsal, the
+    training step, the backward pass.
 
     Args:
         repeats: measurements, of which the shortest counts.
+
+    Attributes:
+        reached: whether the fit came as far as that.
+        cost: what was measured; not a number where the step does not run a second time on its batch.
     """
 
     def __init__(self, repeats: int) -> None:
         self.repeats = repeats
+        self.reached = False
         self.cost: Cost | None = None
+        self._batch: BatchCopies | None = None
+        self._evals = math.nan
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Measure; then let the module skip the rest of the epoch, which Lightning allows to modules only."""
-        pl_module.on_train_batch_start(batch, batch_idx)
-        trainer.should_stop = True
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let the rule begin with the first epoch, for its own epochs may lie further on."""
+        for rule in callbacks_of(trainer, TrainingRule):
+            rule.start_epoch, rule.stop_epoch = 0, None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep what Lightning calls the training step with, for the measurement."""
+        strategy: Any = trainer.strategy
+        self._step = strategy.training_step
         rule = callbacks_of(trainer, TrainingRule)[0]
-        rule.start_epoch, rule.stop_epoch = 0, None  # the rule's own epochs may lie further on
-        rule.on_train_epoch_start(trainer, pl_module)
-        takes_index = "batch_idx" in inspect.signature(pl_module.training_step).parameters
-        with SilencedLogging(pl_module)():
-            self.cost = self._measured(trainer, rule, (batch, batch_idx) if takes_index else (batch,))
-        pl_module.on_train_batch_start = lambda *_: -1  # type: ignore[method-assign]
 
-    def _measured(self, trainer: pl.Trainer, rule: TrainingRule, args: tuple[Any, ...]) -> Cost:
-        original, device = rule.original_step, trainer.strategy.root_device
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            self._batch = BatchCopies(args, kwargs, always=True)
+            before = rule.record.forward_evals
+            output = self._step(*args, **kwargs)
+            self._evals = rule.record.forward_evals - before
+            return output
+
+        strategy.training_step = kept
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Measure, and end the fit."""
+        self.reached = True
+        rule = callbacks_of(trainer, TrainingRule)[0]
+        rule.observers.clear()
+        try:
+            with SilencedLogging(pl_module)():
+                self.cost = self._measured(trainer, rule)
+        except Exception:  # of a second step on the same batch, which a fit does not take
+            self.cost = Cost(self._evals, math.nan)
+        raise _Measured
+
+    def _measured(self, trainer: pl.Trainer, rule: TrainingRule) -> Cost:
+        original, device, batch = rule.original_step, trainer.strategy.root_device, self._batch
         assert original is not None
+        assert batch is not None
 
         def plain() -> None:
+            args, kwargs = batch.fresh()
             with torch.no_grad(), rule.without(), trainer.precision_plugin.train_step_context():
-                original(*args)
+                original(*args, **kwargs)
 
         def ruled() -> None:
+            args, kwargs = batch.fresh()
             with torch.enable_grad():
-                loss_of(trainer.strategy.training_step(*args)).backward()
+                loss_of(self._step(*args, **kwargs)).backward()
 
-        ruled()  # some rules choose their way at the first batch
         before = rule.record.forward_evals
-        ruled()
+        ruled()  # some rules choose their way at the first batch
         evals = rule.record.forward_evals - before
         return Cost(evals, _shortest(ruled, self.repeats, device) / _shortest(plain, 1 + self.repeats, device))
 
@@ -136,28 +171,39 @@ def check(blueprint: Blueprint, repeats: int = 3) -> list[Verdict]:
 def _choices(configured: list[TrainingRule]) -> Iterator[tuple[str, RulesChoice]]:
     for kind in shipped_rules():
         yield f"{kind.__name__}()", partial(_made, kind)
-    for index, rule in enumerate(configured):
-        yield f"{type(rule).__name__} as configured", partial(_picked, index)
+    if configured:  # all of them, as fit has it
+        yield f"{', '.join(type(rule).__name__ for rule in configured)} as configured", lambda found: found
 
 
 def _made(kind: type[TrainingRule], _: list[TrainingRule]) -> list[TrainingRule]:
     return [kind()]
 
 
-def _picked(index: int, configured: list[TrainingRule]) -> list[TrainingRule]:
-    return [configured[index]]
-
-
 def _verdict(blueprint: Blueprint, name: str, rules: RulesChoice, repeats: int) -> Verdict:
     meter = CostMeter(repeats)
     # fast_dev_run: one batch; checkpoints, early stopping, tuners and loggers do nothing.
-    built = blueprint.build(rules, callbacks=[meter], dropped=(GradientAlignment,), fast_dev_run=True)
+    built = blueprint.build(rules, callbacks=[meter], fast_dev_run=True)
+    return judged(name, built.trainer, built.module, meter, built.data)
+
+
+def judged(
+    name: str, trainer: pl.Trainer, module: pl.LightningModule, meter: CostMeter, data: pl.LightningDataModule | None
+) -> Verdict:
+    """Return a verdict on the rule of a Trainer, after a fit that ends in front of the optimizer's first step.
+
+    Args:
+        name: for the verdict.
+        trainer: with the rule, and the meter behind it, among its callbacks.
+        module: the module, which is of no use afterwards.
+        meter: ends the fit.
+        data: the data module; None if the module brings its own loaders.
+    """
     try:
-        built.trainer.fit(built.module, datamodule=built.data)
+        trainer.fit(module, datamodule=data)
     except Exception as error:
-        if meter.cost is None:  # else the module's own hooks minded the empty epoch, which is no obstacle
+        if not meter.reached:  # else what ends the fit, or someone who minds that
             return Verdict(name, None, _said(error))
-    return Verdict(name, meter.cost, "" if meter.cost else "the data has no training batch")
+    return Verdict(name, meter.cost, "" if meter.reached else "the data has no training batch")
 
 
 def _said(error: Exception) -> str:
@@ -176,9 +222,15 @@ def show(verdicts: Sequence[Verdict]) -> None:
     table.add_column("time a step", justify="right")
     table.add_column("what stands in the way, and the cure", ratio=1)
     for rule, cost, obstacle in verdicts:
-        numbers = ("-", "-") if cost is None else (number(cost.forward_evals), f"{cost.time_ratio:.1f}x")
+        numbers = ("-", "-")
+        if cost is not None:
+            numbers = (_shown(cost.forward_evals, number), _shown(cost.time_ratio, lambda ratio: f"{ratio:.1f}x"))
         table.add_row(rule, "no" if cost is None else "yes", *numbers, escape(obstacle))
     console().print(table)
+
+
+def _shown(value: float, form: Callable[[float], str]) -> str:
+    return "-" if math.isnan(value) else form(value)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -121,6 +121,11 @@ def is_layer(module: nn.Module) -> bool:
 
 def _layers(network: nn.Module) -> list[list[nn.Module]]:
     chain = _chain(network)
+    if chain is None and not suggestion(network):
+        raise RefusedError(
+            f"{type(network).__name__} has no two layers, one of which could make a block before the output. Name a "
+            f"module with more layers by network=..., or use a rule that needs no blocks. {_listing(network)}"
+        )
     if chain is None:
         raise RefusedError(
             f"{type(network).__name__} does not show the order of its layers (it is not an nn.Sequential): name its "

@@ -39,7 +39,11 @@ def labels_of(
         found = (
             f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         )
-        raise RefusedError(f"labels: found {found}; needed are whole numbers of shape ({rows},), one a sample.")
+        raise RefusedError(
+            f"labels: found {found}; needed are whole numbers of shape ({rows},), one a sample. Pass a function that "
+            "takes such labels out of the batch, labels=lambda batch: ...; a network that is trained by numbers or by "
+            "tokens has none."
+        )
     labels = labels.to(torch.int64)
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:

@@ -163,7 +163,7 @@ class ParameterSlots:
 
         def fill(slot: Slot, tensor: Tensor) -> None:
             for owner, key in slot.places:
-                place(owner, key, tensor)
+                place(owner, key, tensor if tensor is slot.parameter else _looked_up(slot, owner, tensor))
             for further in elsewhere[slot.name]:
                 further.put(tensor)
 
@@ -174,6 +174,18 @@ class ParameterSlots:
         finally:
             for slot in slots:
                 fill(slot, slot.parameter)
+
+
+def _looked_up(slot: Slot, owner: nn.Module, tensor: Tensor) -> Tensor:
+    """Return what ``owner`` computes with: an embedding that is tied to a layer looks up its padding row unmoved.
+
+    Backprop moves that row through the layer, and not through the embedding.
+    """
+    row = owner.padding_idx if isinstance(owner, nn.Embedding) else None
+    if row is None or all(getattr(other, "padding_idx", None) == row for other, _ in slot.places):
+        return tensor
+    index = torch.tensor([row], device=tensor.device)
+    return tensor.index_copy(0, index, slot.parameter.detach()[row : row + 1].to(tensor.dtype))
 
 
 def _holds(found: Place, slot: Slot) -> bool:

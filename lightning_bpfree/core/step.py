@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bpfree.core.exchange import ScalarExchange
+from lightning_bpfree.core.network.network_call import RefusedError
 from lightning_bpfree.core.params import ParameterSlots, Params, Slot
-from lightning_bpfree.core.replay.batch import BatchCopies
+from lightning_bpfree.core.replay.batch import BatchCopies, rebuilt
 from lightning_bpfree.core.replay.replay import Replay
 
 Gradients = Params | Callable[[Tensor | None], Params]
@@ -102,6 +103,7 @@ class Step:
     ) -> None:
         self.module, self.seed, self.needs_graph, self._vectorizable = module, seed, needs_graph, vectorizable
         self._arguments = (args, dict(kwargs or {}))
+        self._as_given = args if replay is not None else rebuilt(args, lambda tensor: tensor)
         self._copies = BatchCopies(*self._arguments) if copies is None and replay is not None else copies
         self.slots, self.exchange, self._read = slots, exchange, loss_of if read is None else read
         self._evaluate, self._replay, self._quiet = evaluate, replay, quiet
@@ -113,8 +115,8 @@ class Step:
 
     @property
     def args(self) -> tuple[Any, ...]:
-        """The positional arguments of the training step: the batch first, as it was when the step began."""
-        return self._arguments[0] if self._copies is None else self._copies.fresh()[0]
+        """The positional arguments of the training step: the batch first, in containers as they were at its begin."""
+        return self._as_given if self._copies is None else self._copies.fresh()[0]
 
     @property
     def trained(self) -> list[Slot]:
@@ -290,7 +292,7 @@ def loss_of(output: Any) -> Tensor:
 
     Raises:
         SkipBatchError: for None.
-        ValueError: for anything else.
+        RefusedError: for anything else; a ValueError.
     """
     loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
     if loss is None:
@@ -299,14 +301,14 @@ def loss_of(output: Any) -> Tensor:
         try:
             return torch.tensor(float(loss), dtype=torch.float64)  # a difference needs the digits
         except (TypeError, ValueError):
-            raise ValueError(
+            raise RefusedError(
                 f"training_step returned {type(loss).__name__}: return one number (a scalar tensor, a float, or a dict "
                 "with the key 'loss'), or None to skip the batch."
             ) from None
     if not loss.is_floating_point():
         loss = loss.float()  # a count of right answers
     if loss.numel() != 1:
-        raise ValueError(
+        raise RefusedError(
             f"training_step returned a loss of shape {tuple(loss.shape)}: a training rule needs one number per batch; "
             "return loss.mean()."
         )

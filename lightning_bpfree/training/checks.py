@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,6 +14,9 @@ from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from lightning_bpfree.core.exchange import ScalarExchange
 from lightning_bpfree.core.forward_override import override_of
 from lightning_bpfree.core.params import ParameterSlots
+from lightning_bpfree.core.replay.backward_only import hooks_of_modules
+from lightning_bpfree.core.replay.inner_derivatives import watched
+from lightning_bpfree.core.replay.rehearsal import uninitialized
 from lightning_bpfree.training.trainer_attributes import callbacks_of
 
 if TYPE_CHECKING:
@@ -83,6 +86,24 @@ def _check_strategy(rule: TrainingRule, trainer: pl.Trainer) -> None:
         )
 
 
+def check_begin(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Raise MisconfigurationException if a rule cannot train the parameters as the optimizers and hooks are.
+
+    Args:
+        rule: the rule.
+        slots: the parameters that it was told to train.
+        trainer: the Trainer, with its optimizers.
+        module: the module in training.
+    """
+    name = type(rule).__name__
+    if not rule.backpropagates:
+        check_backward_only(name, hooks_of_modules(module))
+        check_optimizers(name, slots, trainer.optimizers)
+    if not rule.backpropagates or not rule.estimates_user_loss:  # else autograd reaches whatever the loss does
+        check_registered(name, module, trainer.optimizers)
+    check_trains(rule, slots, trainer, module)
+
+
 def check_trains(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Raise MisconfigurationException if all parameters that a rule is to train are frozen, and stay so.
 
@@ -100,6 +121,22 @@ def check_trains(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer,
         f"{type(module).__name__} are frozen ({names}). Call requires_grad_(True) on them before the fit, or select "
         "others by params=."
     )
+
+
+def check_made(name: str, module: torch.nn.Module) -> None:
+    """Raise MisconfigurationException if layers have yet to be made by a first forward pass.
+
+    Args:
+        name: of the rule or callback that looks into the layers.
+        module: the module in training.
+    """
+    lazy = [type(part).__name__ for part in uninitialized(module)]
+    if lazy:
+        raise MisconfigurationException(
+            f"{name} looks at the shapes of layers before the first batch, and {type(module).__name__} has lazy ones "
+            f"({', '.join(lazy)}) that have none yet. Call the module on a batch before the fit, in __init__ or "
+            "setup, or use layers with given sizes."
+        )
 
 
 def check_even(rule: str, trainer: pl.Trainer) -> None:
@@ -133,8 +170,33 @@ def check_writes(rule: str, written: Sequence[str]) -> None:
         raise MisconfigurationException(
             f"{rule} evaluates the training step several times, at other parameters than the module's own, and the "
             f"step writes to parameters that are trained: {', '.join(written[:5])}. Normalize or clamp them in "
-            "on_train_batch_start or on_before_zero_grad, which run once a batch."
+            "on_train_batch_start or on_train_batch_end, which run once a batch."
         )
+
+
+def undifferentiated(rule: TrainingRule, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a training step that raises MisconfigurationException where it differentiates within itself.
+
+    Args:
+        rule: by which the network computes, or hands gradients back, otherwise than it does alone.
+        evaluate: the module's own training step.
+    """
+
+    def refuse() -> None:
+        raise MisconfigurationException(
+            f"{type(rule).__name__}: the training step differentiates within itself (autograd.grad, backward), and "
+            "what comes back through the network is not its derivative while the rule is active. Train such a step "
+            "with Backprop(), ForwardGradient(), ZerothOrder() or EvolutionStrategy(), or move what it differentiates "
+            "out of the network (network=...)."
+        )
+
+    files = {kind.__module__ for kind in type(rule).__mro__}  # a rule of the user's own differentiates in its hooks
+
+    def evaluated(*args: Any, **kwargs: Any) -> Any:
+        with watched(refuse, files):
+            return evaluate(*args, **kwargs)
+
+    return evaluated
 
 
 def _is_tested(trainer: pl.Trainer) -> bool:
@@ -169,6 +231,26 @@ def check_backward_only(rule: str, found: Sequence[str]) -> None:
             f"{', '.join(found[:5])}. Write the objective such that its own derivative is the one you mean (a term "
             "with the other sign instead of gradient reversal), register hooks on parameters (parameter.register_hook "
             "outside of the step, which the estimate passes), or train with Backprop()."
+        )
+
+
+def check_registered(rule: str, module: pl.LightningModule, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Raise MisconfigurationException if an optimizer holds parameters that the module does not register.
+
+    Args:
+        rule: the rule's name; it estimates gradients of the module's own parameters.
+        module: the module in training.
+        optimizers: of the Trainer.
+    """
+    known = {id(parameter) for parameter in module.parameters()}
+    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    unknown = [tuple(p.shape) for p in held if id(p) not in known and p.requires_grad]
+    if unknown and len(unknown) < len(held):  # else the optimizer has copies, or flattened ones
+        raise MisconfigurationException(
+            f"{rule} estimates the gradients of parameters that {type(module).__name__} registers, and the optimizer "
+            f"holds others, of shapes {', '.join(map(str, unknown[:5]))}: layers in a plain list, dict or helper "
+            "object. Put them into an nn.ModuleList, nn.ModuleDict or nn.ParameterList, or assign them to the module, "
+            "or leave them out of the optimizer."
         )
 
 

@@ -139,6 +139,8 @@ def recorded(parts: NetworkInBlocks, leave: Look, *, graph: bool, output: bool =
             if the network's output is asked for and not seen, or if the loss is cut from it.
     """
     step, outputs = parts.step, []
+    if graph:
+        leave = partial(_with_a_graph, parts, leave)
 
     def keep(out: Tensor) -> Tensor:
         outputs.append(out if out.requires_grad or not output else out.detach().requires_grad_())
@@ -175,6 +177,16 @@ def recorded(parts: NetworkInBlocks, leave: Look, *, graph: bool, output: bool =
     made = [torch.zeros_like(source) if grad is None else grad for source, grad in zip(sources, found, strict=True)]
     rest = {slot.name: grad for slot, grad in zip(parts.rest, made[output:], strict=True)}
     return Outside(rest, made[0] if output else None)
+
+
+def _with_a_graph(parts: NetworkInBlocks, leave: Look, j: int, z: Tensor) -> Tensor:
+    if parts.slots[j] and not z.requires_grad:
+        raise MisconfigurationException(
+            f"{parts.rule}: block {parts.blocks[j].name} ran without a graph, so that nothing in it would learn. Do "
+            "not run it under torch.no_grad, nor in a checkpoint with use_reentrant=True; inside a block, checkpoints "
+            "with use_reentrant=False work."
+        )
+    return leave(j, z)
 
 
 def other_way(parts: NetworkInBlocks) -> MisconfigurationException:

@@ -18,6 +18,7 @@ from lightning_bpfree.core.forward_ad import compiled_parts
 from lightning_bpfree.core.forward_override import ForwardOverride, override_of, removed
 from lightning_bpfree.core.learning_rates import BlockRates
 from lightning_bpfree.core.params import ParameterSlots
+from lightning_bpfree.training.checks import check_made
 from lightning_bpfree.training.ranks import mean_over_ranks
 from lightning_bpfree.training.refusal import refusing
 from lightning_bpfree.training.training_rule import TrainingRule
@@ -68,6 +69,7 @@ class NetworkRule(TrainingRule):
         ['0..1']
     """
 
+    cuts_graphs = True
     rehearses: ClassVar[bool] = False  # what runs several times is the network, or parts of it
     network: str | None = None
     """Name of the submodule that maps inputs to outputs; see :func:`lightning_bpfree.core.blocks.find_network`."""
@@ -170,7 +172,7 @@ class NetworkRule(TrainingRule):
         Args:
             module: the LightningModule, or a module that holds the network under the same name.
         """
-        name, network = find_network(module, self.network)
+        name, network = self._network_in(module)
         self.resolve()  # attributes may have been set
         another = self._found is not network
         if another or self._made_of != self.made_of():
@@ -186,6 +188,17 @@ class NetworkRule(TrainingRule):
         if self._override is not None:
             self._override.install()
 
+    def _network_in(self, module: nn.Module) -> tuple[str, nn.Module]:
+        """Return name and module of the network: the one that was found before, as long as the module has it.
+
+        Another child that is born during a fit, such as a second head, is no network of the rule's.
+        """
+        if self.network is None and self._found is not None:
+            for name, part in module.named_modules():
+                if part is self._found:
+                    return name, part
+        return find_network(module, self.network)
+
     def uninstall(self, module: nn.Module | None = None) -> None:
         """Give the network's own forward pass back.
 
@@ -194,7 +207,7 @@ class NetworkRule(TrainingRule):
         """
         found = self._override
         if module is not None and self.replaces_forward:
-            found = override_of(find_network(module, self.network)[1])
+            found = override_of(self._network_in(module)[1])
         if found is not None and found.rule == type(self).__name__:
             found.remove()
 
@@ -223,6 +236,7 @@ class NetworkRule(TrainingRule):
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
         """Cut the network, and take its forward pass if the first epoch is the rule's."""
+        check_made(type(self).__name__, module)
         with refusing(type(self).__name__, ValueError):
             self._note_override(module)
             self.install(module)
@@ -240,14 +254,10 @@ class NetworkRule(TrainingRule):
         super().on_train_epoch_start(trainer, pl_module)
         self._take_turn(trainer, pl_module)
 
-    def _run(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any, **kwargs: Any) -> Any:
-        with refusing(type(self).__name__):
-            return super()._run(trainer, module, *args, **kwargs)
-
     def _note_override(self, module: nn.Module) -> None:
         """Note whether something stood in for the forward pass before the fit, which is to be so if the fit fails."""
         if not self._noted:
-            self._had_override = override_of(find_network(module, self.network)[1]) is not None
+            self._had_override = override_of(self._network_in(module)[1]) is not None
             self._noted = True
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

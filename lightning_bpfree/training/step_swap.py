@@ -101,9 +101,9 @@ def _remove(strategy: Any) -> None:
 
 
 def _padding_rows(slot: Slot) -> list[int]:
-    """Return the rows of an embedding that backprop never moves, although the loss depends on them."""
-    owners = [owner for owner, _ in slot.places if isinstance(owner, nn.Embedding)]
-    return [owner.padding_idx for owner in owners if owner.padding_idx is not None]
+    """Return the rows of an embedding, tied to nothing else, that backprop never moves although the loss sees them."""
+    found = {owner.padding_idx if isinstance(owner, nn.Embedding) else None for owner, _ in slot.places}
+    return [row for row in found if row is not None] if len(found) == 1 else []
 
 
 def with_injected_gradients(step: Step, estimate: Estimate, zeros_for: list[Tensor]) -> Any:

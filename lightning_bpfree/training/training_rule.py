@@ -20,21 +20,22 @@ from lightning_bpfree.core.arguments import NonNegativeInt, Patterns, PositiveIn
 from lightning_bpfree.core.exchange import ScalarExchange
 from lightning_bpfree.core.injection import inject, zeros
 from lightning_bpfree.core.params import ParameterSlots, norm
-from lightning_bpfree.core.replay.backward_only import findings, hooks_of_modules
+from lightning_bpfree.core.replay.backward_only import findings
 from lightning_bpfree.core.replay.batch import BatchCopies
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.core.step import Estimate, NonFiniteLossError, SkipBatchError, Step, loss_of
 from lightning_bpfree.training.checks import (
     check_backward_only,
+    check_begin,
     check_even,
     check_fit,
-    check_optimizers,
-    check_trains,
     check_writes,
+    undifferentiated,
 )
 from lightning_bpfree.training.logging_of_rules import is_log_due, log_settings, named_after, settings_of
 from lightning_bpfree.training.module_state import ModuleState
 from lightning_bpfree.training.record import Record, banner
+from lightning_bpfree.training.refusal import refusing
 from lightning_bpfree.training.saved_streams import SavedStreams
 from lightning_bpfree.training.skipping import gradients_cross_ranks, is_skipped, waited_for
 from lightning_bpfree.training.step_swap import StepSwap, with_injected_gradients
@@ -86,6 +87,8 @@ class TrainingRule(Callback, ABC):
     """Whether the estimate is one of the gradient of the user's loss; rules with losses of their own say False."""
     backpropagates: ClassVar[bool] = True
     """Whether hooks and functions that change the backward pass through the training step have their effect."""
+    cuts_graphs: bool = False
+    """Whether what the step differentiates within itself goes through other graphs than the module's own."""
     differentiates_forward: ClassVar[bool] = False
     """Whether the rule differentiates in forward mode, and honors the derivatives that functions bring for it."""
     of_a_fit: ClassVar[tuple[str, ...]] = ("_swap", "_module_state", "_last_fit")
@@ -255,10 +258,7 @@ class TrainingRule(Callback, ABC):
         if self.record.seed is None:
             seed = torch.initial_seed() if self.seed is None else self.seed
             self.record.seed = int(trainer.strategy.broadcast(seed)) & ((1 << 63) - 1)
-        if not self.backpropagates:
-            check_backward_only(type(self).__name__, hooks_of_modules(module))
-            check_optimizers(type(self).__name__, state.slots, trainer.optimizers)
-        check_trains(self, state.slots, trainer, module)
+        check_begin(self, state.slots, trainer, module)
         self.check(trainer, module, state.slots)
         self._streams.watch(module.device)
         return state
@@ -292,7 +292,8 @@ class TrainingRule(Callback, ABC):
         step = self._step(trainer, module, original, args, kwargs, observed=bool(observers))
         failure: NonFiniteLossError | None = None
         try:
-            estimate = self.estimate(step)
+            with refusing(type(self).__name__):
+                estimate = self.estimate(step)
             for observer in observers:
                 observer.observe(trainer, module, step, estimate)
         except SkipBatchError:
@@ -332,7 +333,7 @@ class TrainingRule(Callback, ABC):
             self._rehearse(trainer, module, state, partial(state.rehearse, evaluate, copies))
         return Step(
             module,
-            evaluate,
+            undifferentiated(self, evaluate) if self.cuts_graphs else evaluate,
             state.slots,
             mix(self.record.seed or 0, self.record.batches),
             args=args,

@@ -89,11 +89,14 @@ class BatchCopies:
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, always: bool = False) -> None:
         self.args, self.kwargs, self.always = args, dict(kwargs or {}), always
         self._kept: dict[int, tuple[Any, Any, int]] = {}  # original, its copy, its version
+        self._leaves: dict[int, tuple[bool, Any]] = {}  # whether it requires a gradient, and the one that it has
         self._watched: list[tuple[Any, Any, int]] = []  # a copy that was handed out, what it was, its version
         self._as_given = rebuilt((args, self.kwargs), self._keep)  # containers from which evaluations take out nothing
 
     def _keep(self, tensor: Any) -> Any:
         self._kept[id(tensor)] = (tensor, _copy(tensor), _version(tensor))
+        if isinstance(tensor, Tensor) and tensor.is_leaf:
+            self._leaves[id(tensor)] = (tensor.requires_grad, tensor.grad)
         return tensor
 
     def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -116,6 +119,9 @@ class BatchCopies:
     def original(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments themselves, for the recorded evaluation; what others wrote to them is undone."""
         for tensor, kept, version in self._kept.values():
+            if id(tensor) in self._leaves and self._became_a_leaf(tensor):
+                flag, tensor.grad = self._leaves[id(tensor)]
+                tensor.requires_grad_(flag)
             if isinstance(tensor, Tensor) and _version(tensor) != version:
                 tensor.detach().copy_(kept.detach())
         return self.args, self.kwargs
@@ -127,8 +133,16 @@ class BatchCopies:
     def _unchanged(self, tensor: Any) -> Any:
         original, kept, version = self._kept.get(id(tensor), (tensor, tensor, -1))
         if isinstance(original, Tensor):
-            return original if not self.always and version in (-1, _version(original)) else _copy(kept)
+            same = version in (-1, _version(original)) and not self._became_a_leaf(original)
+            return original if same and not self.always else _copy(kept)
         return _copy(kept)
+
+    def _became_a_leaf(self, tensor: Tensor) -> bool:
+        """Whether an evaluation has asked for a gradient of the tensor, or left one there."""
+        if id(tensor) not in self._leaves:
+            return False
+        flag, grad = self._leaves[id(tensor)]
+        return tensor.requires_grad != flag or tensor.grad is not grad
 
 
 def _version(tensor: Any) -> int:

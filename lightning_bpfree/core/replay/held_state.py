@@ -77,7 +77,8 @@ class Attributes:
             self._load_hooks(state.hooks or [{}] * len(self.hooks))
 
     def _load_hooks(self, state: list[dict[Any, Any]]) -> None:
-        own = {key for hooks in self.hooks for key, hook in hooks.items() if _is_a_rules(hook)}
+        # Of now and of then: a hook's marks have its key, and stand in a dict of their own.
+        own = {key for hooks in (*self.hooks, *state) for key, hook in hooks.items() if _is_a_rules(hook)}
         for hooks, kept in zip(self.hooks, state, strict=True):
             if hooks or kept:
                 _refill(hooks, _besides(own, hooks, kept))
@@ -103,7 +104,7 @@ def _is_a_rules(hook: Any) -> bool:
 def _besides(own: set[Any], hooks: Mapping[Any, Any], kept: Mapping[Any, Any]) -> Mapping[Any, Any]:
     """Return ``kept`` with the hooks that rules have now: they come and go between evaluations, not within one."""
     now = {key: hook for key, hook in hooks.items() if key in own}
-    then = {key: hook for key, hook in kept.items() if not _is_a_rules(hook)}
+    then = {key: hook for key, hook in kept.items() if key not in own}
     return {**then, **now} if now or len(then) < len(kept) else kept
 
 

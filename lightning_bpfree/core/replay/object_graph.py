@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import io
 import random
@@ -172,6 +173,31 @@ def walk(module: nn.Module, others: Iterable[Any] = ()) -> Found:
     and containers of more than :data:`LARGEST` elements.
     """
     return _Walk().run([module], others)
+
+
+def held_by_hooks(module: nn.Module) -> list[Any]:
+    """Return what hooks on the parts of a module refer to: objects of their methods, variables around functions.
+
+    Examples:
+        >>> seen: list[int] = []
+        >>> net = nn.Linear(2, 2)
+        >>> _ = net.register_forward_hook(lambda *_: seen.append(1))
+        >>> held_by_hooks(net)
+        []
+        >>> def watched(net, seen):
+        ...     return net.register_forward_hook(lambda *_: seen.append(1))
+        >>> _ = watched(net, seen)
+        >>> held_by_hooks(net)
+        [[]]
+    """
+    found = []
+    for hook in (h for part in module.modules() for key in HOOKS for h in part.__dict__.get(key, {}).values()):
+        if isinstance(hook, types.MethodType):
+            found.append(hook.__self__)
+        for cell in getattr(hook, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                found.append(cell.cell_contents)
+    return [value for value in found if not isinstance(value, _PLAIN)]
 
 
 class _Walk:

@@ -119,13 +119,21 @@ class PopulationPasses:
     ) -> Tensor:
         if isinstance(population, LowRankPopulation) and layers is not None:
             factors, moved = population.split(members, layers.names)
+            strays: set[str] = set()
+            shared, watched = layers, layers.watched(strays)
 
             def fitness_of(noise: dict[str, tuple[Tensor, Tensor]], params: Params) -> Tensor:
-                with layers.perturbed({name: Factors(*parts) for name, parts in noise.items()}):
-                    return step.loss_under_transform(params).float()
+                with shared.perturbed({name: Factors(*parts) for name, parts in noise.items()}, watched):
+                    return step.loss_under_transform({**params, **watched}).float()
 
             pairs = {name: (noise.left, noise.right) for name, noise in factors.items()}
-            return vmap(fitness_of, randomness="same")(pairs, moved)
+            found = vmap(fitness_of, randomness="same")(pairs, moved)
+            if not strays:
+                return found
+            self.look_again()  # something else uses a weight now, such as a penalty: which found no noise in it
+            layers = self._low_rank_layers(step, population)
+            step.rewind()
+            return self._vectorised(step, population, members, layers)
         stacked = population.stack(members)
         return vmap(lambda params: step.loss_under_transform(params).float(), randomness="same")(stacked)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_bpfree.core.arguments import AtLeastTwo, Name, NonNegativeFloat, Patterns, PositiveInt, checked
 from lightning_bpfree.core.exchange import ScalarExchange
+from lightning_bpfree.core.network.network_call import RefusedError
 from lightning_bpfree.core.params import ParameterSlots, Params
 from lightning_bpfree.core.step import Estimate, Step, loss_of
 from lightning_bpfree.core.vectorizing import ChunkSize
@@ -200,7 +201,7 @@ class EvolutionStrategy(TrainingRule):
         if self.objective is not None and output is not None:
             if not isinstance(output, Mapping) or self.objective not in output:
                 found = sorted(map(str, output)) if isinstance(output, Mapping) else type(output).__name__
-                raise ValueError(
+                raise RefusedError(
                     f"objective={self.objective!r} is not in what training_step returned ({found}): return a dict with "
                     "this key, or leave objective=None."
                 )

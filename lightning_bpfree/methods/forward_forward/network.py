@@ -129,7 +129,7 @@ class GoodnessNetwork(ForwardOverride):
         if len(activity) != rows:
             raise RefusedError(
                 f"ForwardForward: block {self.parts.blocks[index].name} gives {tuple(activity.shape)} for {rows} "
-                "samples; their number must come first (batch_first=True)."
+                "samples; their number must come first: set batch_first=True, or let the block end elsewhere (blocks=)."
             )
 
     def total(self, found: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_bpfree.core.network.network_call import Call, RefusedError, with_scores
 from lightning_bpfree.core.replay.held_state import HeldState
-from lightning_bpfree.core.replay.object_graph import walk
+from lightning_bpfree.core.replay.object_graph import held_by_hooks, walk
 from lightning_bpfree.core.replay.random_streams import RandomStreams
 from lightning_bpfree.core.replay.replay import Replay
 from lightning_bpfree.core.replay.tensor_copies import Buffers
@@ -56,7 +56,8 @@ class OutputKinds:
 
     def _example(self, original: Callable[..., Any], inputs: Tensor, call: Call) -> Any:
         args, kwargs = call.around(inputs)
-        replay = Replay([RandomStreams([inputs.device]), HeldState(walk(self.network))], Buffers(self.network))
+        found = walk(self.network, held_by_hooks(self.network))
+        replay = Replay([RandomStreams([inputs.device]), HeldState(found)], Buffers(self.network))
         replay.rewind()
         with torch.no_grad(), replay.aside():
             output = original(*args, **kwargs)

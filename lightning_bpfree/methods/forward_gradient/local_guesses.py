@@ -74,7 +74,9 @@ class LocalGuesses:
 
     def check(self, module: nn.Module, slots: ParameterSlots) -> None:
         """Cut the network, and refuse what would give another estimate than it is said to give."""
-        _, self._module = find_network(module, self.network)
+        if self.network is not None or not any(part is self._module for part in module.modules()):
+            _, self._module = find_network(module, self.network)
+        assert self._module is not None
         self._cut = cut(self._module, self.blocks)
         for block in self._cut.blocks:
             inside = {id(part) for top in block.modules for part in top.modules()}

@@ -35,6 +35,7 @@ from lightning_bpfree.methods.forward_gradient.local_guesses import LocalGuesses
 from lightning_bpfree.methods.forward_gradient.local_loss import LocalLoss
 from lightning_bpfree.methods.forward_gradient.projection import Scope, Space
 from lightning_bpfree.methods.forward_gradient.slopes import along_many, along_one, chosen_chunk
+from lightning_bpfree.training.checks import check_made
 from lightning_bpfree.training.flat_objective import FlatObjective
 from lightning_bpfree.training.ranks import mean_over_ranks
 from lightning_bpfree.training.refusal import refusing
@@ -187,6 +188,7 @@ class ForwardGradient(TrainingRule):
             self.directions,
         )
         self.exchanges_scalars = made is None  # a guess, or a last part, differs from rank to rank
+        self.cuts_graphs = made is not None
         if made is None:
             return
         if self.orthogonal or self.normalize or self.chunk_size not in ("auto", 1):
@@ -234,6 +236,7 @@ class ForwardGradient(TrainingRule):
                 "torch.compile (module._orig_mod of a compiled part), or use ZerothOrder()."
             )
         if self._local_guesses is not None:
+            check_made(type(self).__name__, module)
             with refusing(type(self).__name__, ValueError):
                 self._local_guesses.check(module, slots)
             if not self._local_guesses.uses_tangents:

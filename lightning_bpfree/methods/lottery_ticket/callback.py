@@ -20,7 +20,7 @@ from lightning_bpfree.methods.lottery_ticket.pruning import Scope
 from lightning_bpfree.methods.lottery_ticket.rewinding import check_redrawable
 from lightning_bpfree.methods.lottery_ticket.scores import check_has_deviations, deviations
 from lightning_bpfree.methods.lottery_ticket.ticket import Ticket
-from lightning_bpfree.training.checks import check_whole_parameters
+from lightning_bpfree.training.checks import check_made, check_whole_parameters
 from lightning_bpfree.training.logging_of_rules import log_settings
 from lightning_bpfree.training.saved_streams import SavedStreams
 from lightning_bpfree.training.trainer_attributes import callbacks_of, is_dry_run, without_module
@@ -156,6 +156,7 @@ class LotteryTicket(Callback):
             return
         check_attributes(self)  # which may have been set since
         rules = callbacks_of(trainer, TrainingRule)
+        check_made("LotteryTicket", pl_module)
         check_whole_parameters("LotteryTicket", trainer, "strategy='ddp' or 'bpfree_scalar_sync'")
         check_companions(trainer)
         check_launcher(trainer)

@@ -19,6 +19,7 @@ from lightning_bpfree.methods.lottery_ticket.pruning import num_kept, top_masks
 from lightning_bpfree.methods.lottery_ticket.rewinding import captured, fresh_optimizers, redraw, rewind, shuffled
 from lightning_bpfree.methods.lottery_ticket.scores import scored, snip_scores
 from lightning_bpfree.methods.lottery_ticket.ticket import Ticket, on_cpu
+from lightning_bpfree.training.refusal import RefusedNetworkError
 from lightning_bpfree.training.trainer_attributes import is_dry_run
 from lightning_bpfree.training.training_rule import BACKPROP_COST, TrainingRule
 
@@ -129,7 +130,7 @@ class Levels:
         try:
             self.masks = self._choose(self.plan.sparsities[self.level], mean, std)
         except ValueError as error:
-            raise ValueError(f"LotteryTicket, level {self.level} of {self.plan.levels}: {error}") from None
+            raise RefusedNetworkError(f"LotteryTicket, level {self.level} of {self.plan.levels}: {error}") from None
         self._set(module, fresh=True)
         fresh_optimizers(trainer, module)
         begin_level(trainer, module)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_bpfree.core.params import added
+from lightning_bpfree.methods.reversible_recompute.refused import RefusedStackError
 from lightning_bpfree.methods.reversible_recompute.tape import BranchReplay, Pair, Pass, Tape, graph_task
 
 Grads = list[Tensor | None]
@@ -54,7 +55,7 @@ class ReversibleFunction(torch.autograd.Function):
     def backward(ctx: Any, d1: Tensor, d2: Tensor) -> Any:
         """Take the block back and return the gradients of all inputs."""
         if torch.is_grad_enabled():
-            raise RuntimeError(
+            raise RefusedStackError(
                 "a reversible stack is differentiable once: its backward pass recomputes and keeps no graph. For "
                 "create_graph=True, gradient penalties and second derivatives, use schedule='autograd'."
             )
@@ -70,7 +71,7 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise
-        raise RuntimeError(
+        raise RefusedStackError(
             "the output (or a buffered input) of a reversible stack was changed in place, so that its inputs cannot be "
             "recomputed: use an out-of-place operation (y = y + 1 rather than y += 1), or clone it first."
         ) from error

@@ -32,6 +32,7 @@ from lightning_bpfree.methods.reversible_recompute.sequential import ReversibleS
 from lightning_bpfree.methods.reversible_recompute.stream_fusion import FusionOfOneWidth
 from lightning_bpfree.training.checks import check_whole_parameters
 from lightning_bpfree.training.logging_of_rules import log_settings
+from lightning_bpfree.training.refusal import refusing
 from lightning_bpfree.training.saved_streams import SavedStreams
 from lightning_bpfree.training.throughput import Throughput
 from lightning_bpfree.training.trainer_attributes import log_every_n_steps, without_module
@@ -139,7 +140,8 @@ class ReversibleRecompute(Callback):
         if pl_module is not self._module:
             self.conversion, self._found, self._module = None, [], pl_module
         if self.conversion is None and not self._found:
-            self._open(pl_module, warn=trainer.is_global_zero)
+            with refusing(type(self).__name__, ValueError):
+                self._open(pl_module, warn=trainer.is_global_zero)
         for stack, _ in self._found:
             stack.schedule = self.schedule
         if self.schedule == "parallel" and trainer.strategy.root_device.type != "cuda":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bpfree.core.arguments import PositiveFloat, checked
+from lightning_bpfree.methods.reversible_recompute.refused import RefusedStackError
 
 Branch = Callable[..., Tensor]
 
@@ -62,7 +63,7 @@ def evaluate(branch: Branch, x: Tensor, context: Mapping[str, Any], label: str, 
     Raises:
         TypeError: if it returns no tensor, or one of a wider type.
         ValueError: if it changes the shape.
-        RuntimeError: if it changes its input in place.
+        RefusedStackError: if it changes its input in place.
     """
     if context:
         names = accepted(branch)
@@ -73,11 +74,11 @@ def evaluate(branch: Branch, x: Tensor, context: Mapping[str, Any], label: str, 
     except RuntimeError as error:
         if "leaf Variable that requires grad" not in str(error):
             raise
-        raise RuntimeError(_in_place(name, label)) from error
+        raise RefusedStackError(_in_place(name, label)) from error
     if not isinstance(out, Tensor):
         raise TypeError(f"{name} of {label} returns {type(out).__name__}; a branch returns one tensor.")
     if out.shape != x.shape:
-        raise ValueError(
+        raise RefusedStackError(
             f"{name} of {label} makes shape {tuple(out.shape)} of {tuple(x.shape)}; a branch of a reversible block "
             "keeps the shape. Put layers that change it between two reversible stacks."
         )
@@ -87,7 +88,7 @@ def evaluate(branch: Branch, x: Tensor, context: Mapping[str, Any], label: str, 
             "input of the stack, or the output of the branch."
         )
     if version is not None and x._version != version:
-        raise RuntimeError(_in_place(name, label))
+        raise RefusedStackError(_in_place(name, label))
     return out
 
 

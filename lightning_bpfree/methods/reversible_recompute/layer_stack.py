@@ -19,6 +19,7 @@ from lightning_bpfree.methods.reversible_recompute.coupling import Coupling
 from lightning_bpfree.methods.reversible_recompute.families.base import CACHES, Family, Rewire
 from lightning_bpfree.methods.reversible_recompute.module_snapshot import Inventory
 from lightning_bpfree.methods.reversible_recompute.recomputation import Recomputation, Schedule
+from lightning_bpfree.methods.reversible_recompute.refused import RefusedStackError
 from lightning_bpfree.methods.reversible_recompute.stream_fusion import Fusion, StreamFusion
 
 # Recovering divides by the scales, so rounding errors grow by 1 / (s1 s2) a block. So much is let through in float32.
@@ -180,7 +181,7 @@ class ReversibleLayers(nn.Module):
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             cause = error  # parts of another kind than those of the family
         if not alike:
-            raise RuntimeError(
+            raise RefusedStackError(
                 f"{type(layer).__name__} looks like a {self.family.name}, but computes something else than its "
                 "attention and feed-forward branches added up. Give its branches: "
                 "convert_to_reversible(..., branches=(f, g))."

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from lightning_bpfree.core.params import place
+from lightning_bpfree.methods.reversible_recompute.refused import RefusedStackError
 
 
 class Inventory:
@@ -31,7 +32,7 @@ class Inventory:
         >>> inventory.check()
         Traceback (most recent call last):
             ...
-        RuntimeError: a parameter of net was changed in place between forward and backward...
+        RefusedStackError: a parameter of net was changed in place between forward and backward...
     """
 
     def __init__(self, owner: nn.Module, label: str) -> None:
@@ -44,7 +45,7 @@ class Inventory:
             self.buffers += [(module._buffers, key, b) for key, b in module._buffers.items() if b is not None]
         self.parameters = list({id(p): p for _, _, p in self.places}.values())
         if any(map(is_lazy, self.parameters)):
-            raise RuntimeError(
+            raise RefusedStackError(
                 f"{label} has parameters without a shape (a lazy module?), of which no gradient can be told: run the "
                 "stack once with schedule='autograd', which makes them."
             )
@@ -83,8 +84,8 @@ class Inventory:
         """Refuse to repeat an evaluation whose weights or mode are no longer what they were.
 
         Raises:
-            RuntimeError: if a parameter, or a buffer that the evaluation did not move, was changed in place, or the
-                module was switched between training and evaluation.
+            RefusedStackError: if a parameter, or a buffer that the evaluation did not move, was changed in place, or
+                the module was switched between training and evaluation.
         """
         changed = None
         if list(map(version, self.parameters)) != self._versions:
@@ -95,13 +96,13 @@ class Inventory:
         ):
             changed = "buffer"
         if changed is not None:
-            raise RuntimeError(
+            raise RefusedStackError(
                 f"a {changed} of {self.label} was changed in place between forward and backward, so that its inputs "
                 "cannot be recomputed: call backward() before the optimizer's step, or use schedule='autograd'."
             )
         switched = [name for name, module, training in self._modes if module.training != training]
         if switched:
-            raise RuntimeError(
+            raise RefusedStackError(
                 f"the mode of {self.label}{'.' if switched[0] else ''}{switched[0]} (training or evaluation) was "
                 "switched between the forward pass and the backward pass: call train() or eval() after backward()."
             )

@@ -20,6 +20,7 @@ from lightning_bpfree.core.recompute_context import Autocast
 from lightning_bpfree.methods.reversible_recompute.autograd_function import ReversibleFunction
 from lightning_bpfree.methods.reversible_recompute.coupling import Coupling
 from lightning_bpfree.methods.reversible_recompute.module_snapshot import Inventory
+from lightning_bpfree.methods.reversible_recompute.refused import RefusedStackError
 from lightning_bpfree.methods.reversible_recompute.tape import Block, Tape
 
 Schedule = Literal["autograd", "checkpoint", "sequential", "parallel"]
@@ -93,7 +94,7 @@ class Recomputation:
 
         Raises:
             ValueError: if the streams differ in shape or type.
-            RuntimeError: under ``torch.func`` transforms that would need a graph of the recomputation.
+            RefusedStackError: under ``torch.func`` transforms that would need a graph of the recomputation.
         """
         _check_streams(x1, x2)
         _check_hooks(couplings)
@@ -117,7 +118,7 @@ class Recomputation:
         self, couplings: Sequence[Coupling], x1: Tensor, x2: Tensor, context: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-            raise RuntimeError(
+            raise RefusedStackError(
                 f"schedule={self.schedule!r} within a transform of torch.func (grad, vjp, jvp, vmap) is not possible: "
                 "its backward pass recomputes outside of the transform. Use schedule='autograd', or torch.no_grad() "
                 "where no gradient is wanted."
@@ -161,12 +162,12 @@ def _norm(tensors: Iterable[Tensor]) -> Tensor:
 
 def _check_streams(x1: Tensor, x2: Tensor) -> None:
     if x1.shape != x2.shape or x1.dtype != x2.dtype or x1.device != x2.device:
-        raise ValueError(
+        raise RefusedStackError(
             f"the streams are {tuple(x1.shape)} of {x1.dtype} on {x1.device} and {tuple(x2.shape)} of {x2.dtype} on "
             f"{x2.device}; a reversible stack needs two streams of one shape, type and device."
         )
     if not x1.is_floating_point():
-        raise ValueError(f"the streams are of {x1.dtype}; a reversible stack needs floating-point numbers.")
+        raise RefusedStackError(f"the streams are of {x1.dtype}; a reversible stack needs floating-point numbers.")
 
 
 def _check_hooks(couplings: Sequence[Coupling]) -> None:
@@ -180,7 +181,7 @@ def _check_hooks(couplings: Sequence[Coupling]) -> None:
             "Hook modules within it or the whole stack; in transformers, do without output_hidden_states."
         )
         if torch.is_grad_enabled():
-            raise RuntimeError(message)
+            raise RefusedStackError(message)
         warnings.warn(message, stacklevel=4)  # a summary of the model hooks its layers, too
         return
 
@@ -196,7 +197,7 @@ def _check_context(context: Mapping[str, Any]) -> None:
         if isinstance(value, Tensor):
             continue
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(value)):
-            raise ValueError(
+            raise RefusedStackError(
                 f"{key} holds a tensor that needs a gradient within a {type(value).__name__}, where it would be lost: "
                 "pass that tensor as a keyword argument of its own."
             )

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_bpfree.core.recompute_context import Autocast, Draws
 from lightning_bpfree.methods.reversible_recompute.coupling import Coupling, join, part
 from lightning_bpfree.methods.reversible_recompute.module_snapshot import Inventory, uncached, version
+from lightning_bpfree.methods.reversible_recompute.refused import RefusedStackError
 from lightning_bpfree.methods.reversible_recompute.side_stream import SideStream
 
 Drift = Callable[[str, Sequence[Tensor], Sequence[Tensor]], None]
@@ -138,7 +139,7 @@ class Tape:
         inventory = self.blocks[index].inventory
         found = inventory.foreign(out, known) if self.suspicious else None
         if found is not None:
-            raise RuntimeError(
+            raise RefusedStackError(
                 f"{inventory.label} uses a tensor of shape {tuple(found.shape)} that needs a gradient and does not "
                 "come from its parameters, so that its gradient would be lost: make it a parameter of the block, pass "
                 "it as a keyword argument of the stack, or use schedule='autograd'."
@@ -150,10 +151,10 @@ class Tape:
         """Begin a backward pass at the outputs.
 
         Raises:
-            RuntimeError: if a tensor of the context was changed in place since the forward pass.
+            RefusedStackError: if a tensor of the context was changed in place since the forward pass.
         """
         if list(map(version, self._tensors)) != self._versions:
-            raise RuntimeError(
+            raise RefusedStackError(
                 "a keyword argument of a reversible stack (a mask?) was changed in place between forward and backward, "
                 "so that inputs cannot be recomputed: pass a copy of it."
             )
@@ -223,7 +224,7 @@ class _Passing(saved_tensors_hooks):
 
     def _unpack(self, number: Any) -> Tensor:
         if self.saved is None:
-            raise RuntimeError(
+            raise RefusedStackError(
                 "something that was computed within a branch of a reversible stack is differentiated outside of it "
                 "(kept as an attribute, or in a cache?), where it has no graph: return it from the stack, or use "
                 "schedule='autograd'."

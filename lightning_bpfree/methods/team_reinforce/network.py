@@ -233,7 +233,8 @@ class TeamNetwork(ForwardOverride):
             if layer.potential.shape[:1] != (rows,):
                 raise RefusedError(
                     f"units: {layer.name} gets {tuple(layer.potential.shape)} for {rows} samples; their number must "
-                    "come first (batch_first=True)."
+                    "come first (batch_first=True). Leave such a unit out by units=..., or keep (samples, ..., width) "
+                    "around it."
                 )
         if 1 < len(self.units) != len(layers):
             raise RefusedError(

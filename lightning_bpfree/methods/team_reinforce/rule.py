@@ -273,7 +273,8 @@ class TeamReinforce(NetworkRule):
         if all(gradient is None for gradient in found):
             raise MisconfigurationException(
                 f"TeamReinforce(params={self.params!r}): none of the trained parameters is in front of the units "
-                f"{', '.join(site.name for site in self._network.sites) if self._network else ''} or the output."
+                f"{', '.join(site.name for site in self._network.sites) if self._network else ''} or the output. "
+                "Select others by params=..., and call the network with gradients enabled (no torch.no_grad)."
             )
         others = [slot for slot, gradient in zip(step.trained, found, strict=True) if gradient is None]
         of_loss: list[Tensor | None] = [None] * len(others)

@@ -129,6 +129,28 @@ def test_layers_that_something_else_reads_are_found_and_said(caplog):
         assert own not in lines[0]
 
 
+class PenalizedLate(Net):
+    """Adds a penalty on a weight from its third batch on, in the middle of an epoch."""
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        return loss + self.net[0].weight.square().sum() if index >= 2 else loss
+
+
+def test_a_weight_that_something_else_uses_later_in_an_epoch_has_its_noise_there():
+    def run(chunk_size):
+        torch.manual_seed(1)
+        module = PenalizedLate(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)))
+        fitted(
+            module, batches(6, num=4), EvolutionStrategy(OpenAIES(0.1, "raw"), 8, rank=1, chunk_size=chunk_size, seed=5)
+        )
+        return module.gradients
+
+    for fast, slow in zip(run(8), run(1), strict=True):
+        for name, gradient in slow.items():
+            torch.testing.assert_close(fast[name], gradient, rtol=1e-4, atol=2e-5)  # float32, sums in another order
+
+
 def test_tied_frozen_and_reshaped_layers_are_not_standard():
     shared = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))
     shared[1].weight = shared[0].weight

@@ -37,6 +37,27 @@ def test_heads_learn_and_are_no_part_of_the_module():
     assert saved["optimizer"]["state"]
 
 
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("guess", [None, LocalLoss("mlp", update="reset")], ids=["random", "guided"])
+def test_heads_of_a_target_take_the_exact_step_of_their_own_loss(space, guess):
+    """One step of SGD along what autograd finds for the first block's head."""
+
+    def rule(update):
+        target = LocalLoss(update=update, optimizer="sgd", lr=0.1)
+        return ForwardGradient(guess=guess, target=target, space=space, seed=1, blocks=None if guess else 1)
+
+    untrained, trained = rule("freeze"), rule("train")
+    steps(untrained)
+    steps(trained)  # one batch
+    before, after = head_of(untrained, "target"), head_of(trained, "target")
+    weight, bias = (before[name].clone().requires_grad_() for name in ("1.weight", "1.bias"))
+    ((x, y),) = data_in(torch.float64)
+    loss = nn.functional.cross_entropy(nn.functional.linear(chain()[:2](x).detach(), weight, bias), y)
+    for name, parameter in (("1.weight", weight), ("1.bias", bias)):
+        (gradient,) = torch.autograd.grad(loss, parameter, retain_graph=True)
+        torch.testing.assert_close(after[name], before[name] - 0.1 * gradient, rtol=1e-10, atol=1e-12)  # float64
+
+
 class OnTied(ConformanceProblem):
     def make_net(self):
         return Tied(dropout=0.3)

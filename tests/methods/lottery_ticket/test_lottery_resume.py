@@ -22,7 +22,7 @@ from lightning_bpfree import Backprop, EvolutionStrategy, ForwardGradient, Lotte
 def resumable(folder, epochs: int, make_rule, ckpt_path=None, validate: bool = False, **arguments):
     """Three levels of two epochs; checkpoints of every epoch. Returns module, callback, Trainer."""
     torch.manual_seed(3)
-    module = Problem(Tied(dropout=0.3 if make_rule else 0.0), optimizer="adamw", lr=0.01)
+    module = Problem(Tied(dropout=0.3), optimizer="adamw", lr=0.01)
     if validate:
         module.validation_step = lambda batch, batch_idx: module.log("val", module.net(batch[0]).mean())
     tickets = LotteryTicket(
@@ -37,7 +37,7 @@ def resumable(folder, epochs: int, make_rule, ckpt_path=None, validate: bool = F
         accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=callbacks, default_root_dir=folder, log_every_n_steps=1, num_sanity_val_steps=0,
     )  # fmt: skip
-    data = loader(shuffle=make_rule is not None)
+    data = loader(shuffle=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The dirpath has changed")  # on purpose
         trainer.fit(module, data, loader(seed=9) if validate else None, ckpt_path=ckpt_path)

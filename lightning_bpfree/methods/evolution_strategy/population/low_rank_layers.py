@@ -76,17 +76,25 @@ class LowRankLayers:
         for name in strays:
             del self.layers[name]
 
+    def watched(self, strays: set[str]) -> dict[str, Tensor]:
+        """Return the layers' weights as tensors that add their names to ``strays`` where something else uses them.
+
+        The layers' own forward passes within :meth:`perturbed` do not count.
+        """
+        return {name: _ObservedWeight.of(self._own[name].detach(), partial(strays.add, name)) for name in self.layers}
+
     @contextlib.contextmanager
-    def perturbed(self, factors: Mapping[str, Factors]) -> Iterator[None]:
+    def perturbed(self, factors: Mapping[str, Factors], weights: Mapping[str, Tensor]) -> Iterator[None]:
         """Let the layers add the noise of one member, within a vmap over members.
 
         Args:
             factors: by name of the weight, as one member sees them: ``(rows, rank)`` and ``(columns, rank)``.
+            weights: what :meth:`watched` has returned, in the place of the parameters.
         """
         with contextlib.ExitStack() as stack:
             for name, noise in factors.items():
                 layer = self.layers[name]
-                stack.enter_context(_forward(layer, partial(_perturbed, layer, noise, self._own[name])))
+                stack.enter_context(_forward(layer, partial(_unwatched, layer, noise, weights[name])))
             yield
 
 
@@ -145,6 +153,11 @@ def _plain(layer: Any, weight: Tensor, x: Tensor) -> Tensor:
     if isinstance(layer, nn.Embedding):
         return _embedding(layer, x, weight)
     return _convolution(layer, x, weight, layer.bias)
+
+
+def _unwatched(layer: Any, noise: Factors, own: Tensor, x: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        return _perturbed(layer, noise, own, x)
 
 
 def _perturbed(layer: Any, noise: Factors, own: Tensor, x: Tensor) -> Tensor:

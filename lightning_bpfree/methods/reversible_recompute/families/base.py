@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from lightning_bpfree.methods.reversible_recompute.refused import RefusedStackError
+
 Rewire = Literal["pre_norm", "scaled"]
 CACHES = frozenset({"cache", "past_key_values", "past_key_value"})  # of keys and values, by the names of transformers
 
@@ -56,7 +58,7 @@ class Family:
             if parameter.kind is parameter.VAR_KEYWORD:
                 arguments.update(arguments.pop(parameter.name, {}))
         if arguments.pop("output_attentions", False):
-            raise ValueError(
+            raise RefusedStackError(
                 "output_attentions=True: a reversible stack keeps no attention weights. Hook the attention modules, or "
                 "ask the model before its conversion."
             )
@@ -136,8 +138,8 @@ class OwnBranches(Family):
         """Refuse: the width is not known.
 
         Raises:
-            ValueError: always.
+            RefusedStackError: always.
         """
-        raise ValueError(
+        raise RefusedStackError(
             "fusion='concat_linear' needs the width of the layers, which branches=(f, g) do not tell: use another one."
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bpfree.methods.reversible_recompute.families.base import CACHES, Family
+from lightning_bpfree.methods.reversible_recompute.refused import RefusedStackError
 
 
 class TextFamily(Family):
@@ -18,19 +19,19 @@ class TextFamily(Family):
         """Return the input and the arguments of self-attention.
 
         Raises:
-            ValueError: for cross-attention, or a cache while gradients are computed.
+            RefusedStackError: for cross-attention, or a cache while gradients are computed.
         """
         x, context = super().bind(layer, args, kwargs)
         encoder, _ = context.pop("encoder_hidden_states", None), context.pop("encoder_attention_mask", None)
         if encoder is not None:
-            raise ValueError(
+            raise RefusedStackError(
                 "encoder_hidden_states is given, but layers with cross-attention have three branches and make no "
                 "reversible block: convert the encoder only."
             )
         for key in CACHES:
             cache = context.pop(key, None)
             if cache is not None and torch.is_grad_enabled():
-                raise ValueError(
+                raise RefusedStackError(
                     f"{key} is given while gradients are computed, and recomputing would fill it twice: set "
                     "config.use_cache = False for training."
                 )
