@@ -122,7 +122,7 @@ def test_the_network_is_found_or_asked_for():
     with pytest.raises(ValueError, match=r"2 children with parameters \(a, b\).*network='a'.*network=''"):
         find_network(two)
     assert find_network(two, "")[1] is two
-    with pytest.raises(ValueError, match=r"network='c' is no part.*a, b"):
+    with pytest.raises(ValueError, match=r"network='c' is not a part.*a, b"):
         find_network(two, "c")
 
 
