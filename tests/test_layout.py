@@ -120,7 +120,7 @@ def test_a_method_stands_alone_and_has_one_entrance(folder):
 
 @pytest.mark.parametrize("folder", METHODS, ids=name)
 def test_a_method_is_named_after_its_public_class(folder):
-    public = [kind for kind in vars(bpf).values() if inspect.isclass(kind)]
+    public = [kind for _, kind in inspect.getmembers(bpf, inspect.isclass)]
     entrances = [kind for kind in public if kind.__module__.split(".")[-1] + ".py" in ENTRANCES]
     named = [kind for kind in entrances if kind.__module__.split(".")[-2] == folder.name]
     assert [snake_case(kind.__name__) for kind in named] == [folder.name]
@@ -171,7 +171,7 @@ assert not set(missing) & set(sys.modules)
 
 
 def shipped_rules() -> list[type[bpf.TrainingRule]]:
-    public = [value for value in vars(bpf).values() if inspect.isclass(value)]
+    public = [value for _, value in inspect.getmembers(bpf, inspect.isclass)]
     return [kind for kind in public if issubclass(kind, bpf.TrainingRule) and not inspect.isabstract(kind)]
 
 
