@@ -65,9 +65,8 @@ class RunFiles(SaveConfigCallback):
 
 def _csv_logger(trainer: pl.Trainer) -> CSVLogger:
     """Return a logger that writes metrics.csv to the folder of the run."""
-    if not trainer.loggers:
-        return CSVLogger(trainer.default_root_dir)
-    logger = CSVLogger(run_folder(trainer), name="", version="")
+    place = CSVLogger(trainer.default_root_dir) if not trainer.loggers else None
+    logger = place or CSVLogger(run_folder(trainer), name="", version="")
     with warnings.catch_warnings():  # of files in this folder: they are those of the run itself
         warnings.simplefilter("ignore")
         _ = logger.experiment

@@ -76,6 +76,14 @@ class TrainingRule(Callback, ABC):
     """
 
     citation: ClassVar[str] = ""
+    logged: ClassVar[dict[str, str]] = {
+        "bpfree/loss": "the loss of the training step, without perturbation",
+        "bpfree/grad_norm": "norm of the estimated gradient, after the averaging over ranks and before clipping",
+        "bpfree/forward_evals": "forward passes used since the start of the fit; backprop counts 3 a batch",
+        "bpfree/active": "1 if the rule trains this epoch, 0 if plain backprop does",
+        "bpfree/bytes_sent": "bytes sent to other ranks in the last step (ScalarSyncStrategy only)",
+    }
+    """What is logged, with its meaning; ``bpfree metrics`` prints it. A rule adds what its estimates report."""
     exchanges_scalars: bool = False
     """Whether the estimate is a function of the numbers on which ranks agree by ``Step.measure``."""
     reevaluates: bool = True

@@ -103,7 +103,7 @@ def title(path: Path) -> str:
 
 def run(arguments: Sequence[str]) -> int:
     """Run ``bpfree recipes``."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.action == "show":
         sys.stdout.write(find(options.name).read_text(encoding="utf-8"))
     elif options.action == "copy":
@@ -126,8 +126,8 @@ def copy(name: str, target: Path, force: bool = False) -> Path:
     return copied
 
 
-def _parser() -> Parser:
-    parser = Parser(
+def parser() -> Parser:
+    made = Parser(
         "bpfree recipes",
         "List, show or copy the YAML files that come with the package.",
         [
@@ -136,7 +136,7 @@ def _parser() -> Parser:
             "bpfree recipes copy quickstart my_folder",
         ],
     )
-    actions = parser.add_subparsers(dest="action", metavar="list|show|copy")
+    actions = made.add_subparsers(dest="action", metavar="list|show|copy")
     actions.add_parser("list", description="Print names and titles.", help="print names and titles (the default)")
     show = actions.add_parser("show", description="Print a recipe.", help="print a recipe")
     show.add_argument("name", metavar="NAME", help="such as quickstart or rules/forward_gradient")
@@ -144,4 +144,4 @@ def _parser() -> Parser:
     copying.add_argument("name", metavar="NAME", help="such as quickstart or rules/forward_gradient")
     copying.add_argument("dir", metavar="DIR", type=Path, help="created if it does not exist")
     copying.add_argument("--force", action="store_true", help="overwrite an existing file")
-    return parser
+    return made

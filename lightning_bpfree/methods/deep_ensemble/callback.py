@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -80,6 +80,16 @@ class DeepEnsemble(Callback):
         G. A. Mendrofa, G. F. Hertono, B. D. Handari, "Ensemble Learning Model on Artificial Neural
         Network-Backpropagation (ANN-BP) Architecture for Coal Pillar Stability Classification", 2023, arXiv 2303.16524.
     """
+
+    logged: ClassVar[dict[str, str]] = {
+        "<stage>/cls/Acc": "accuracy of the ensemble in an evaluation",
+        "<stage>/cls/NLL": "negative log-likelihood of the ensemble",
+        "<stage>/cls/Brier": "Brier score of the ensemble",
+        "<stage>/cal/ECE": "expected calibration error of the ensemble, 15 bins",
+        "<stage>/reg/<name>": "MSE and MAE of the ensemble (regression)",
+        "<stage>/ens_<name>": "spread of the members: Disagreement, Entropy and MI, or Variance (regression)",
+        "<stage>/member_<index>/<name>": "the same scores for each member",
+    }
 
     @checked
     def __init__(
