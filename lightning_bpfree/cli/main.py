@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         # Lightning exits with 1 after Ctrl-C.
-        return _ended(arguments[0], INTERRUPTED, str(error) if isinstance(error, KeyboardInterrupt) else "")
+        code = TERMINATED if type(error).__name__ == "Terminated" else INTERRUPTED
+        return _ended(arguments[0], code, str(error) if isinstance(error, KeyboardInterrupt) else "")
     except Exception as error:
         return _failed(arguments[0], error)
     return code

@@ -31,7 +31,8 @@ def tables() -> dict[str, dict[str, str]]:
     import lightning_bpfree
 
     kinds = inspect.getmembers(lightning_bpfree, inspect.isclass)
-    return {name: dict(kind.logged) for name, kind in kinds if getattr(kind, "logged", None)}
+    found = {name: getattr(kind, "logged", None) for name, kind in kinds if not inspect.isabstract(kind)}
+    return {name: dict(logged) for name, logged in found.items() if logged}
 
 
 def run(arguments: Sequence[str]) -> int:

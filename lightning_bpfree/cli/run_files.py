@@ -40,7 +40,7 @@ class RunFiles(SaveConfigCallback):
     """
 
     def __init__(self, *args: Any, report: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, save_to_log_dir=False, **kwargs)
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
         self.report = report
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

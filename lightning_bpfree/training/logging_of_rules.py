@@ -12,7 +12,6 @@ import lightning.pytorch as pl
 
 from lightning_bpfree.training.trainer_attributes import log_every_n_steps
 
-
 _NOTED: WeakKeyDictionary[pl.Trainer, dict[str, Any]] = WeakKeyDictionary()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_bpfree.cli.common.preconditions import CommandError, require
+from lightning_bpfree.cli.common.preconditions import CommandError
 
 
 def check_yaml(path: Path) -> None:
@@ -47,7 +47,6 @@ def place_of(key: str, paths: Sequence[Path]) -> str:
 
 def _composed(path: Path) -> Any:
     """Return the nodes of a file; None if it is empty."""
-    require("yaml")
     import yaml
 
     try:

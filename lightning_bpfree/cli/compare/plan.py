@@ -7,10 +7,13 @@ import importlib
 import itertools
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from lightning_bpfree.cli.common import recipes
 from lightning_bpfree.cli.common.configured import Blueprint
@@ -37,6 +40,29 @@ class Contender(NamedTuple):
     label: str
     kind: type[TrainingRule]
     config: str
+
+
+def check_numbers(options: argparse.Namespace) -> None:
+    """Raise CommandError for numbers out of range, before anything is read."""
+    if options.epochs is not None and options.epochs < 1:
+        raise CommandError(f"--epochs {options.epochs}: give 1 or more.")
+    if options.jobs < 1:
+        raise CommandError(f"--jobs {options.jobs}: give 1 or more.")
+    twice = [str(seed) for seed, times in Counter(options.seeds).items() if times > 1]
+    if twice:
+        raise CommandError(f"--seeds: {', '.join(twice)} is given more than once; each seed is one training.")
+    for seed in options.seeds:
+        if not 0 <= seed < 1 << 32:
+            raise CommandError(f"--seeds {seed}: give whole numbers from 0 to {(1 << 32) - 1}.")
+    options.budget = list(dict.fromkeys(options.budget))
+
+
+def check_length(config: str) -> None:
+    """Raise CommandError if a training of this configuration has no end, or no epoch."""
+    trainer = yaml.safe_load(config)["trainer"]
+    epochs, ends = trainer["max_epochs"], trainer["max_time"] or trainer["max_steps"] not in (-1, None)
+    if epochs == 0 or (epochs == -1 and not ends):
+        raise CommandError(f"trainer.max_epochs={epochs}: give --epochs N, with N of 1 or more.")
 
 
 def contenders(options: argparse.Namespace, overrides: Sequence[str]) -> list[Contender]:
