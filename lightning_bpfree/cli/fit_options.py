@@ -30,7 +30,7 @@ COMMON = {
     "--model=CLASS": "the LightningModule, such as my_module.MyModel; its arguments: --model.init_args.NAME=VALUE",
     "--data=CLASS": "the LightningDataModule; its arguments: --data.init_args.NAME=VALUE",
     "--trainer.max_epochs=N": "arguments of the Trainer: --trainer.NAME=VALUE",
-    "--trainer.callbacks+=CLASS": "add a callback, such as a rule; then --trainer.callbacks.NAME=VALUE sets its arguments",
+    "--trainer.callbacks+=CLASS": "add a callback, such as a rule; its arguments: --trainer.callbacks.NAME=VALUE",
     "--seed_everything=N": "the seed of all random numbers",
 }
 
@@ -48,7 +48,7 @@ def parser(command: str) -> Parser:
         "--config",
         action="append",
         metavar="FILE",
-        help="a YAML file or a recipe; later ones overlay earlier ones",
+        help="YAML file or recipe; later ones overlay earlier ones",
     )
     add("--ckpt_path", metavar="FILE", help="a checkpoint to load; fit continues from it")
     if command == "fit":

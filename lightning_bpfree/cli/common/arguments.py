@@ -32,10 +32,10 @@ class Parser(argparse.ArgumentParser):
         raise CommandError(f"{message}.{self._meant(message)} '{self.prog} --help' shows the options.")
 
     def _meant(self, message: str) -> str:
-        head, found, rest = message.partition("unrecognized arguments: ")
+        _, found, rest = message.partition("unrecognized arguments: ")
         if found:
             return did_you_mean(rest.split()[0].partition("=")[0], self.options())
-        head, found, rest = message.partition("invalid choice: ")
+        _, found, rest = message.partition("invalid choice: ")
         given, _, choices = rest.partition(" (choose from ")
         if not found:
             return ""

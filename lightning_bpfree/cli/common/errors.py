@@ -57,10 +57,10 @@ def refusal(error: BaseException) -> str | None:
 
 
 def in_one_line(message: str) -> str:
-    """Return a message without line breaks.
+    r"""Return a message without line breaks.
 
     Examples:
-        >>> in_one_line("two\\n  lines")
+        >>> in_one_line("two\n  lines")
         'two lines'
     """
     return " ".join(message.split())
@@ -86,12 +86,12 @@ def _is_users(module: str) -> bool:
 
 
 def _of_state_dict(message: str) -> str:
-    """Return what is wrong if a checkpoint is of another network; empty for other errors.
+    r"""Return what is wrong if a checkpoint is of another network; empty for other errors.
 
     Examples:
-        >>> print(_of_state_dict('Error(s) in loading state_dict for Net:\\n\\tMissing key(s) in state_dict: "a", "b". '))
-        the checkpoint does not fit the model: 2 parameters are missing in the checkpoint (the first is 'a'). Give the
-        configuration with which it was trained: config.yaml in the folder of its run.
+        >>> said = 'Error(s) in loading state_dict for Net:\n\tMissing key(s) in state_dict: "a", "b". '
+        >>> _of_state_dict(said).partition(". ")[0]
+        "the checkpoint does not fit the model: 2 parameters are missing in the checkpoint (the first is 'a')"
     """
     if "Error(s) in loading state_dict" not in message:
         return ""

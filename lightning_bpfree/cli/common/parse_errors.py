@@ -55,7 +55,7 @@ def parse_error(
         >>> print(parse_error("unrecognized arguments: --trainer.max_epoch=3", ["--trainer.max_epochs"]))
         there is no option --trainer.max_epoch. Did you mean --trainer.max_epochs?
     """
-    head, found, rest = message.partition("nrecognized arguments: ")
+    _, found, rest = message.partition("nrecognized arguments: ")
     if found:
         return _unknown_option(rest.split()[0], options)
     unknown = _UNKNOWN_KEY.search(message)
@@ -110,14 +110,14 @@ def _of_class(message: str, key: str) -> str:
         return f"{key}: cannot import {missing['path']}: {missing['why'].strip()}.{_like(missing['path'])}"
     if "Expected a path but" in message and (named := _NO_PATH.search(message)):
         return (
-            f"{key}: {named['name']} is not the name of a known class.{_like(named['name'])} Give the class of a module "
+            f"{key}: {named['name']} is no known class.{_like(named['name'])} Give the class of a module "
             "of your own by its path, such as my_module.MyClass."
         )
     return ""
 
 
 def _like(path: str) -> str:
-    """Return the public classes, or those of the module of ``path``, whose names are most like it."""
+    """Return the public classes, or those of the module of ``path``, with the most similar names."""
     import lightning_bpfree
 
     module, _, name = path.rpartition(".")

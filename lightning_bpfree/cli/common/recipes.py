@@ -127,6 +127,7 @@ def copy(name: str, target: Path, force: bool = False) -> Path:
 
 
 def parser() -> Parser:
+    """Return the parser of the command."""
     made = Parser(
         "bpfree recipes",
         "List, show or copy the YAML files that come with the package.",

@@ -17,14 +17,14 @@ def check_yaml(path: Path) -> None:
     if not hasattr(root, "value") or root.id != "mapping":
         found = "a list" if root.id == "sequence" else "a single value"
         raise CommandError(
-            f"{path}, line {root.start_mark.line + 1}: a configuration is a mapping such as 'trainer: {{max_epochs: 5}}'; "
-            f"this file holds {found}."
+            f"{path}, line {root.start_mark.line + 1}: give a mapping such as 'trainer: {{max_epochs: 5}}', "
+            f"not {found}."
         )
     lines: dict[tuple[str, ...], int] = {}
     for key, line in _keys(root):
         if key in lines:
             raise CommandError(
-                f"{path}, line {line}: the key {'.'.join(key)} is given twice, first in line {lines[key]}. Merge the two."
+                f"{path}, line {line}: the key {'.'.join(key)} is given twice, first in line {lines[key]}. Merge them."
             )
         lines[key] = line
 

@@ -87,7 +87,7 @@ def compare(plan: dict[str, Any], rules: Sequence[Contender], out: Path, jobs: i
                     progress.begin(label, what)
                 elif event["kind"] in ("run", "trial"):
                     missing -= 1
-                    progress.end(label, what, event)
+                    progress.end(label, what if event["kind"] == "trial" else _named(part, event), event)
                     write(part)
             progress.drop(label, missing)  # of a rule that was refused
             write(part)
@@ -107,6 +107,11 @@ def compare(plan: dict[str, Any], rules: Sequence[Contender], out: Path, jobs: i
         finally:
             end_all()
     return comparison
+
+
+def _named(part: Part, run: Event) -> str:
+    """Return what a run is called in its line."""
+    return ", ".join(filter(None, (part.name, f"seed {run['seed']}", f"budget {run['budget']}")))
 
 
 def _side_by_side(rules: Sequence[Contender], jobs: int, train: Callable[[Contender, threading.Event], None]) -> None:

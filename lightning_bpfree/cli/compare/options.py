@@ -11,9 +11,10 @@ def parser() -> Parser:
     """Return the parser of the command's own options; all others are those of the configuration."""
     made = Parser(
         "bpfree compare",
-        "Train the same module under each rule, and under backprop, from one configuration; print one table. Runs on one\n"
-        "device, each rule in its own process. Rules of the base are left out; its GradientAlignment, if any, measures\n"
-        "every rule. Finished runs are kept in --out: the same command continues. Other options are those of bpfree fit.",
+        "Train the same module under each rule, and under backprop, from one configuration; print one table.\n"
+        "Runs on one device, each rule in its own process. Rules of the base are left out; its GradientAlignment,\n"
+        "if any, measures every rule. Finished runs are kept in --out: the same command continues.\n"
+        "Other options are those of bpfree fit.",
         [
             "bpfree compare -c quickstart --rules rules/forward_gradient rules/zeroth_order --out comparison",
             "bpfree compare -c mine.yaml --rules 'my_rules/*.yaml' --tune model.init_args.lr=0.001,0.01 --out out",

@@ -123,7 +123,7 @@ def profile(blueprint: Blueprint, seed: int) -> dict[str, Any]:
 
 
 def _logged(built: Built) -> dict[str, list[str]] | None:
-    """Return the metrics that fit, validation and test log, after a short fit; None if one batch is too few for them."""
+    """Return the metrics that fit, validation and test log, after a short fit; None if one batch is too few."""
     found = {"fit": sorted(built.trainer.callback_metrics)}
     for stage in ("validate", "test"):
         try:

@@ -23,12 +23,12 @@ def parser() -> Parser:
     """Return the parser of the command's own options; all others are those of the configuration."""
     made = Parser(
         "bpfree tickets",
-        "Find lottery tickets in several ways, from a configuration with a rule and a LotteryTicket; train tickets of the\n"
-        "first kind under other rules; measure how the loss rises on the lines between trained networks. Runs on one\n"
-        "device. Other options are those of bpfree fit.",
+        "Find lottery tickets in several ways, from a configuration with a rule and a LotteryTicket; train tickets of\n"
+        "the first kind under other rules; measure how the loss rises on the lines between trained networks.\n"
+        "Runs on one device. Other options are those of bpfree fit.",
         [
             "bpfree tickets -c papers/es_lottery_tickets --out runs/tickets",
-            "bpfree tickets -c papers/es_lottery_tickets --kinds magnitude random --seeds 0 --no-connectivity --out out",
+            "bpfree tickets -c papers/es_lottery_tickets --kinds magnitude random --no-connectivity --out out",
         ],
         usage="bpfree tickets -c FILE --out DIR [option ...]",
     )
