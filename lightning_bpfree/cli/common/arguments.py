@@ -64,5 +64,6 @@ def configuration_options(given: Sequence[str], own: Iterable[str]) -> list[str]
     for argument in given:
         option = argument.partition("=")[0]
         if option.startswith("--") and option.partition(".")[0].rstrip("+") not in known:
-            raise CommandError(f"there is no option {option}.{did_you_mean(option, known)}")
+            head = option.partition(".")[0]
+            raise CommandError(f"there is no option {option}.{did_you_mean(head, known)}")
     return list(given)

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, Prog
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_utilities.core.imports import RequirementCache
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 import lightning_bpfree
 from lightning_bpfree.cli.common.checkpoints import check_checkpoint
@@ -77,6 +78,13 @@ class ConfigCLI(LightningCLI):
             raise CommandError(parse_error(str(error), known, self._files, self._given)) from error
         name = self.config.get("subcommand")
         check_checkpoint(None if name is None else self.config[name].get("ckpt_path"))
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the hyperparameters of the checkpoint, as LightningCLI does, if they fit the configured model."""
+        try:
+            super()._parse_ckpt_path()
+        except (KeyError, argparse.ArgumentError):  # written by a script rather than by LightningCLI
+            rank_zero_info("The model is that of the configuration; the checkpoint does not say how it was made.")
 
     def instantiate_classes(self) -> None:
         """Make everything, and turn the refusal of an argument by this package or Lightning into CommandError.

@@ -49,11 +49,13 @@ def refusal(error: BaseException) -> str | None:
     Args:
         error: with its traceback.
     """
-    *_, first = _chain(error)
-    places = _places(first)
-    if not places or places[-1][0].split(".")[0] not in (OWN, *LIGHTNING):
-        return None
-    return in_one_line(str(first)) if isinstance(first, ValueError | TypeError | ImportError | OSError) else None
+    for link in _chain(error):
+        module = next(reversed(_places(link)), ("", 0))[0]
+        if module.split(".")[0] in (OWN, *LIGHTNING) and isinstance(
+            link, ValueError | TypeError | ImportError | OSError
+        ):
+            return in_one_line(str(link))
+    return None
 
 
 def in_one_line(message: str) -> str:

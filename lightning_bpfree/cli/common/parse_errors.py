@@ -24,7 +24,9 @@ _NOT_FOUND = re.compile(
     r"Problem with given class_path '(?P<path>[\w.]+)':\s+(?P<why>(?:No module|module|cannot)[^\n]+)"
 )
 _NO_PATH = re.compile(r"Expected a dot import path string: (?P<name>\S+)")
-_UNKNOWN_KEY = re.compile(r"does not accept option '(?P<key>[\w.]+)'|Key '(?P<other>[\w.]+)' is not expected")
+_UNKNOWN_KEY = re.compile(
+    r"(?:Group '(?P<group>[\w.]+)' )?does not accept option '(?P<key>[\w.]+)'|^Option '(?P<other>[\w.]+)' is not accepted"
+)
 _EXPECTED = re.compile(r"Expected an? (?P<type>[^\n]+?)\.?(?: Got value[^\n]*)?(?:\n|$)")
 _TYPES = {
     "<class 'int'>": "a whole number",
@@ -60,7 +62,7 @@ def parse_error(
         return _unknown_option(rest.split()[0], options)
     unknown = _UNKNOWN_KEY.search(message)
     if unknown:
-        key = unknown["key"] or unknown["other"]
+        key = ".".join(filter(None, (unknown["group"], unknown["key"] or unknown["other"])))
         known = [option.removeprefix("--") for option in options]
         return f"{place_of(key, files)}there is no key {key}.{did_you_mean(key, known)}"
     argument = _of_argument(message)
@@ -108,7 +110,7 @@ def _of_class(message: str, key: str) -> str:
     """Return what is wrong with the name of a class; empty if the message is about something else."""
     if missing := _NOT_FOUND.search(message):
         return f"{key}: cannot import {missing['path']}: {missing['why'].strip()}.{_like(missing['path'])}"
-    if "Expected a path but" in message and (named := _NO_PATH.search(message)):
+    if named := _NO_PATH.search(message):
         return (
             f"{key}: {named['name']} is no known class.{_like(named['name'])} Give the class of a module "
             "of your own by its path, such as my_module.MyClass."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,8 @@ def protect(out: Path, wanted: Mapping[str, Any], overwrite: bool) -> None:
         return
     try:
         earlier = json.loads(file.read_text(encoding="utf-8"))
+        if not any(_results(earlier)):
+            return
         known, command = earlier.get("identity"), " ".join(earlier.get("command", []))
     except (ValueError, AttributeError) as error:
         raise CommandError(f"{file} is damaged. Give another --out, or --overwrite to delete it.") from error
@@ -107,6 +109,13 @@ def protect(out: Path, wanted: Mapping[str, Any], overwrite: bool) -> None:
             f"{out} holds the results of another comparison ({difference}): '{command}'. Give another --out, or "
             "--overwrite to delete them."
         )
+
+
+def _results(comparison: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the runs that have given a result."""
+    for part in comparison.get("conditions", [comparison]):
+        for rule in part.get("rules", []):
+            yield from (run for run in rule["runs"] if run["error"] is None)
 
 
 def _difference(known: Any, wanted: Mapping[str, Any]) -> str:
