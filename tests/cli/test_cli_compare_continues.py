@@ -91,8 +91,10 @@ def test_more_seeds_continue_and_fewer_are_refused(base: str, trained: list[int]
     ("more", "said"),
     [
         (["--metric", "test_loss"], "--metric differs"),
-        (["--model.init_args.lr=0.2"], "the configuration or the grid of backprop differs"),
-        (["--curve", "val_acc"], "--curve or --reach differs"),
+        pytest.param(
+            ["--model.init_args.lr=0.2"], "configuration or the grid of backprop differs", marks=pytest.mark.slow
+        ),
+        pytest.param(["--curve", "val_acc"], "--curve or --reach differs", marks=pytest.mark.slow),
     ],
 )
 def test_another_comparison_overwrites_only_if_asked(
@@ -157,9 +159,9 @@ def test_the_time_that_is_left_is_the_mean_of_each_rules_own_runs() -> None:
 
 SLEEPER = """
 import os, pathlib, time
-import lightning_bpfree
-class Sleeper(lightning_bpfree.Backprop):
-    def estimate(self, step):
+from lightning.pytorch.callbacks import Callback
+class Sleeper(Callback):
+    def on_train_start(self, trainer, pl_module):
         pathlib.Path("worker.pid").write_text(str(os.getpid()))
         time.sleep(120)
 """
@@ -185,14 +187,14 @@ def alive(pid: int) -> bool:
     ("sent", "code", "said"),
     [
         (signal.SIGTERM, 143, "terminated. 0 of 1 runs are finished and kept in out. The same command continues."),
-        (signal.SIGINT, 130, "interrupted. 0 of 1 runs are finished and kept in out. The same command continues."),
         (signal.SIGKILL, -9, ""),
     ],
 )
 def test_the_worker_ends_with_the_command(sent: int, code: int, said: str, base: str, overlay: Overlay) -> None:
     Path("sleeping.py").write_text(SLEEPER)
-    rule = overlay("sleeper.yaml", "sleeping.Sleeper")
-    arguments = ["compare", "-c", base, "--rules", rule, "--seeds", "0", "--budget", "epochs", "--out", "out"]
+    sleeper = overlay("sleeper.yaml", "sleeping.Sleeper")
+    own = ["--rules", "rules/backprop", "--seeds", "0", "--budget", "epochs", "--out", "out"]
+    arguments = ["compare", "-c", base, "-c", sleeper, *own]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
     start = [sys.executable, "-c", "import sys; from lightning_bpfree.cli import main; sys.exit(main())", *arguments]
     process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
