@@ -120,7 +120,7 @@ def configuration_cases() -> list[Case]:
         found += [Case(f"{command}-{n}", [*base, "-c", n, *more], said) for n, (_, said) in FILES.items()]
         found.append(Case(f"{command}-folder", [*base, "-c", "folder.yaml", *more], ("folder.yaml is a folder",)))
         found.append(Case(f"{command}-recipe", [command, "-c", "quikstart", *more], ("Did you mean quickstart",)))
-        parsed = {n: said for n, (_, said) in PARSED.items() if (command, n) != ("compare", "range.yaml")}  # a table
+        parsed = {n: said for n, (_, said) in PARSED.items() if n != "range.yaml" or command not in NEEDED}
         found += [Case(f"{command}-{n}", [*base, "-c", n, *more], said, repeated) for n, said in parsed.items()]
         found += [Case(f"{command}-{n}", [*base, *more, *o], said, repeated) for n, (o, said) in OPTIONS.items()]
     return found

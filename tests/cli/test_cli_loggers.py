@@ -114,7 +114,8 @@ def test_the_folder_of_a_run_is_that_of_its_checkpoints(tmp_path: Path, base: st
         checkpoint = ModelCheckpoint()
         logger = CSVLogger(tmp_path, "net", version)
         built = Blueprint(["-c", base]).build()
-        trainer = Trainer(logger=logger, max_epochs=1, callbacks=[checkpoint], enable_progress_bar=False)
+        settings = {"enable_progress_bar": False, "log_every_n_steps": 1}
+        trainer = Trainer(logger=logger, max_epochs=1, callbacks=[checkpoint], **settings)  # type: ignore[arg-type]
         trainer.fit(built.module, datamodule=built.data)
         assert Path(checkpoint.best_model_path).parent.parent == Path(run_folder(trainer))
 

@@ -89,9 +89,9 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert writer.stdout is not None
     assert writer.stderr is not None
     writer.stdout.close()
-    error = writer.stderr.read()
+    with writer.stderr:
+        assert writer.stderr.read() == b""
     writer.wait(60)
-    assert error == b""
 
 
 # --- completion ---
