@@ -29,7 +29,7 @@ def parser() -> Parser:
         "Print a script with which a shell completes commands, options, classes and recipes.\n"
         'It needs pip install "lightning-bpfree[completion]".',
         [
-            "bpfree completion bash > ~/.local/share/bash-completion/completions/bpfree",
+            "bpfree completion bash > ~/.bpfree.bash       with source ~/.bpfree.bash in ~/.bashrc",
             "bpfree completion zsh > ~/.zfunc/_bpfree      with fpath+=~/.zfunc before compinit in ~/.zshrc",
         ],
     )

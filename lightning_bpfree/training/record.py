@@ -14,6 +14,15 @@ from lightning_bpfree.core.params import ParameterSlots
 if TYPE_CHECKING:
     from lightning_bpfree.training.training_rule import TrainingRule
 
+# What every rule logs, with its meaning.
+LOGGED = {
+    "bpfree/loss": "the loss of the training step, without perturbation",
+    "bpfree/grad_norm": "norm of the estimated gradient, after the averaging over ranks and before clipping",
+    "bpfree/forward_evals": "forward passes used since the start of the fit; backprop counts 3 a batch",
+    "bpfree/active": "1 if the rule trains this epoch, 0 if plain backprop does",
+    "bpfree/bytes_sent": "bytes sent to other ranks in the last step (ScalarSyncStrategy only)",
+}
+
 
 class Record:
     """Counters and history of one rule, saved with the checkpoint.

@@ -34,7 +34,7 @@ from lightning_bpfree.training.checks import (
 )
 from lightning_bpfree.training.logging_of_rules import is_log_due, log_settings, named_after, settings_of
 from lightning_bpfree.training.module_state import ModuleState
-from lightning_bpfree.training.record import Record, banner
+from lightning_bpfree.training.record import LOGGED, Record, banner
 from lightning_bpfree.training.saved_streams import SavedStreams
 from lightning_bpfree.training.skipping import gradients_cross_ranks, is_skipped, waited_for
 from lightning_bpfree.training.step_swap import StepSwap, with_injected_gradients
@@ -76,13 +76,7 @@ class TrainingRule(Callback, ABC):
     """
 
     citation: ClassVar[str] = ""
-    logged: ClassVar[dict[str, str]] = {
-        "bpfree/loss": "the loss of the training step, without perturbation",
-        "bpfree/grad_norm": "norm of the estimated gradient, after the averaging over ranks and before clipping",
-        "bpfree/forward_evals": "forward passes used since the start of the fit; backprop counts 3 a batch",
-        "bpfree/active": "1 if the rule trains this epoch, 0 if plain backprop does",
-        "bpfree/bytes_sent": "bytes sent to other ranks in the last step (ScalarSyncStrategy only)",
-    }
+    logged: ClassVar[dict[str, str]] = LOGGED
     """What is logged, with its meaning; ``bpfree metrics`` prints it. A rule adds what its estimates report."""
     exchanges_scalars: bool = False
     """Whether the estimate is a function of the numbers on which ranks agree by ``Step.measure``."""

@@ -32,7 +32,13 @@ COMMANDS = {
     "bpfree compare --help": [*BPFREE, "compare", "--help"],
     "bpfree fitt (a misspelt command)": [*BPFREE, "fitt"],
     "python -c pass": [sys.executable, "-c", "pass"],
-    "import all of the package": [sys.executable, "-W", "ignore", "-c", "import lightning_bpfree; dir(lightning_bpfree)"],
+    "import all of the package": [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        "import lightning_bpfree; dir(lightning_bpfree)",
+    ],
 }
 LIMIT = 1.0  # seconds
 
@@ -51,7 +57,9 @@ def main() -> None:
     rows = []
     for name, command in COMMANDS.items():
         taken = [seconds(command) for _ in range(options.repeats if name.startswith(("bpfree", "python")) else 3)]
-        rows.append({"command": name, "shortest_s": round(min(taken), 4), "median_s": round(statistics.median(taken), 4)})
+        rows.append(
+            {"command": name, "shortest_s": round(min(taken), 4), "median_s": round(statistics.median(taken), 4)}
+        )
         print(f"{name:<34} shortest {min(taken):.3f} s, median {statistics.median(taken):.3f} s")
     whole = rows[-1]["shortest_s"]
     for row in rows[:-1]:

@@ -20,7 +20,7 @@ from lightning_bpfree.methods.deep_ensemble.bootstrap import Bootstrap
 from lightning_bpfree.methods.deep_ensemble.checks import check_fit, check_strategy
 from lightning_bpfree.methods.deep_ensemble.combining.combination import Combination, Combine, Task
 from lightning_bpfree.methods.deep_ensemble.combining.exported import EnsembleModule
-from lightning_bpfree.methods.deep_ensemble.combining.report import TargetsOf
+from lightning_bpfree.methods.deep_ensemble.combining.report import LOGGED, TargetsOf
 from lightning_bpfree.methods.deep_ensemble.initialisation import Initialise, initial_states
 from lightning_bpfree.methods.deep_ensemble.optimizers import MemberOptimizers
 from lightning_bpfree.methods.deep_ensemble.run import EnsembleRun
@@ -81,15 +81,7 @@ class DeepEnsemble(Callback):
         Network-Backpropagation (ANN-BP) Architecture for Coal Pillar Stability Classification", 2023, arXiv 2303.16524.
     """
 
-    logged: ClassVar[dict[str, str]] = {
-        "<stage>/cls/Acc": "accuracy of the ensemble in an evaluation",
-        "<stage>/cls/NLL": "negative log-likelihood of the ensemble",
-        "<stage>/cls/Brier": "Brier score of the ensemble",
-        "<stage>/cal/ECE": "expected calibration error of the ensemble, 15 bins",
-        "<stage>/reg/<name>": "MSE and MAE of the ensemble (regression)",
-        "<stage>/ens_<name>": "spread of the members: Disagreement, Entropy and MI, or Variance (regression)",
-        "<stage>/member_<index>/<name>": "the same scores for each member",
-    }
+    logged: ClassVar[dict[str, str]] = LOGGED
 
     @checked
     def __init__(
