@@ -138,7 +138,7 @@ def test_errors_of_the_users_own_step_keep_their_traceback(
     )
     net = "{class_path: lightning_bpfree.demos.modules.MLP, init_args: {in_features: 64, num_classes: 10}}"
     with pytest.raises(ZeroDivisionError, match="a mistake of mine"):
-        main(["fit", "-c", "base.yaml", "--model={class_path: own_step.Mine, init_args: {net: %s}}" % net])
+        main(["fit", "-c", "base.yaml", "--model={class_path: own_step.Mine, init_args: {net: " + net + "}}"])
     assert "error:" not in capsys.readouterr().err
 
 
