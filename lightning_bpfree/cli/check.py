@@ -175,7 +175,7 @@ def show(verdicts: Sequence[Verdict]) -> None:
     table.add_column("trains")
     table.add_column("forwards a step", justify="right")
     table.add_column("time a step", justify="right")
-    table.add_column("what stands in the way, and the cure", ratio=1)
+    table.add_column("what prevents it, and the cure", ratio=1)
     for rule, cost, obstacle in verdicts:
         numbers = ("-", "-") if cost is None else (number(cost.forward_evals), f"{cost.time_ratio:.1f}x")
         table.add_row(rule, "no" if cost is None else "yes", *numbers, escape(obstacle))

@@ -97,14 +97,14 @@ def banner(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer) -> st
     lazy = [slot for slot in [*slots, *slots.rest] if is_lazy(slot.parameter)]
     trained = sum(slot.parameter.numel() for slot in slots.trainable() if not is_lazy(slot.parameter))
     total = sum(slot.parameter.numel() for slot in [*slots, *slots.rest] if not is_lazy(slot.parameter))
-    more = f", and {len(lazy)} tensors that the first batch makes" if lazy else ""
+    more = f", and {len(lazy)} tensors that the first batch creates" if lazy else ""
     stop = "end" if rule.stop_epoch is None else str(rule.stop_epoch - 1)
     always = rule.start_epoch == 0 and rule.stop_epoch is None
     rows = {
         "training rule": type(rule).__name__,
         "parameters": f"{trained:,} of {total:,}{more}" + (f" ({rule.params})" if rule.params else ""),
         **rule.describe(),
-        "epochs": "all" if always else f"{rule.start_epoch} to {stop}; plain backprop in the others",
+        "epochs": "all" if always else f"{rule.start_epoch} to {stop}; plain backprop in all others",
         "ranks": f"{trainer.world_size} ({type(trainer.strategy).__name__})",
         "seed": str(rule.record.seed),
     }

@@ -209,7 +209,7 @@ def _compare_cases() -> list[Case]:
         "no-rules": ([*base, "--out", "out"], "--rules"),
         "no-out": ([*base, "--rules", "rules/zeroth_order"], "--out"),
         "rules": ([*base, "--out", "out", "--rules", "rules/zeroth_ordr"], "Did you mean rules/zeroth_order"),
-        "pattern": ([*base, "--out", "out", "--rules", "none*.yaml"], "no file fits the pattern"),
+        "pattern": ([*base, "--out", "out", "--rules", "none*.yaml"], "no file matches the pattern"),
         "no-rule": ([*base, "--out", "out", "--rules", "loggers/csv"], "one training rule"),
         "tune-form": ([*ruled, "--tune", "model.init_args.lr"], "KEY=V1,V2"),
         "tune-key": ([*ruled, "--tune", "model.init_args.nonsense=1,2"], "nonsense"),

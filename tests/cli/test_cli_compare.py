@@ -249,8 +249,8 @@ def test_an_unknown_metric_names_the_known_ones(
     ("arguments", "said"),
     [
         (["--rules", "rules/zeroth_ordre"], "rules/zeroth_order"),
-        (["--rules", "none*.yaml"], "no file fits"),
-        (["--rules", "loggers/csv"], "brings none"),
+        (["--rules", "none*.yaml"], "no file matches"),
+        (["--rules", "loggers/csv"], "adds none"),
         (["--rules", "rules/backprop", "--tune", "model.init_args.lr"], "KEY=V1,V2"),
         (["--rules", "rules/backprop", "--tune", "model.init_args.nonsense=1"], "nonsense"),
     ],

@@ -66,7 +66,7 @@ def test_the_mean_of_a_curve_is_known_if_all_of_it_is(
 def test_tuning_by_a_curve_needs_one(base: str, overlay: Overlay, capsys: pytest.CaptureFixture[str]) -> None:
     rule = overlay("cheap.yaml", "ZerothOrder", num_directions=1)
     assert main(short(base, "--rules", rule, "--tune-by", "curve")) == 2
-    assert "--tune-by curve: the mean of which metric?" in capsys.readouterr().err
+    assert "--tune-by curve: name the validation metric" in capsys.readouterr().err
 
 
 @pytest.mark.slow

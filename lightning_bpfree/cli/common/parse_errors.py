@@ -25,7 +25,8 @@ _NOT_FOUND = re.compile(
 )
 _NO_PATH = re.compile(r"Expected a dot import path string: (?P<name>\S+)")
 _UNKNOWN_KEY = re.compile(
-    r"(?:Group '(?P<group>[\w.]+)' )?does not accept option '(?P<key>[\w.]+)'|^Option '(?P<other>[\w.]+)' is not accepted"
+    r"(?:Group '(?P<group>[\w.]+)' )?does not accept option '(?P<key>[\w.]+)'"
+    r"|^Option '(?P<other>[\w.]+)' is not accepted"
 )
 _EXPECTED = re.compile(r"Expected an? (?P<type>[^\n]+?)\.?(?: Got value[^\n]*)?(?:\n|$)")
 _TYPES = {

@@ -90,7 +90,7 @@ def _overlays(given: Sequence[str]) -> Iterator[str]:
         is_pattern = any(mark in name for mark in "*?[")
         files = sorted(glob(name)) if is_pattern else [name]  # noqa: PTH207  # Path.glob takes no absolute pattern
         if not files:
-            raise CommandError(f"--rules {name}: no file fits the pattern.")
+            raise CommandError(f"--rules {name}: no file matches the pattern.")
         yield from (recipes.resolve(file) for file in files)
 
 
@@ -105,7 +105,9 @@ def _contender(label: str, arguments: list[str]) -> Contender:
     rules = [kind for kind in map(_kind, blueprint.callbacks) if issubclass(kind, TrainingRule)]
     if len(rules) != 1:
         names = ", ".join(kind.__name__ for kind in rules) or "none"
-        raise CommandError(f"the overlay {label} must bring one training rule to trainer.callbacks; it brings {names}.")
+        raise CommandError(
+            f"the overlay {label} must add exactly one training rule to trainer.callbacks; it adds {names}."
+        )
     return Contender(label, rules[0], blueprint.dump())
 
 
@@ -174,18 +176,16 @@ def curve(options: argparse.Namespace) -> dict[str, Any]:
     metric, reach = options.curve, options.reach or []
     given = " ".join(f"{value:g}" for value in reach)
     if metric is None and options.tune_by == "curve":
-        raise CommandError(
-            "--tune-by curve: the mean of which metric? Name one of validation, such as --curve val_acc."
-        )
+        raise CommandError("--tune-by curve: name the validation metric, such as --curve val_acc.")
     if metric is None and reach:
-        raise CommandError(f"--reach {given}: of which metric? Name one of validation, such as --curve val_acc.")
+        raise CommandError(f"--reach {given}: name the validation metric, such as --curve val_acc.")
     if metric is None:
         return {}
     if not all(map(math.isfinite, reach)):
         raise CommandError(f"--reach {given}: give finite numbers, values of {metric} to be reached.")
     if options.vary:
         raise CommandError(
-            f"--curve {metric}: not together with --vary. Leave --vary out, and run a comparison for each value "
+            f"--curve {metric}: cannot be combined with --vary. Leave --vary out and run one comparison for each value "
             f"instead, with --{options.vary[0].partition('=')[0]}=VALUE."
         )
     return {"curve": {"metric": metric, "larger_is_better": larger_is_better(metric), "reach": reach}}
