@@ -67,15 +67,14 @@ def parse_error(
         known = [option.removeprefix("--") for option in options]
         return f"{place_of(key, files)}there is no key {key}.{did_you_mean(key, known)}"
     argument = _of_argument(message)
-    key = _KEY.search(message)
-    place = place_of(key["key"], files) if key and f"--{key['key']}" not in given else ""
-    if argument:
-        return place + argument
-    if key:
-        value = _VALUE.search(message)
-        shown = value["value"].strip() if value else ""
-        return f"{place}{_of_class(message, key['key']) or _of_value(message, key['key'], shown)}"
-    return in_one_line(message)
+    found_key = _KEY.search(message)
+    if found_key is None:
+        return argument or in_one_line(message)
+    key = found_key["key"]
+    place = place_of(key, files) if f"--{key}" not in given else ""
+    value = _VALUE.search(message)
+    shown = value["value"].strip() if value else ""
+    return place + (argument or _of_class(message, key) or _of_value(message, key, shown))
 
 
 def _unknown_option(argument: str, options: Sequence[str]) -> str:
