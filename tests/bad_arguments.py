@@ -159,7 +159,7 @@ GOOD: dict[str, Callable[[], Any]] = {
 
 def public() -> dict[str, Callable[..., Any]]:
     """Return all public constructors and functions that take arguments, by name."""
-    found: dict[str, Any] = {**vars(bpf), **vars(functional)}
+    found: dict[str, Any] = {**dict(inspect.getmembers(bpf)), **vars(functional)}
     for name in MODULES:
         module = importlib.import_module(f"lightning_bpfree.demos.{name}")
         names = getattr(module, "__all__", ["CORRUPTIONS", "Corruption", "chosen_corruption"])

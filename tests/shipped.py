@@ -30,7 +30,7 @@ RECIPES = TESTS.parent / "recipes/rules"
 
 def shipped_rules() -> list[type[bpf.TrainingRule]]:
     """Return all public rules that can be made."""
-    public = [value for value in vars(bpf).values() if inspect.isclass(value)]
+    public = [value for _, value in inspect.getmembers(bpf, inspect.isclass)]
     return [kind for kind in public if issubclass(kind, bpf.TrainingRule) and not inspect.isabstract(kind)]
 
 

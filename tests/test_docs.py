@@ -155,14 +155,14 @@ def test_rules_are_backed_by_tests(page):
 
 def test_public_names_are_documented():
     pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    for key, value in vars(bpf).items():
+    for key, value in inspect.getmembers(bpf):
         if inspect.isclass(value) or inspect.isfunction(value):
             assert re.search(rf"\b{key}\b", pages), f"no page names {key}"
     exported = {name.rpartition(".")[2] for name in loaded("hooks").exported(ROOT / "lightning_bpfree/functional.py")}
     assert exported == {key for key, value in vars(functional).items() if callable(value)}
-    documented = {name.rpartition(".")[2] for name in loaded("hooks").exported(ROOT / "lightning_bpfree/__init__.py")}
+    documented = {name.rpartition(".")[2] for name in loaded("hooks").exported(ROOT / "lightning_bpfree/public.py")}
     assert documented == {
-        key for key, value in vars(bpf).items() if inspect.isclass(value) or inspect.isfunction(value)
+        key for key, value in inspect.getmembers(bpf) if inspect.isclass(value) or inspect.isfunction(value)
     }
 
 

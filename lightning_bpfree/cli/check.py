@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import math
 import time
@@ -17,7 +16,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 
 import lightning_bpfree
+from lightning_bpfree.cli import check_options
 from lightning_bpfree.cli.common import recipes
+from lightning_bpfree.cli.common.arguments import configuration_options
 from lightning_bpfree.cli.common.configured import Blueprint, RulesChoice, silence
 from lightning_bpfree.cli.common.preconditions import CommandError, require
 from lightning_bpfree.cli.common.tables import console, number
@@ -145,7 +146,7 @@ def _wait(device: torch.device) -> None:
 
 def shipped_rules() -> list[type[TrainingRule]]:
     """Return the rules of the package that can be made with their default settings."""
-    public = [value for value in vars(lightning_bpfree).values() if inspect.isclass(value)]
+    public = [value for _, value in inspect.getmembers(lightning_bpfree, inspect.isclass)]
     return [kind for kind in public if issubclass(kind, TrainingRule) and not inspect.isabstract(kind)]
 
 
@@ -220,7 +221,7 @@ def show(verdicts: Sequence[Verdict]) -> None:
     table.add_column("trains")
     table.add_column("forwards a step", justify="right")
     table.add_column("time a step", justify="right")
-    table.add_column("what stands in the way, and the cure", ratio=1)
+    table.add_column("what prevents it, and the cure", ratio=1)
     for rule, cost, obstacle in verdicts:
         numbers = ("-", "-")
         if cost is not None:
@@ -235,16 +236,9 @@ def _shown(value: float, form: Callable[[float], str]) -> str:
 
 def run(arguments: Sequence[str]) -> int:
     """Run ``bpfree check``; the code is 0 also where no rule can train the module, for it is a report."""
-    parser = argparse.ArgumentParser(
-        "bpfree check",
-        allow_abbrev=False,
-        description="For every rule: can it train this module, what stands in the way, and what does a step cost? "
-        "Measured on one batch, without training. Further options, such as --trainer.precision=bf16-mixed, are those "
-        "of bpfree fit.",
-    )
-    parser.add_argument("-c", "--config", action="append", required=True, metavar="FILE", help="YAML file or recipe")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements; the shortest counts (default: 3)")
-    options, overrides = parser.parse_known_args(arguments)
+    parser = check_options.parser()
+    options, given = parser.parse_known_args(arguments)
+    overrides = configuration_options(given, parser.options())
     if options.repeats < 1:
         raise CommandError(f"--repeats {options.repeats}: give 1 or more.")
     require("rich")

@@ -1,20 +1,21 @@
-"""``bpfree fit|validate|test|predict``: LightningCLI, with a report behind fit."""
+"""``bpfree fit|validate|test|predict``: LightningCLI, with a report after fit."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 
-from lightning_bpfree.cli import report
+from lightning_bpfree.cli import fit_options, report
 from lightning_bpfree.cli.common import recipes
 from lightning_bpfree.cli.common.configured import ConfigCLI
 from lightning_bpfree.cli.common.evaluation import evaluated
 from lightning_bpfree.cli.common.preconditions import require, require_writable
+from lightning_bpfree.cli.run_files import RunFiles
 from lightning_bpfree.training.trainer_attributes import is_dry_run
 
 
@@ -27,15 +28,20 @@ class FitCLI(ConfigCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         # A run in a folder that has a config.yaml, such as that of a logger with a fixed version, replaces it.
-        super().__init__(args, save_config_kwargs={"overwrite": True})
+        kwargs: dict[str, Any] = {"overwrite": True}
+        try:
+            super().__init__(args, save_config_callback=RunFiles, save_config_kwargs=kwargs)
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's way to end after Ctrl-C
+                raise KeyboardInterrupt(self._how_to_continue()) from error
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Return the configured Trainer; for a report, with a CSVLogger among its loggers."""
+        """Return the configured Trainer; for a report, metrics.csv is written beside what its loggers write."""
+        self.save_config_kwargs = {**self.save_config_kwargs, "report": self._reports}
         trainer = super().instantiate_trainer(**kwargs)
         if self._reports and not is_dry_run(trainer):
             require("rich", "matplotlib")
-            if report.csv_logger(trainer) is None:
-                trainer.loggers = [*trainer.loggers, CSVLogger(trainer.default_root_dir)]
         return trainer
 
     @property
@@ -58,6 +64,14 @@ class FitCLI(ConfigCLI):
         if self.trainer.is_global_zero:
             report.show(self.trainer, metrics, seconds)
 
+    def _how_to_continue(self) -> str:
+        """Return how to go on after an interruption; empty if there is no checkpoint."""
+        for callback in self.trainer.checkpoint_callbacks:
+            path = callback.last_model_path or callback.best_model_path if isinstance(callback, ModelCheckpoint) else ""
+            if path:
+                return f"To continue, add --ckpt_path={path} to the same command."
+        return "There is no checkpoint yet."
+
 
 def _outputs(trainer: pl.Trainer) -> Iterator[tuple[str, str]]:
     """Yield the folders that a fit writes to, with the option that changes each."""
@@ -78,7 +92,36 @@ def _outputs(trainer: pl.Trainer) -> Iterator[tuple[str, str]]:
         yield trainer.default_root_dir, root
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run ``bpfree fit``, ``validate``, ``test`` or ``predict``."""
-    FitCLI(recipes.with_paths(arguments))
+def _run(command: str, arguments: Sequence[str]) -> int:
+    fit_options.accepted(command, arguments)
+    given = ["--help" if argument == "--help-all" else argument for argument in recipes.with_paths(arguments)]
+    failed = True
+    try:
+        FitCLI([command, *given])
+        failed = False
+    finally:
+        # A run of Weights & Biases lasts until it is finished, and a second one in this process would join it.
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and getattr(wandb, "run", None) is not None:
+            wandb.finish(exit_code=int(failed))
     return 0
+
+
+def fit(arguments: Sequence[str]) -> int:
+    """Run ``bpfree fit``."""
+    return _run("fit", arguments)
+
+
+def validate(arguments: Sequence[str]) -> int:
+    """Run ``bpfree validate``."""
+    return _run("validate", arguments)
+
+
+def test(arguments: Sequence[str]) -> int:
+    """Run ``bpfree test``."""
+    return _run("test", arguments)
+
+
+def predict(arguments: Sequence[str]) -> int:
+    """Run ``bpfree predict``."""
+    return _run("predict", arguments)

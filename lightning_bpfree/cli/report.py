@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_bpfree.cli.common.evaluation import mean_cosine
 from lightning_bpfree.cli.common.tables import console, number
+from lightning_bpfree.cli.run_files import upload_figure
 from lightning_bpfree.training.trainer_attributes import callbacks_of
 from lightning_bpfree.training.training_rule import TrainingRule
 
@@ -25,7 +26,7 @@ def csv_logger(trainer: pl.Trainer) -> CSVLogger | None:
 
 
 def show(trainer: pl.Trainer, metrics: dict[str, float], seconds: float) -> None:
-    """Print the table, draw the figure, and print where the files are.
+    """Print the table, draw the figure, show it in the loggers that take images, and print where the files are.
 
     Args:
         trainer: after fit and test.
@@ -45,6 +46,7 @@ def show(trainer: pl.Trainer, metrics: dict[str, float], seconds: float) -> None
     logger.save()
     folder = Path(logger.log_dir)
     plot(read_metrics(folder / "metrics.csv"), folder / "training.png")
+    upload_figure(trainer.loggers, "training", folder / "training.png")
     for name in ("metrics.csv", "training.png"):
         screen.print(str(folder / name), soft_wrap=True, highlight=False, markup=False)
 

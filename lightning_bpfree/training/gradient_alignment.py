@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -40,6 +40,13 @@ class GradientAlignment(Callback):
         >>> GradientAlignment(every_n_steps=100).every_n_steps
         100
     """
+
+    logged: ClassVar[dict[str, str]] = {
+        "bpfree/cosine_to_backprop": "cosine between the estimate and backprop's gradient of the same batch",
+        "bpfree/norm_ratio": "norm of the estimate divided by the norm of backprop's gradient",
+        "bpfree/cosine_to_backprop/<layer>": "the same cosine for one layer (per_layer=True only)",
+        "bpfree/mean_cosine": "mean of the cosine over the fit so far, logged each epoch",
+    }
 
     @checked
     def __init__(self, every_n_steps: PositiveInt | None = None, per_layer: bool = True) -> None:

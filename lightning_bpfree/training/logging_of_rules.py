@@ -6,16 +6,30 @@ import inspect
 import re
 from collections.abc import Mapping
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 
 from lightning_bpfree.training.trainer_attributes import log_every_n_steps
 
+_NOTED: WeakKeyDictionary[pl.Trainer, dict[str, Any]] = WeakKeyDictionary()
+
+
+def note_settings(trainer: pl.Trainer, entry: dict[str, Any]) -> None:
+    """Keep ``entry`` for the next :func:`log_settings` of this Trainer.
+
+    Args:
+        trainer: whose loggers are meant.
+        entry: plain values.
+    """
+    _NOTED.setdefault(trainer, {}).update(entry)
+
 
 def log_settings(trainer: pl.Trainer, module: pl.LightningModule, entry: dict[str, Any]) -> None:
-    """Log ``entry`` together with the hyperparameters of the user's own, which Lightning logs after ``on_fit_start``.
+    """Log ``entry`` with all entries before it and the user's own hyperparameters.
 
-    TensorBoard shows one entry of a run: one of the callback's alone would hide the user's.
+    TensorBoard shows one entry of a run, so that one of a callback alone would hide the user's, which Lightning logs
+    after ``on_fit_start``.
 
     Args:
         trainer: whose loggers are meant.
@@ -27,8 +41,9 @@ def log_settings(trainer: pl.Trainer, module: pl.LightningModule, entry: dict[st
         if holder is not None and getattr(holder, "_log_hyperparams", False):
             own.update(holder.hparams_initial)
     own.pop("_class_path", None)  # LightningCLI's
+    note_settings(trainer, entry)
     for logger in trainer.loggers:
-        logger.log_hyperparams({**own, **entry})
+        logger.log_hyperparams({**own, **_NOTED[trainer]})
 
 
 def settings_of(owner: object, base: type) -> dict[str, Any]:

@@ -14,6 +14,15 @@ from lightning_bpfree.core.params import ParameterSlots
 if TYPE_CHECKING:
     from lightning_bpfree.training.training_rule import TrainingRule
 
+# What every rule logs, with its meaning.
+LOGGED = {
+    "bpfree/loss": "the loss of the training step, without perturbation",
+    "bpfree/grad_norm": "norm of the estimated gradient, after the averaging over ranks and before clipping",
+    "bpfree/forward_evals": "forward passes used since the start of the fit; backprop counts 3 a batch",
+    "bpfree/active": "1 if the rule trains this epoch, 0 if plain backprop does",
+    "bpfree/bytes_sent": "bytes sent to other ranks in the last step (ScalarSyncStrategy only)",
+}
+
 
 class Record:
     """Counters and history of one rule, saved with the checkpoint.
@@ -88,14 +97,14 @@ def banner(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer) -> st
     lazy = [slot for slot in [*slots, *slots.rest] if is_lazy(slot.parameter)]
     trained = sum(slot.parameter.numel() for slot in slots.trainable() if not is_lazy(slot.parameter))
     total = sum(slot.parameter.numel() for slot in [*slots, *slots.rest] if not is_lazy(slot.parameter))
-    more = f", and {len(lazy)} tensors that the first batch makes" if lazy else ""
+    more = f", and {len(lazy)} tensors that the first batch creates" if lazy else ""
     stop = "end" if rule.stop_epoch is None else str(rule.stop_epoch - 1)
     always = rule.start_epoch == 0 and rule.stop_epoch is None
     rows = {
         "training rule": type(rule).__name__,
         "parameters": f"{trained:,} of {total:,}{more}" + (f" ({rule.params})" if rule.params else ""),
         **rule.describe(),
-        "epochs": "all" if always else f"{rule.start_epoch} to {stop}; plain backprop in the others",
+        "epochs": "all" if always else f"{rule.start_epoch} to {stop}; plain backprop in all others",
         "ranks": f"{trainer.world_size} ({type(trainer.strategy).__name__})",
         "seed": str(rule.record.seed),
     }

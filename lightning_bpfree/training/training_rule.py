@@ -34,7 +34,7 @@ from lightning_bpfree.training.checks import (
 )
 from lightning_bpfree.training.logging_of_rules import is_log_due, log_settings, named_after, settings_of
 from lightning_bpfree.training.module_state import ModuleState
-from lightning_bpfree.training.record import Record, banner
+from lightning_bpfree.training.record import LOGGED, Record, banner
 from lightning_bpfree.training.refusal import refusing
 from lightning_bpfree.training.saved_streams import SavedStreams
 from lightning_bpfree.training.skipping import gradients_cross_ranks, is_skipped, waited_for
@@ -77,6 +77,8 @@ class TrainingRule(Callback, ABC):
     """
 
     citation: ClassVar[str] = ""
+    logged: ClassVar[dict[str, str]] = LOGGED
+    """What is logged, with its meaning; ``bpfree metrics`` prints it. A rule adds what its estimates report."""
     exchanges_scalars: bool = False
     """Whether the estimate is a function of the numbers on which ranks agree by ``Step.measure``."""
     reevaluates: bool = True

@@ -215,7 +215,7 @@ def test_a_failing_seed_is_told_beside_the_others(
 
 
 def test_what_is_known_is_on_disk_after_every_rule(
-    base: str, overlay: Overlay, monkeypatch: pytest.MonkeyPatch
+    base: str, overlay: Overlay, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def events(plan: dict[str, Any], contender: Any, budgets: Any, out: Path) -> Iterator[Any]:
         if contender.label == "zo":
@@ -224,8 +224,8 @@ def test_what_is_known_is_on_disk_after_every_rule(
         yield {"kind": "run", **run, "mean_cosine": None, "reused": False, "error": None}
 
     monkeypatch.setattr(command, "rule_events", events)
-    with pytest.raises(KeyboardInterrupt):
-        main(["compare", "-c", base, "--rules", overlay("zo.yaml", "ZerothOrder"), "--out", "out"])
+    assert main(["compare", "-c", base, "--rules", overlay("zo.yaml", "ZerothOrder"), "--out", "out"]) == 130
+    assert "The same command continues" in capsys.readouterr().err
     _, rules = results()
     assert rules["backprop"]["runs"][0]["metrics"] == {"test_acc": 0.5}
 
@@ -249,8 +249,8 @@ def test_an_unknown_metric_names_the_known_ones(
     ("arguments", "said"),
     [
         (["--rules", "rules/zeroth_ordre"], "rules/zeroth_order"),
-        (["--rules", "none*.yaml"], "no file fits"),
-        (["--rules", "loggers/csv"], "brings none"),
+        (["--rules", "none*.yaml"], "no file matches"),
+        (["--rules", "loggers/csv"], "adds none"),
         (["--rules", "rules/backprop", "--tune", "model.init_args.lr"], "KEY=V1,V2"),
         (["--rules", "rules/backprop", "--tune", "model.init_args.nonsense=1"], "nonsense"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ def test_the_mean_of_a_curve_is_known_if_all_of_it_is(
     points: list[list[Any]], mean: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare_worker, "train", lambda *_: {"metrics": {}, "curve": points})
-    monkeypatch.setattr(compare_worker.Contest, "_blueprint", lambda *_: None)
+    monkeypatch.setattr(compare_worker.Contest, "_blueprint", lambda *_: SimpleNamespace(dump=str))
     spec = {"tuned_by": "curve", "tuning_metric": "mean val_loss", "tuning_seed": 1, "curve": {"metric": "val_loss"}}
     trial = compare_worker.Contest(spec, lambda *_, **__: None)._trial({})
     assert trial["metrics"] == {"mean val_loss": mean}
@@ -65,7 +66,7 @@ def test_the_mean_of_a_curve_is_known_if_all_of_it_is(
 def test_tuning_by_a_curve_needs_one(base: str, overlay: Overlay, capsys: pytest.CaptureFixture[str]) -> None:
     rule = overlay("cheap.yaml", "ZerothOrder", num_directions=1)
     assert main(short(base, "--rules", rule, "--tune-by", "curve")) == 2
-    assert "--tune-by curve: the mean of which metric?" in capsys.readouterr().err
+    assert "--tune-by curve: name the validation metric" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -127,13 +128,15 @@ def test_validations_wider_apart_than_a_short_training_come_at_its_end(
 
 
 @pytest.mark.parametrize("metric", ["val_f1", "train_loss"])
-def test_a_metric_that_validation_does_not_log_stops_the_first_trial(
+def test_a_metric_that_validation_does_not_log_stops_before_the_first_trial(
     metric: str, base: str, in_process: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--rules", "rules/backprop", "--curve", metric, "--tune", f"{LR}=0.01,0.1", "--epochs", "1"]
     assert main(short(base, *arguments)) == 2
-    assert f"--curve {metric}: the validation does not log it; it logs: val_acc, val_loss" in capsys.readouterr().err
-    assert written()["rules"] == []
+    message = capsys.readouterr().err
+    assert f"--curve {metric}: the module does not log this metric in validation." in message
+    assert "It logs: val_acc, val_loss." in message
+    assert not Path("out/comparison.json").exists()
 
 
 def noted(metric: str, rules: dict[str, list[Any]], reach: list[float], larger: bool) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def test_copy_to_a_place_that_is_no_folder(folder: Path, capsys: pytest.CaptureF
 
 def test_a_file_goes_before_a_recipe_of_its_name(folder: Path) -> None:
     assert recipes.resolve("quickstart") == str(recipes.find("quickstart"))
-    (folder / "quickstart").write_text("mine")
+    (folder / "quickstart").write_text("trainer: {}")
     assert recipes.resolve("quickstart") == "quickstart"
 
 

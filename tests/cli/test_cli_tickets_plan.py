@@ -122,7 +122,7 @@ ALONE = "--trainer.callbacks=lightning_bpfree.{}"
         ([ALONE.format("Backprop")], ["no LotteryTicket", "papers/es_lottery_tickets"]),
         ([ALONE.format("LotteryTicket")], ["one training rule", "it has none"]),
         (["--trainer.callbacks+=lightning_bpfree.Backprop"], ["one training rule", "EvolutionStrategy, Backprop"]),
-        (["--transfer", "loggers/csv"], ["overlay csv", "it brings none"]),
+        (["--transfer", "loggers/csv"], ["overlay csv", "it adds none"]),
         (["--transfer", "rules/backprp"], ["rules/backprop"]),
         (["--trainer.callbacks.sparsities=[0.3, 0.5]"], ["kind snr", "0.0"]),
         (["--trainer.callbacks.sparsities=[0.5, 0.3]"], ["sparsities=[0.5, 0.3]"]),

@@ -5,22 +5,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import yaml
 from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_utilities.core.imports import RequirementCache
+from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_bpfree.cli.common.parse_errors import in_one_line
+import lightning_bpfree
+from lightning_bpfree.cli.common.checkpoints import check_checkpoint
+from lightning_bpfree.cli.common.errors import refusal
+from lightning_bpfree.cli.common.parse_errors import parse_error
 from lightning_bpfree.cli.common.preconditions import CommandError, require
 from lightning_bpfree.training.training_rule import TrainingRule
 
+# Dump all entries, also those that are None: the new name of the option and the old.
+WHOLE = {"skip_unset" if RequirementCache("jsonargparse>=4.49") else "skip_none": False}
 RulesChoice = Callable[[list[TrainingRule]], list[TrainingRule]]
 
 SHOWING = (Checkpoint, ProgressBar, ModelSummary)  # what these show and write belongs to `bpfree fit`
@@ -43,6 +51,9 @@ class ConfigCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], **kwargs: Any) -> None:
         require("jsonargparse", "docstring_parser")
+        dir(lightning_bpfree)  # imports all public classes, so that a configuration can name them without their module
+        self._given = [argument.partition("=")[0].rstrip("+") for argument in args]
+        self._files = [Path(after) for option, after in pairwise(args) if option in ("-c", "--config")]
         plain: dict[str, Any] = {"exit_on_error": False}
         for_commands = {command: dict(plain) for command in self.subcommands()} if kwargs.get("run", True) else {}
         # Without a class for model and data any subclass goes, and a module that brings its own loaders needs no data.
@@ -54,15 +65,26 @@ class ConfigCLI(LightningCLI):
             "--report",
             type=bool,
             default=False,
-            help="After fit: test, print a table of the rule's result and cost, write metrics.csv and training.png.",
+            help="After fit: test, print a table with the result and the cost, write metrics.csv and training.png.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse ``args``, and turn a mistake in them into CommandError."""
+        subparsers = getattr(self, "_subcommand_parsers", {})
         try:
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
-            raise CommandError(in_one_line(str(error))) from error
+            known = [option for part in (parser, *subparsers.values()) for option in part._option_string_actions]
+            raise CommandError(parse_error(str(error), known, self._files, self._given)) from error
+        name = self.config.get("subcommand")
+        check_checkpoint(None if name is None else self.config[name].get("ckpt_path"))
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the hyperparameters of the checkpoint, as LightningCLI does, if they fit the configured model."""
+        try:
+            super()._parse_ckpt_path()
+        except (KeyError, argparse.ArgumentError):  # written by a script rather than by LightningCLI
+            rank_zero_info("The model is that of the configuration; the checkpoint does not say how it was made.")
 
     def instantiate_classes(self) -> None:
         """Make everything, and turn the refusal of an argument by this package or Lightning into CommandError.
@@ -72,24 +94,10 @@ class ConfigCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except Exception as error:
-            first = _first(error)
-            if not isinstance(first, ValueError | ImportError | OSError) or not _is_refusal(first):
+            message = refusal(error)
+            if message is None:
                 raise
-            raise CommandError(str(first)) from error
-
-
-def _first(error: BaseException) -> BaseException:
-    """Return what the error began with: the parser wraps what a constructor raises, once for every level."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _is_refusal(error: BaseException) -> bool:
-    """Return whether it was raised by this package or by Lightning, which say what to change."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    where = frames[-1][0].f_globals.get("__name__", "") if frames else ""
-    return where.split(".")[0] in ("lightning_bpfree", "lightning")
+            raise CommandError(message) from error
 
 
 class Built(NamedTuple):
@@ -176,9 +184,14 @@ class Blueprint(ConfigCLI):
 
     def dump(self) -> str:
         """Return the whole configuration as YAML, which reads back as the same."""
-        option = "skip_unset" if RequirementCache("jsonargparse>=4.49") else "skip_none"  # the new name and the old
-        text: str = self.parser.dump(self.config, **{option: False})
+        text: str = self.parser.dump(self.config, **WHOLE)
         return text
+
+
+def dumped(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
+    """Return a parsed configuration in plain values."""
+    plain: dict[str, Any] = yaml.safe_load(parser.dump(config, **WHOLE))
+    return plain
 
 
 def _listed(callbacks: Any) -> list[Any]:
@@ -194,7 +207,7 @@ def _one_device(devices: Any) -> Any:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Keep Lightning's advice on training away where nothing is trained."""
+    """Suppress Lightning's advice on training where nothing is trained."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

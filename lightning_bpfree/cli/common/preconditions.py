@@ -10,14 +10,19 @@ from pathlib import Path
 
 
 class CommandError(Exception):
-    """An error that the user can mend; the message says how."""
+    """An error that the user can correct; the message says how."""
 
 
-def require(*packages: str) -> None:
-    """Raise CommandError if one of the optional packages (by import name) is not installed."""
+def require(*packages: str, extra: str = "recipes") -> None:
+    """Raise CommandError if one of the optional packages (by import name) is not installed.
+
+    Args:
+        *packages: import names.
+        extra: the extra of this package that installs them.
+    """
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        raise CommandError(f'{", ".join(missing)} not installed: pip install "lightning-bpfree[recipes]"')
+        raise CommandError(f'{", ".join(missing)} not installed: pip install "lightning-bpfree[{extra}]"')
 
 
 def require_writable(folder: str | Path, option: str) -> None:
@@ -49,5 +54,15 @@ def nearest(name: str, names: Sequence[str]) -> str:
         >>> nearest("ft", ["fit", "check"])
         ": 'ft'. Did you mean fit?"
     """
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    return f": {name!r}." + (f" Did you mean {', '.join(close)}?" if close else "")
+    return f": {name!r}.{did_you_mean(name, names)}"
+
+
+def did_you_mean(name: str, names: Sequence[str]) -> str:
+    """Return ``" Did you mean ...?"``, with up to three names most like the given one; empty if none is like it.
+
+    Examples:
+        >>> did_you_mean("--sedes", ["--seeds", "--out"]), did_you_mean("x", ["--out"])
+        (' Did you mean --seeds?', '')
+    """
+    close = difflib.get_close_matches(name, dict.fromkeys(names), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(close)}?" if close else ""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from lightning_bpfree.cli.common.preconditions import CommandError, nearest, require_writable
+from lightning_bpfree.cli.common.arguments import Parser
+from lightning_bpfree.cli.common.preconditions import CommandError, did_you_mean, nearest, require_writable
+from lightning_bpfree.cli.common.yaml_files import check_yaml
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -53,12 +54,21 @@ def resolve(name: str) -> str:
     Raises:
         CommandError: neither a file nor a recipe.
     """
-    if any(mark in name for mark in "{:\n") or Path(name).exists():  # YAML itself or an address, which Lightning takes
+    if any(mark in name for mark in ("{", "\n", ": ", "://")):  # YAML itself or an address, which Lightning takes
+        return name
+    is_folder = Path(name).is_dir()  # which may have the name of a recipe
+    if Path(name).exists() and not is_folder:
+        check_yaml(Path(name))
         return name
     try:
         return str(find(name))
     except CommandError as error:
-        raise CommandError(f"there is no file {name}, and {error}") from error
+        if is_folder:
+            raise CommandError(f"{name} is a folder: give a YAML file in it.") from error
+        near = [str(path) for suffix in SUFFIXES for path in Path(name).parent.glob(f"*{suffix}")]
+        meant = did_you_mean(name, near)
+        message = f"there is no file {name}.{meant}" if meant else f"there is no file {name}, and {error}"
+        raise CommandError(message) from error
 
 
 def with_paths(arguments: Sequence[str]) -> list[str]:
@@ -93,7 +103,7 @@ def title(path: Path) -> str:
 
 def run(arguments: Sequence[str]) -> int:
     """Run ``bpfree recipes``."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.action == "show":
         sys.stdout.write(find(options.name).read_text(encoding="utf-8"))
     elif options.action == "copy":
@@ -116,14 +126,23 @@ def copy(name: str, target: Path, force: bool = False) -> Path:
     return copied
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("bpfree recipes", description="The YAML files that come with the package.")
-    actions = parser.add_subparsers(dest="action", metavar="list|show|copy")
-    actions.add_parser("list", help="names and what they are (the default)")
-    show = actions.add_parser("show", help="print a recipe")
+def parser() -> Parser:
+    """Return the parser of the command."""
+    made = Parser(
+        "bpfree recipes",
+        "List, show or copy the YAML files that come with the package.",
+        [
+            "bpfree recipes list",
+            "bpfree recipes show rules/forward_gradient",
+            "bpfree recipes copy quickstart my_folder",
+        ],
+    )
+    actions = made.add_subparsers(dest="action", metavar="list|show|copy")
+    actions.add_parser("list", description="Print names and titles.", help="print names and titles (the default)")
+    show = actions.add_parser("show", description="Print a recipe.", help="print a recipe")
     show.add_argument("name", metavar="NAME", help="such as quickstart or rules/forward_gradient")
-    copying = actions.add_parser("copy", help="copy a recipe to a folder, to change it there")
-    copying.add_argument("name", metavar="NAME")
-    copying.add_argument("dir", metavar="DIR", type=Path, help="made where it does not exist")
-    copying.add_argument("--force", action="store_true", help="overwrite")
-    return parser
+    copying = actions.add_parser("copy", description="Copy a recipe to a folder.", help="copy a recipe to a folder")
+    copying.add_argument("name", metavar="NAME", help="such as quickstart or rules/forward_gradient")
+    copying.add_argument("dir", metavar="DIR", type=Path, help="created if it does not exist")
+    copying.add_argument("--force", action="store_true", help="overwrite an existing file")
+    return made

@@ -28,13 +28,18 @@ def provenance(command: str, argv: Sequence[str]) -> dict[str, Any]:
     return {
         "command": ["bpfree", command, *argv],
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-            "lightning_bpfree": lightning_bpfree.__version__,
-        },
+        "versions": versions(),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions on which results depend."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "lightning_bpfree": lightning_bpfree.__version__,
     }
 
 

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from lightning_bpfree.cli.common.arguments import configuration_options
 from lightning_bpfree.cli.common.preconditions import CommandError, require, require_writable
+from lightning_bpfree.cli.common.signals import sigterm_raises
 from lightning_bpfree.cli.common.tables import console
-from lightning_bpfree.cli.compare import (
-    conditions as compare_conditions,
-)
-from lightning_bpfree.cli.compare import (
-    curves as compare_curves,
-)
-from lightning_bpfree.cli.compare import (
-    results as compare_results,
-)
+from lightning_bpfree.cli.compare import conditions as compare_conditions
+from lightning_bpfree.cli.compare import curves as compare_curves
+from lightning_bpfree.cli.compare import results as compare_results
+from lightning_bpfree.cli.compare.kept import identity, protect
 from lightning_bpfree.cli.compare.options import parser
-from lightning_bpfree.cli.compare.plan import Contender, contenders, curve, settings, tuning, variation
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
-Event = dict[str, Any]
+from lightning_bpfree.cli.compare.plan import (
+    Contender,
+    check_length,
+    check_numbers,
+    contenders,
+    curve,
+    settings,
+    tuning,
+    variation,
+)
+from lightning_bpfree.cli.compare.processes import Event, end_all, rule_events
+from lightning_bpfree.cli.compare.progress import RunsLeft
 
 
 class Part(NamedTuple):
@@ -65,36 +64,54 @@ def compare(plan: dict[str, Any], rules: Sequence[Contender], out: Path, jobs: i
         out: folder of the results.
         jobs: how many rules train at once.
     """
-    comparison: dict[str, Any] = {**plan, "conditions": []} if "vary" in plan else {**plan, "rules": []}
+    shown = {key: value for key, value in plan.items() if key != "kept"}
+    comparison: dict[str, Any] = {**shown, **({"conditions": []} if "vary" in plan else {"rules": []})}
     parts, files = _parts(plan, comparison, out / "rules"), _files(plan)
-    files.write(comparison, out)
-    with _progress() as progress:
-        task = progress.add_task("compare", total=sum(part.runs(rule.label) for part in parts for rule in rules))
-        writing, order = threading.Lock(), [contender.label for contender in rules]
+    writing, order = threading.Lock(), [contender.label for contender in rules]
+    left = {rule.label: sum(part.runs(rule.label) for part in parts) for rule in rules}
+
+    def write(part: Part) -> None:
+        with writing:
+            part.results["rules"].sort(key=lambda rule: order.index(rule["label"]))
+            files.write(comparison, out)
+
+    with RunsLeft(left, plan["metric"], jobs) as progress:
 
         def train(part: Part, contender: Contender, stop: threading.Event) -> None:
-            left = part.runs(contender.label)
+            label, missing = contender.label, part.runs(contender.label)
             for event in _rule_in(part, contender, parts[0]):
                 if stop.is_set():
                     return  # leaving the generator ends its process
                 if event["kind"] == "begin":
                     what = ", ".join(filter(None, (part.name, event["what"])))
-                    progress.update(task, description=f"{contender.label}: {what}")
+                    progress.begin(label, what)
                 elif event["kind"] in ("run", "trial"):
-                    left -= 1
-                    progress.advance(task)
-            progress.advance(task, left)  # of a rule that was refused
-            with writing:
-                part.results["rules"].sort(key=lambda rule: order.index(rule["label"]))
-                files.write(comparison, out)
+                    missing -= 1
+                    progress.end(label, what if event["kind"] == "trial" else _named(part, event), event)
+                    write(part)
+            progress.drop(label, missing)  # of a rule that was refused
+            write(part)
 
-        for part in parts:
-            if part.results is not comparison:
-                comparison["conditions"].append(part.results)
-            # Backprop sets the budget of forward passes, so that it goes first.
-            _side_by_side(rules[:1], 1, partial(train, part))
-            _side_by_side(rules[1:], jobs, partial(train, part))
+        try:
+            for part in parts:
+                if part.results is not comparison:
+                    comparison["conditions"].append(part.results)
+                # Backprop sets the budget of forward passes, so that it goes first.
+                _side_by_side(rules[:1], 1, partial(train, part))
+                _side_by_side(rules[1:], jobs, partial(train, part))
+        except KeyboardInterrupt as error:
+            end_all()
+            raise type(error)(
+                f"{progress.done} of {progress.total} runs are finished and kept in {out}. The same command continues."
+            ) from None
+        finally:
+            end_all()
     return comparison
+
+
+def _named(part: Part, run: Event) -> str:
+    """Return what a run is called in its line."""
+    return ", ".join(filter(None, (part.name, f"seed {run['seed']}", f"budget {run['budget']}")))
 
 
 def _side_by_side(rules: Sequence[Contender], jobs: int, train: Callable[[Contender, threading.Event], None]) -> None:
@@ -124,19 +141,6 @@ def _files(plan: dict[str, Any]) -> ModuleType:
     if "vary" in plan:
         return compare_conditions
     return compare_curves if "curve" in plan else compare_results
-
-
-def _progress() -> Progress:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    texts = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("runs"),
-        TimeElapsedColumn(),
-    )
-    return Progress(*texts, console=console())
 
 
 def _parts(plan: dict[str, Any], comparison: dict[str, Any], folder: Path) -> list[Part]:
@@ -183,7 +187,7 @@ def _forward_budgets(results: dict[str, Any]) -> dict[str, float]:
 
 def _take(result: dict[str, Any], event: Event) -> None:
     """Add what a rule's process has reported to the rule's results."""
-    kind, fields = event["kind"], {key: value for key, value in event.items() if key != "kind"}
+    kind, fields = event["kind"], {key: value for key, value in event.items() if key not in ("kind", "kept")}
     if kind == "profile":
         result.update(fields)
     elif kind == "chosen":
@@ -196,47 +200,24 @@ def _take(result: dict[str, Any], event: Event) -> None:
         raise CommandError(fields["message"])
 
 
-def rule_events(plan: dict[str, Any], contender: Contender, budgets: dict[str, float], folder: Path) -> Iterator[Event]:
-    """Run one rule's process, and yield what it reports; a crash is reported too."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config, log = folder / f"{contender.label}.yaml", folder / f"{contender.label}.log"
-    config.write_text(contender.config, encoding="utf-8")
-    spec = {**plan, "config": str(config), "forward_budgets": budgets}
-    with tempfile.TemporaryDirectory() as temporary, log.open("w", encoding="utf-8") as errors:
-        file = Path(temporary) / "spec.json"
-        file.write_text(json.dumps(spec), encoding="utf-8")
-        command = [sys.executable, "-m", "lightning_bpfree.cli.compare.worker", str(file)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8")
-        assert process.stdout is not None
-        reported: Event = {"kind": "begin"}
-        try:
-            for line in process.stdout:
-                reported = json.loads(line)
-                yield reported
-        except BaseException:
-            process.kill()
-            raise
-        finally:
-            process.stdout.close()
-            code = process.wait()
-    if reported["kind"] not in ("end", "refused", "fatal"):
-        why = "was killed, most likely for want of memory" if code == -9 else f"ended with code {code}"
-        yield {"kind": "refused", "message": f"its process {why}: see {log}"}
-
-
 def run(arguments: Sequence[str]) -> int:
     """Run ``bpfree compare``; the code is 1 if no rule has given a result."""
-    options, overrides = parser().parse_known_args(arguments)
+    made = parser()
+    options, given = made.parse_known_args(arguments)
+    overrides = configuration_options(given, made.options())
     require("rich", "matplotlib")
+    check_numbers(options)
     if options.epochs is not None:
         overrides.append(f"--trainer.max_epochs={options.epochs}")
     noted, rules = curve(options), contenders(options, overrides)
+    check_length(rules[0].config)
     tuned, vary = tuning(options, rules), variation(options, rules[0].config)
+    plan = {**settings(options, tuned, arguments), **noted, **({} if vary is None else {"vary": vary})}
+    plan["identity"] = identity(plan, {rule.label: rule.config for rule in rules}, vary)
+    protect(options.out, plan["identity"], options.overwrite)
     require_writable(options.out, "--out DIR")
-    if options.jobs < 1:
-        raise CommandError(f"--jobs {options.jobs}: give at least 1.")
-    plan = {**settings(options, tuned, arguments), **noted}
-    comparison = compare(plan if vary is None else {**plan, "vary": vary}, rules, options.out, options.jobs)
+    with sigterm_raises():
+        comparison = compare({**plan, "kept": str(options.out / "runs")}, rules, options.out, options.jobs)
     files = _files(comparison)
     files.plot(comparison, options.out / "comparison.png")
     files.show(comparison)

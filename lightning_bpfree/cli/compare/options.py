@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from lightning_bpfree.cli.common.arguments import Parser
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command's own options; all others are those of ``bpfree fit``."""
-    made = argparse.ArgumentParser(
+
+def parser() -> Parser:
+    """Return the parser of the command's own options; all others are those of the configuration."""
+    made = Parser(
         "bpfree compare",
-        allow_abbrev=False,
-        description="Train the same module under each rule, and under backprop, from one configuration. On one device, "
-        "each rule in a process of its own. Rules of the base are left out; its GradientAlignment, if any, measures "
-        "every rule. Further options, such as --trainer.precision=bf16-mixed, are those of bpfree fit.",
+        "Train the same module under each rule, and under backprop, from one configuration; print one table.\n"
+        "Runs on one device, each rule in its own process. Rules of the base are left out; its GradientAlignment,\n"
+        "if any, measures every rule. Finished runs are kept in --out: the same command continues.\n"
+        "Other options are those of bpfree fit.",
+        [
+            "bpfree compare -c quickstart --rules rules/forward_gradient rules/zeroth_order --out comparison",
+            "bpfree compare -c mine.yaml --rules 'my_rules/*.yaml' --tune model.init_args.lr=0.001,0.01 --out out",
+            "bpfree compare -c mine.yaml --rules rules/zeroth_order --metric test_loss --seeds 0 1 2 3 4 --out out",
+        ],
+        usage="bpfree compare -c FILE --rules FILE ... --out DIR [option ...]",
     )
     add = made.add_argument
     add("-c", "--config", action="append", required=True, metavar="FILE", help="base: YAML files or recipes")
     add("--rules", nargs="+", required=True, metavar="FILE", help="overlays with one rule each: YAML files or recipes")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of comparison.json, .csv and .png")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="one training for each (default: 0 1 2)")
+    add(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of comparison.json, .csv, .png and finished runs"
+    )
+    add("--overwrite", action="store_true", help="delete what an earlier comparison left in --out, and train all again")
     add(
         "--budget",
         nargs="+",
@@ -32,36 +42,32 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="[LABEL:]KEY=V1,V2",
-        help="grid for every rule, such as model.init_args.lr=0.01,0.1; the best by the validation metric is taken. "
-        "With the name of an overlay, such as zeroth_order:model.init_args.lr=0.01,0.1: for that rule, in their place",
+        help="grid for every rule, such as model.init_args.lr=0.01,0.1; the best validation metric is chosen. "
+        "With the name of an overlay, such as zeroth_order:model.init_args.lr=0.01,0.1: for this rule only, instead",
     )
     add(
         "--vary",
         action="append",
         default=[],
         metavar="KEY=V1,V2",
-        help="repeat it all for every value, such as data.init_args.corruption=none,gaussian; tuned at the first",
+        help="repeat the comparison for each value, such as data.init_args.corruption=none,gaussian; tune at the first",
     )
-    add(
-        "--jobs",
-        type=int,
-        default=1,
-        metavar="N",
-        help="rules that train at once; seconds then say little (default: 1)",
-    )
-    add("--epochs", type=int, metavar="N", help="in place of the base's trainer.max_epochs")
+    add("--jobs", type=int, default=1, metavar="N", help="rules that train at once; distorts the seconds (default: 1)")
+    add("--epochs", type=int, metavar="N", help="replaces trainer.max_epochs of the base")
     _add_metrics(made)
     return made
 
 
-def _add_metrics(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--metric", default="test_acc", help="default: test_acc; tuned by its namesake with val for test")
-    add("--curve", metavar="METRIC", help="noted at every validation of the training, such as val_acc; default: none")
+def _add_metrics(made: Parser) -> None:
+    add = made.add_argument
+    add(
+        "--metric", default="test_acc", metavar="NAME", help="what is compared; val_... of it tunes (default: test_acc)"
+    )
+    add("--curve", metavar="NAME", help="metric to record at every validation, such as val_acc (default: none)")
     add(
         "--tune-by",
         choices=("last", "curve"),
         default="last",
-        help="the metric of the last weights (default), or the mean of --curve, which fast learners win",
+        help="tune by the metric of the last weights (default), or by the mean of --curve, which favors fast learning",
     )
-    add("--reach", nargs="+", type=float, metavar="V", help="after how many batches --curve is as good as each")
+    add("--reach", nargs="+", type=float, metavar="V", help="report after how many batches --curve reaches each value")

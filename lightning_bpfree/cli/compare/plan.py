@@ -7,10 +7,13 @@ import importlib
 import itertools
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from lightning_bpfree.cli.common import recipes
 from lightning_bpfree.cli.common.configured import Blueprint
@@ -39,6 +42,29 @@ class Contender(NamedTuple):
     config: str
 
 
+def check_numbers(options: argparse.Namespace) -> None:
+    """Raise CommandError for numbers out of range, before anything is read."""
+    if options.epochs is not None and options.epochs < 1:
+        raise CommandError(f"--epochs {options.epochs}: give 1 or more.")
+    if options.jobs < 1:
+        raise CommandError(f"--jobs {options.jobs}: give 1 or more.")
+    twice = [str(seed) for seed, times in Counter(options.seeds).items() if times > 1]
+    if twice:
+        raise CommandError(f"--seeds: {', '.join(twice)} is given more than once; each seed is one training.")
+    for seed in options.seeds:
+        if not 0 <= seed < 1 << 32:
+            raise CommandError(f"--seeds {seed}: give whole numbers from 0 to {(1 << 32) - 1}.")
+    options.budget = list(dict.fromkeys(options.budget))
+
+
+def check_length(config: str) -> None:
+    """Raise CommandError if a training of this configuration has no end, or no epoch."""
+    trainer = yaml.safe_load(config)["trainer"]
+    epochs, ends = trainer["max_epochs"], trainer["max_time"] or trainer["max_steps"] not in (-1, None)
+    if epochs == 0 or (epochs == -1 and not ends):
+        raise CommandError(f"trainer.max_epochs={epochs}: give --epochs N, with N of 1 or more.")
+
+
 def contenders(options: argparse.Namespace, overrides: Sequence[str]) -> list[Contender]:
     """Return the rules to compare, backprop first, each with its whole configuration.
 
@@ -64,7 +90,7 @@ def _overlays(given: Sequence[str]) -> Iterator[str]:
         is_pattern = any(mark in name for mark in "*?[")
         files = sorted(glob(name)) if is_pattern else [name]  # noqa: PTH207  # Path.glob takes no absolute pattern
         if not files:
-            raise CommandError(f"--rules {name}: no file fits the pattern.")
+            raise CommandError(f"--rules {name}: no file matches the pattern.")
         yield from (recipes.resolve(file) for file in files)
 
 
@@ -79,7 +105,9 @@ def _contender(label: str, arguments: list[str]) -> Contender:
     rules = [kind for kind in map(_kind, blueprint.callbacks) if issubclass(kind, TrainingRule)]
     if len(rules) != 1:
         names = ", ".join(kind.__name__ for kind in rules) or "none"
-        raise CommandError(f"the overlay {label} must bring one training rule to trainer.callbacks; it brings {names}.")
+        raise CommandError(
+            f"the overlay {label} must add exactly one training rule to trainer.callbacks; it adds {names}."
+        )
     return Contender(label, rules[0], blueprint.dump())
 
 
@@ -148,18 +176,16 @@ def curve(options: argparse.Namespace) -> dict[str, Any]:
     metric, reach = options.curve, options.reach or []
     given = " ".join(f"{value:g}" for value in reach)
     if metric is None and options.tune_by == "curve":
-        raise CommandError(
-            "--tune-by curve: the mean of which metric? Name one of validation, such as --curve val_acc."
-        )
+        raise CommandError("--tune-by curve: name the validation metric, such as --curve val_acc.")
     if metric is None and reach:
-        raise CommandError(f"--reach {given}: of which metric? Name one of validation, such as --curve val_acc.")
+        raise CommandError(f"--reach {given}: name the validation metric, such as --curve val_acc.")
     if metric is None:
         return {}
     if not all(map(math.isfinite, reach)):
         raise CommandError(f"--reach {given}: give finite numbers, values of {metric} to be reached.")
     if options.vary:
         raise CommandError(
-            f"--curve {metric}: not together with --vary. Leave --vary out, and run a comparison for each value "
+            f"--curve {metric}: cannot be combined with --vary. Leave --vary out and run one comparison for each value "
             f"instead, with --{options.vary[0].partition('=')[0]}=VALUE."
         )
     return {"curve": {"metric": metric, "larger_is_better": larger_is_better(metric), "reach": reach}}

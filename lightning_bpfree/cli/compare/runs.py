@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_bpfree.cli.common.configured import Blueprint
+from lightning_bpfree.cli.common.configured import Blueprint, Built
 from lightning_bpfree.cli.common.evaluation import evaluated, mean_cosine
 from lightning_bpfree.cli.common.records import finite
 from lightning_bpfree.training.gradient_alignment import GradientAlignment
@@ -106,11 +106,13 @@ def profile(blueprint: Blueprint, seed: int) -> dict[str, Any]:
         limit_val_batches=1,  # not 0, for early stopping and schedulers may ask for a metric of it
         val_check_interval=1.0,  # at the end: more batches than there are would be refused
         check_val_every_n_epoch=1,
+        limit_test_batches=1,
         num_sanity_val_steps=0,
     )
     built.trainer.fit(built.module, datamodule=built.data)
     device = built.trainer.strategy.root_device
     return {
+        "logged": _logged(built),
         "rule": type(built.rules[0]).__name__,
         "settings": built.rules[0].settings(),
         "forward_evals_per_batch": meter.last_cost,
@@ -118,6 +120,17 @@ def profile(blueprint: Blueprint, seed: int) -> dict[str, Any]:
         "peak_memory_kind": meter.memory.kind,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
+
+
+def _logged(built: Built) -> dict[str, list[str]] | None:
+    """Return the metrics that fit, validation and test log, after a short fit; None if one batch is too few."""
+    found = {"fit": sorted(built.trainer.callback_metrics)}
+    for stage in ("validate", "test"):
+        try:
+            found[stage] = sorted(evaluated(stage, built.trainer, built.module, built.data))
+        except Exception:
+            return None
+    return found
 
 
 def train(

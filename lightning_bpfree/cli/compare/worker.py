@@ -11,10 +11,12 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_bpfree.cli.common.configured import Blueprint
-from lightning_bpfree.cli.common.preconditions import CommandError
+from lightning_bpfree.cli.common.preconditions import CommandError, did_you_mean
+from lightning_bpfree.cli.compare.kept import KeptRuns
 from lightning_bpfree.cli.compare.runs import MetricMissingError, profile, step_limits, train
 from lightning_bpfree.training.training_rule import BACKPROP_COST
 
@@ -45,17 +48,32 @@ class Contest:
     def __init__(self, spec: dict[str, Any], send: Send) -> None:
         self.spec, self.send = spec, send
         self.curve = spec["curve"]["metric"] if "curve" in spec else None
+        self.kept = KeptRuns(Path(spec["kept"]) if "kept" in spec else None)
 
     def run(self) -> None:
         """Profile, tune, and train for every seed and budget."""
         blueprint = self._blueprint({})
         self.send("begin", what="profile")
-        profiled = profile(blueprint, self.spec["seeds"][0])
+        seed = self.spec["seeds"][0]
+        profiled, _ = self.kept.get(partial(profile, blueprint, seed), "profile", blueprint.dump(), seed)
+        self._check_metrics(profiled.pop("logged"))
         self.send("profile", **profiled)
         if self.spec["grid"]:
             blueprint = self._blueprint(self._tuned())
         for seed in self.spec["seeds"]:
             self._budgets(blueprint, seed, profiled)
+
+    def _check_metrics(self, logged: dict[str, list[str]] | None) -> None:
+        """Raise MetricMissingError, before any training, if the module does not log what is asked for."""
+        if logged is None:  # the module cannot be evaluated on one batch
+            return
+        spec, tuned = self.spec, bool(self.spec["grid"]) and self.spec.get("tuned_by") == "last"
+        everything = sorted({name for names in logged.values() for name in names})
+        _check_logged("--metric", spec["metric"], everything)
+        if self.curve is not None:
+            _check_logged("--curve", self.curve, logged["validate"])
+        if tuned:
+            _check_logged("--tune", spec["tuning_metric"], sorted({*logged["fit"], *logged["validate"]}))
 
     def _blueprint(self, values: dict[str, str]) -> Blueprint:
         values = {**self.spec.get("values", {}), **values}  # the former where a key is varied
@@ -74,8 +92,8 @@ class Contest:
             values = dict(zip(grid, combination, strict=True))
             self.send("begin", what=f"tune {_written(values)}")
             trial = _attempted(partial(self._trial, values))
-            value = _metric(trial, metric)
-            self.send("trial", values=values, metric=metric, value=value, error=trial["error"])
+            kept, value = trial.pop("kept", False), _metric(trial, metric)
+            self.send("trial", values=values, metric=metric, value=value, error=trial["error"], kept=kept)
             if value is None:
                 continue
             rank = (sign * value, -_loss_beside(metric, trial["metrics"]))
@@ -88,12 +106,18 @@ class Contest:
 
     def _trial(self, values: dict[str, str]) -> Result:
         # The curve is not kept, but one that validation does not log is found before hours of tuning.
-        trial = train(self._blueprint(values), self.spec["tuning_seed"], ("validate",), self.curve)
+        trial = self._trained(self._blueprint(values), self.spec["tuning_seed"], ("validate",))
         if self.spec.get("tuned_by") == "curve":
             values_of_curve = [value for _, value in trial["curve"]]
             known = values_of_curve and None not in values_of_curve
             trial["metrics"][self.spec["tuning_metric"]] = statistics.fmean(values_of_curve) if known else None
         return trial
+
+    def _trained(self, blueprint: Blueprint, seed: int, stages: tuple[str, ...], **limits: Any) -> Result:
+        """Return the result of a training, which may have been finished before."""
+        run = partial(train, blueprint, seed, stages, self.curve, **limits)
+        found, kept = self.kept.get(run, "train", blueprint.dump(), seed, stages, self.curve, limits)
+        return {**found, "kept": kept}
 
     def _budgets(self, blueprint: Blueprint, seed: int, profiled: Result) -> None:
         budgets, is_backprop = self.spec["budgets"], profiled["rule"] == "Backprop"
@@ -124,7 +148,7 @@ class Contest:
 
     def _run(self, blueprint: Blueprint, seed: int, budget: str, **limits: Any) -> Result:
         self.send("begin", what=f"seed {seed}, budget {budget}")
-        result = _attempted(lambda: train(blueprint, seed, ("validate", "test"), self.curve, **limits))
+        result = _attempted(partial(self._trained, blueprint, seed, ("validate", "test"), **limits))
         if result.get("refused"):
             raise RefusedError(result["error"])
         if _metric(result, self.spec["metric"]) is None and result["error"] is None:
@@ -150,11 +174,18 @@ def _attempted(run: Callable[[], Result]) -> Result:
 def _metric(result: Result, metric: str) -> float | None:
     if "metrics" not in result:
         return None
-    if metric not in result["metrics"]:
-        known = ", ".join(sorted(result["metrics"])) or "nothing"
-        raise MetricMissingError(f"the module does not log the metric {metric}; it logs: {known}")
+    _check_logged("--metric", metric, sorted(result["metrics"]))
     value: float | None = result["metrics"][metric]
     return value
+
+
+def _check_logged(option: str, metric: str, known: Sequence[str]) -> None:
+    if metric not in known:
+        stage = " in validation" if option == "--curve" else ""
+        raise MetricMissingError(
+            f"{option} {metric}: the module does not log this metric{stage}.{did_you_mean(metric, known)} It logs: "
+            f"{', '.join(known) or 'nothing'}."
+        )
 
 
 def _loss_beside(metric: str, metrics: dict[str, float | None]) -> float:
@@ -195,8 +226,21 @@ def work(spec: dict[str, Any], send: Send) -> None:
         send("refused", message=f"{type(error).__name__}: {error}")
 
 
+def _end_with_parent() -> None:
+    """End this process, and those that it has started, when the one that reads its reports has ended."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()  # the other end of the pipe is closed, be it by SIGKILL
+        if hasattr(os, "killpg"):
+            os.killpg(os.getpgrp(), signal.SIGKILL)  # `bpfree compare` gives each worker a group of its own
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main(path: str) -> None:
     """Do what the JSON file at ``path`` says."""
+    _end_with_parent()
     with _reports() as send:
         work(json.loads(Path(path).read_text(encoding="utf-8")), send)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_bpfree.cli.common import recipes
+from lightning_bpfree.cli.common.arguments import configuration_options
 from lightning_bpfree.cli.common.configured import Blueprint, silence
 from lightning_bpfree.cli.common.evaluation import larger_is_better
 from lightning_bpfree.cli.common.preconditions import CommandError, require, require_writable
@@ -18,7 +19,8 @@ from lightning_bpfree.cli.common.records import finite, provenance
 from lightning_bpfree.cli.common.tables import console
 from lightning_bpfree.cli.compare.plan import contenders
 from lightning_bpfree.cli.tickets import results as tickets_results
-from lightning_bpfree.cli.tickets.runs import AGAIN, KINDS, Result, Study, plan_of
+from lightning_bpfree.cli.tickets.options import KINDS, parser
+from lightning_bpfree.cli.tickets.runs import AGAIN, Result, Study, plan_of
 from lightning_bpfree.methods.backprop.rule import Backprop
 from lightning_bpfree.training.training_rule import TrainingRule
 
@@ -68,31 +70,6 @@ def _barrier(study: Study, between: str, one: Result, other: Result) -> Result:
         if None in barrier["values"]:  # a maximum over NaN says nothing
             barrier.update(barrier=None, barrier_from_mean=None)
     return {**shared, **place, **found}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "bpfree tickets",
-        allow_abbrev=False,
-        description="Find lottery tickets in several ways, from a configuration with a rule and a LotteryTicket; train "
-        "the first kind under other rules; measure how the loss rises on the lines between trained networks. On one "
-        "device. Further options, such as --trainer.max_epochs=80, are those of bpfree fit.",
-    )
-    add = parser.add_argument
-    add("-c", "--config", action="append", required=True, metavar="FILE", help="base: YAML files or recipes")
-    add(
-        "--kinds",
-        nargs="+",
-        choices=tuple(KINDS),
-        default=["snr", "magnitude", "random"],
-        help="ways to find tickets; the first is what is transferred (default: snr magnitude random)",
-    )
-    add("--transfer", nargs="+", default=[], metavar="FILE", help="overlays with another rule each")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    add("--no-connectivity", action="store_true", help="leave out the lines between networks")
-    add("--metric", default="test_acc", help="default: test_acc")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of tickets.json, tickets.csv, plots and tickets")
-    return parser
 
 
 def _studies(options: argparse.Namespace, overrides: list[str]) -> tuple[Study, list[Study]]:
@@ -153,7 +130,9 @@ def settings(options: argparse.Namespace, base: Study, argv: Sequence[str]) -> d
 
 def run(arguments: Sequence[str]) -> int:
     """Run ``bpfree tickets``."""
-    options, overrides = _parser().parse_known_args(arguments)
+    made = parser()
+    options, given = made.parse_known_args(arguments)
+    overrides = configuration_options(given, made.options())
     require("rich", "matplotlib")
     options.kinds, options.seeds = (list(dict.fromkeys(given)) for given in (options.kinds, options.seeds))
     base, targets = _studies(options, overrides)

@@ -12,6 +12,7 @@ from lightning_bpfree.cli.common.configured import Blueprint, Built
 from lightning_bpfree.cli.common.evaluation import evaluated, larger_is_better
 from lightning_bpfree.cli.common.preconditions import CommandError
 from lightning_bpfree.cli.compare.runs import Stopwatch
+from lightning_bpfree.cli.tickets.options import KINDS
 from lightning_bpfree.core.params import ParameterSlots, Params
 from lightning_bpfree.methods.lottery_ticket.callback import LotteryTicket
 from lightning_bpfree.methods.lottery_ticket.connectivity import Barrier, loss_barrier
@@ -19,16 +20,6 @@ from lightning_bpfree.methods.lottery_ticket.ticket import Ticket
 
 Result = dict[str, Any]
 
-# What the ways to find a ticket are called, and the arguments of LotteryTicket that make them.
-KINDS: dict[str, dict[str, Any]] = {
-    "snr": {"score": "snr", "weights": "init"},
-    "magnitude": {"score": "magnitude", "weights": "init"},
-    "random": {"score": "random", "weights": "fresh"},
-    "fresh": {"score": "magnitude", "weights": "fresh"},
-    "permuted": {"score": "magnitude", "weights": "permuted"},
-    "permuted_masks": {"score": "magnitude", "weights": "permuted", "permute_masks": True},
-    "snip": {"score": "snip", "weights": "init"},
-}
 AGAIN = 10_000  # added to a seed where the same ticket is trained a second time, independently
 POINTS = 11  # on the line between two networks
 

@@ -95,6 +95,18 @@ class ConceptBackprop(Callback):
         "journal={arXiv preprint arXiv:2307.12601}, year={2023}}"
     )
 
+    logged: ClassVar[dict[str, str]] = {
+        "bpfree/concept/<concept>/<layer>/score": "score of the linear probe of the concept in the layer",
+        "bpfree/concept/<concept>/<layer>/control": "score of the same probe trained on random labels",
+        "bpfree/concept/<concept>/<layer>/effect": "effect of the concept on the output of the module",
+        "bpfree/concept/<concept>/<layer>/effect_ratio": "this effect in units of that of random directions",
+        "bpfree/concept/<concept>/before": "mean probability of the concept before the change of the inputs",
+        "bpfree/concept/<concept>/after": "mean probability of the concept after the change of the inputs",
+        "bpfree/concept/<concept>/reached": "share of the samples for which the change reached its target",
+        "bpfree/concept/<concept>/distance_l2": "mean L2 norm of the change",
+        "bpfree/concept/<concept>/entangled_with/<other>": "change of another concept by the same change of inputs",
+    }
+
     @checked
     def __init__(
         self,

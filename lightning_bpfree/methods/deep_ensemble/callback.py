@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -20,7 +20,7 @@ from lightning_bpfree.methods.deep_ensemble.bootstrap import Bootstrap
 from lightning_bpfree.methods.deep_ensemble.checks import check_fit, check_strategy
 from lightning_bpfree.methods.deep_ensemble.combining.combination import Combination, Combine, Task
 from lightning_bpfree.methods.deep_ensemble.combining.exported import EnsembleModule
-from lightning_bpfree.methods.deep_ensemble.combining.report import TargetsOf
+from lightning_bpfree.methods.deep_ensemble.combining.report import LOGGED, TargetsOf
 from lightning_bpfree.methods.deep_ensemble.initialisation import Initialise, initial_states
 from lightning_bpfree.methods.deep_ensemble.optimizers import MemberOptimizers
 from lightning_bpfree.methods.deep_ensemble.run import EnsembleRun
@@ -80,6 +80,8 @@ class DeepEnsemble(Callback):
         G. A. Mendrofa, G. F. Hertono, B. D. Handari, "Ensemble Learning Model on Artificial Neural
         Network-Backpropagation (ANN-BP) Architecture for Coal Pillar Stability Classification", 2023, arXiv 2303.16524.
     """
+
+    logged: ClassVar[dict[str, str]] = LOGGED
 
     @checked
     def __init__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -62,6 +62,11 @@ class DiffusionAdjoint(Callback):
         Models", 2024, arXiv 2307.10711.
         K. Clark et al., "Directly Fine-Tuning Diffusion Models on Differentiable Rewards", 2024, arXiv 2309.17400.
     """
+
+    logged: ClassVar[dict[str, str]] = {
+        "bpfree/network_evals": "evaluations of the noise network since the start of the fit",
+        "bpfree/peak_memory": "peak memory of the device since the last entry, in MiB (GPU only)",
+    }
 
     @checked
     def __init__(

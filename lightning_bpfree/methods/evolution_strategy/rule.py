@@ -81,6 +81,13 @@ class EvolutionStrategy(TrainingRule):
         "journal={arXiv preprint arXiv:1703.03864}, year={2017}}"
     )
     exchanges_scalars: bool = True
+    logged: ClassVar[dict[str, str]] = {
+        **TrainingRule.logged,
+        "bpfree/evolution_strategy/fitness_mean": "mean loss of the population, of members with a finite loss",
+        "bpfree/evolution_strategy/fitness_std": "standard deviation of the loss over the population",
+        "bpfree/evolution_strategy/fitness_best": "smallest loss of the population",
+        "bpfree/evolution_strategy/sigma": "mean standard deviation of the perturbations, in units of the parameters",
+    }
     backpropagates: ClassVar[bool] = False
     of_a_fit = (*TrainingRule.of_a_fit, "_slots", "_coordinates")
 

@@ -100,6 +100,12 @@ class ForwardForward(NetworkRule):
         "@article{hinton2022forward, title={The Forward-Forward Algorithm: Some Preliminary Investigations}, "
         "author={Hinton, Geoffrey}, journal={arXiv preprint arXiv:2212.13345}, year={2022}}"
     )
+    logged: ClassVar[dict[str, str]] = {
+        **NetworkRule.logged,
+        "bpfree/forward_forward/blocks/<index>/loss": "local loss of a block",
+        "bpfree/forward_forward/blocks/<index>/positive": "mean goodness a unit of positive samples",
+        "bpfree/forward_forward/blocks/<index>/negative": "mean goodness a unit of negative samples",
+    }
     estimates_user_loss: ClassVar[bool] = False
 
     @checked

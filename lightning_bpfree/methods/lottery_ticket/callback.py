@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -80,6 +80,11 @@ class LotteryTicket(Callback):
         J. Frankle, M. Carbin, "The Lottery Ticket Hypothesis", 2019, arXiv 1803.03635.
         N. Lee, T. Ajanthan, P. H. S. Torr, "SNIP", 2019, arXiv 1810.02340.
     """
+
+    logged: ClassVar[dict[str, str]] = {
+        "bpfree/ticket/level": "level of pruning, from 0",
+        "bpfree/ticket/weights_left": "share of the weights that are not pruned",
+    }
 
     @checked
     def __init__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -80,6 +80,12 @@ class ReversibleRecompute(Callback):
         T. Zhu, K. Mangalam, "PaReprop: Fast Parallelized Reversible Backpropagation", 2023, arXiv 2306.09342.
         K. Mangalam et al., "Reversible Vision Transformers", 2022, arXiv 2302.04869.
     """
+
+    logged: ClassVar[dict[str, str]] = {
+        "bpfree/samples_per_second": "training samples a second on all ranks, since the last entry",
+        "bpfree/peak_memory": "peak memory of the device since the last entry, in MiB (GPU only)",
+        "bpfree/reconstruction_error": "largest difference between a recomputed and the stored input of a stack",
+    }
 
     @checked
     def __init__(

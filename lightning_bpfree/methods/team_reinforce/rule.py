@@ -109,6 +109,12 @@ class TeamReinforce(NetworkRule):
         "@article{chung2023structural, title={Structural Credit Assignment with Coordinated Exploration}, "
         "author={Chung, Stephen}, journal={arXiv preprint arXiv:2307.13256}, year={2023}}"
     )
+    logged: ClassVar[dict[str, str]] = {
+        **NetworkRule.logged,
+        "bpfree/team_reinforce/reward": "mean reward of the batch",
+        "bpfree/team_reinforce/<stage>_acc_<way>": "accuracy of an evaluation, with sampled or with mean units",
+        "bpfree/team_reinforce/<stage>_reward_<way>": "mean reward of an evaluation, with sampled or with mean units",
+    }
     estimates_user_loss: ClassVar[bool] = False
 
     @checked

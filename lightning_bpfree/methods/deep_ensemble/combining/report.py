@@ -17,6 +17,17 @@ from lightning_bpfree.methods.deep_ensemble.combining.combination import Combina
 TargetsOf = str | Callable[[Any], Tensor] | None
 _KEYS = ("labels", "label", "targets", "target", "y")
 
+# What an ensemble logs in evaluations, with its meaning.
+LOGGED = {
+    "<stage>/cls/Acc": "accuracy of the ensemble in an evaluation",
+    "<stage>/cls/NLL": "negative log-likelihood of the ensemble",
+    "<stage>/cls/Brier": "Brier score of the ensemble",
+    "<stage>/cal/ECE": "expected calibration error of the ensemble, 15 bins",
+    "<stage>/reg/<name>": "MSE and MAE of the ensemble (regression)",
+    "<stage>/ens_<name>": "spread of the members: Disagreement, Entropy and MI, or Variance (regression)",
+    "<stage>/member_<index>/<name>": "the same scores for each member",
+}
+
 
 def targets_of(batch: Any, pick: TargetsOf) -> Tensor | None:
     """Return the targets of a batch, or None if it has none that can be recognised.

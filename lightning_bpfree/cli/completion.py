@@ -1,0 +1,103 @@
+"""``bpfree completion``: a script with which a shell completes commands, options, classes and recipes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pkgutil import resolve_name
+from typing import Any, NoReturn
+
+from lightning_bpfree.cli.commands import COMMANDS
+from lightning_bpfree.cli.common import recipes
+from lightning_bpfree.cli.common.arguments import Parser
+from lightning_bpfree.cli.common.preconditions import require
+
+SHELLS = ("bash", "zsh", "tcsh")
+READS_RECIPES = ("config", "rules", "transfer")  # options that take a YAML file or the name of a recipe
+RECIPES = {
+    "bash": '_bpfree_recipes() {{ compgen -W "{names}" -- "$1"; compgen -f -- "$1"; }}',
+    "zsh": "_bpfree_recipes() {{ _alternative 'recipes:recipe:({names})' 'files:file:_files' }}",
+    "tcsh": "",
+}
+
+
+def parser() -> Parser:
+    """Return the parser of the command."""
+    made = Parser(
+        "bpfree completion",
+        "Print a script with which a shell completes commands, options, classes and recipes.\n"
+        'It needs pip install "lightning-bpfree[completion]".',
+        [
+            "bpfree completion bash > ~/.bpfree.bash       with source ~/.bpfree.bash in ~/.bashrc",
+            "bpfree completion zsh > ~/.zfunc/_bpfree      with fpath+=~/.zfunc before compinit in ~/.zshrc",
+        ],
+    )
+    made.add_argument("shell", choices=SHELLS)
+    return made
+
+
+def script(shell: str) -> str:
+    """Return the script of a shell.
+
+    Args:
+        shell: ``bash``, ``zsh`` or ``tcsh``.
+    """
+    whole: Any = _configuration_parser()
+    actions = whole._subcommands_action
+    for name, row in COMMANDS.items():
+        if name not in actions._name_parser_map:
+            actions._name_parser_map[name] = _parser_of(name)
+            actions._choices_actions.append(actions._ChoicesPseudoAction(name, (), row.summary))
+    names = " ".join(recipes.names())
+    preamble = RECIPES[shell].format(names=names)
+    for part in _parsers(whole):
+        vars(part).setdefault("_subcommands_action", None)  # jsonargparse looks for it in plain parsers too
+        for action in part._actions:
+            if action.dest in READS_RECIPES:
+                action.complete = {"bash": "_bpfree_recipes", "zsh": "_bpfree_recipes"}  # tcsh has no functions
+    text: str = whole.get_completion_script(f"shtab-{shell}", preambles=[preamble] if preamble else [])
+    return text
+
+
+def _parser_of(name: str) -> argparse.ArgumentParser:
+    """Return the parser of a command that reads no configuration, or only adds options to those of ``fit``."""
+    made: argparse.ArgumentParser = resolve_name(COMMANDS[name].options or f"{recipes.__name__}:parser")()
+    return made
+
+
+def _parsers(top: Any) -> Iterator[Any]:
+    yield top
+    for action in top._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for part in action.choices.values():
+                yield from _parsers(part)
+
+
+def _configuration_parser() -> Any:
+    """Return the parser of ``fit``, ``validate``, ``test`` and ``predict``, which LightningCLI makes of signatures."""
+    from lightning_bpfree.cli.common.configured import ConfigCLI
+
+    made: list[Any] = []
+
+    class Made(Exception):  # noqa: N818  # stops LightningCLI before it parses
+        pass
+
+    class ParserOnly(ConfigCLI):
+        def parse_arguments(self, parser: Any, args: Any) -> NoReturn:
+            made.append(parser)
+            raise Made
+
+    try:
+        ParserOnly([])
+    except Made:
+        return made[0]
+    raise AssertionError("LightningCLI has made no parser")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run ``bpfree completion``."""
+    shell = parser().parse_args(arguments).shell
+    require("jsonargparse", "shtab", extra="completion")
+    sys.stdout.write(script(shell))
+    return 0
