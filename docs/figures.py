@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
+import bars
 import depths
 from concepts import concept_drawings, concept_images
 from studies import drawings, images
@@ -16,23 +17,23 @@ TITLES = {"epochs": "the same epochs", "forwards": "the same forward passes"}
 
 def stale_figures(results, folder):
     """Yield the figures that are missing, or were drawn from another file: each holds the hash of its own."""
-    for path in sorted(results.glob("*comparison*.json")):
+    for path in sorted(results.glob("*.json")):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        has_curves = "curve" in json.loads(path.read_text(encoding="utf-8"))
-        for image in (path.stem, f"{path.stem}_curves")[: 1 + has_curves]:
+        for image in _images(path, json.loads(path.read_text(encoding="utf-8"))):
             if _is_stale(folder / f"{image}.png", digest):
                 yield folder / f"{image}.png", path, digest
-    for path in sorted(results.glob("*benchmarks.json")):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        image = folder / f"{path.stem}_depths.png"
-        if depths.series(json.loads(path.read_text(encoding="utf-8"))) and _is_stale(image, digest):
-            yield image, path, digest
-    for pattern, stems in (("*_study.json", images), ("*_concepts.json", concept_images)):
-        for path in sorted(results.glob(pattern)):
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            for image in stems(path, json.loads(path.read_text(encoding="utf-8"))):
-                if _is_stale(folder / f"{image}.png", digest):
-                    yield folder / f"{image}.png", path, digest
+
+
+def _images(path, found):
+    """Return the stems of the figures that belong to a file."""
+    if path.stem.endswith("comparison"):
+        return [path.stem, *([f"{path.stem}_curves"] if "curve" in found else [])]
+    if path.stem.endswith("benchmarks"):
+        drawn = {"depths": depths.series(found), "bars": bars.bars(path.stem, found)}
+        return [f"{path.stem}_{kind}" for kind, what in drawn.items() if what]
+    if path.stem.endswith("_study"):
+        return list(images(path, found))
+    return list(concept_images(path, found)) if path.stem.endswith("_concepts") else []
 
 
 def _is_stale(figure, digest):
@@ -46,6 +47,8 @@ def draw(figure, path, digest):
         drawing = dict(concept_drawings(path, found))[figure.stem]()
     elif "curve" in found and figure.stem != path.stem:
         drawing = compare_curves.figure(found)
+    elif figure.stem.endswith("_bars"):
+        drawing = bars.figure(path.stem, found)
     elif "rows" in found:
         drawing = depths.figure(found)
     elif "barriers" in found:

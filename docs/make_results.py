@@ -10,7 +10,7 @@ A page marks a part by ``<!-- results:NAME -->`` and ``<!-- /results -->``; what
   figures;
 - ``NAME_concepts``: the tables of tests/benchmarks/concept_study.py; ``NAME_concepts:FIGURE``: one of its figures;
 - ``benchmarks``: all rows of ``docs/results/benchmarks.json``; or ``benchmarks:TEXT``, those with TEXT in their name;
-  ``NAME_benchmarks:depths``: the figure of memory against depth.
+  ``NAME_benchmarks:depths``: the figure of memory against depth; ``NAME_benchmarks:bars``: bars with limits.
 
 Tables of more than six rows, and how results were made, are folded: a click opens them.
 
@@ -31,6 +31,7 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))  # this file is run as a script and loaded by path: its neighbour is found either way
 
+import bars  # noqa: E402
 from concepts import IMAGES as CONCEPT_IMAGES  # noqa: E402
 from concepts import concept_tables  # noqa: E402
 from figures import TITLES, draw, stale_figures  # noqa: E402
@@ -211,6 +212,9 @@ def benchmarks_part(name, found, text, page):
     if text == "depths":
         figure = os.path.relpath(IMAGES / f"{name}_depths.png", page.parent)
         return f"![memory over the number of blocks, for every schedule]({figure})\n"
+    if text == "bars":
+        figure = os.path.relpath(IMAGES / f"{name}_bars.png", page.parent)
+        return f"![bars of what was measured, with limits]({figure})\n\n{bars.caption(name, found)}\n"
     rows = [row for row in found["rows"] if text in row["name"]]
     if not rows:
         return MISSING
