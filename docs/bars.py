@@ -54,7 +54,8 @@ def figure(stem, found):
         for place, (label, row) in enumerate(rows):
             colors = {True: KEPT, False: MISSED, None: PLAIN if OWN.search(label) else PEER}
             axes.barh(place, row["value"], color=colors[row["reached"]], height=0.7)
-            end = max(row["value"], row["limit"] or 0)  # the number stands behind the mark
+            near = row["limit"] is not None and 0.8 < row["value"] / row["limit"] < 1
+            end = row["limit"] if near else row["value"]  # so that the mark does not cross the number
             axes.annotate(f"  {row['value']:.3g}", (end, place), va="center", fontsize=9)
             if row["limit"] is not None:
                 axes.plot([row["limit"]] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2)
