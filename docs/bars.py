@@ -11,6 +11,15 @@ PANELS = {
         ),
         (r"(.* ours over .*), MLP 64-256-256-256-10, N = 512$", "time over the peer's, MLP 64-256-256-256-10, N = 512"),
     ],
+    "benchmarks": [
+        (r"memory, (.*), depth 32$", "memory above inference, in copies of the parameters"),
+        (r"time of a step, (.*)", "time of a step, in forward passes"),
+    ],
+    "evolution_benchmarks": [
+        (r"full rank, (?!noise)(.*)$", "full rank: time over that of N + 1 forward passes"),
+        (r"(rank 1, .*) samples a member$", "rank 1: time over one forward pass of as many samples"),
+        (r"(rank 4, .*) samples a member$", "rank 4: time over one forward pass of as many samples"),
+    ],
     "fflib_benchmarks": [
         (r"(.*), time of a step$", "time of a step over backprop's"),
         (r"(.*), time of a prediction$", "time of a prediction over a forward pass"),
@@ -20,13 +29,18 @@ PANELS = {
         (r"step(?: with Adam)?, (Forward-Forward.*|Integrated.*|checkpointed.*)", "time of a step over backprop's"),
         (r"prediction (by .*)", "time of a prediction over a forward pass"),
     ],
+    "reversible_benchmarks": [
+        (r"step, (.*), dropout 0$", "time of a step over autograd's, no dropout"),
+        (r"step, (.*), dropout 0.1$", "time of a step over autograd's, dropout 0.1"),
+    ],
     "reversible_peers_benchmarks": [
         (r"step, (.*), dropout 0.1$", "time of a step over autograd's, dropout 0.1"),
         (r"peak memory, (.*), dropout 0.1$", "peak memory in MiB, dropout 0.1"),
     ],
+    "team_benchmarks": [(r"update, (.*)", "time of an update over that of a NumPy loop")],
 }
 KEPT, MISSED, PLAIN, PEER = "tab:green", "tab:red", "tab:blue", "0.6"
-OWN = re.compile("ours|lightning_bpfree|^Forward-Forward|^Integrated|^sequential|^parallel|^by ")
+OWN = re.compile("ours|zeroth order|forward gradient|full rank|^rank|lightning_bpfree|^Forward-Forward|^Integrated|^sequential|^parallel|^by ")
 
 
 def bars(stem, found):
@@ -48,7 +62,7 @@ def figure(stem, found):
 
     panels = bars(stem, found)
     heights = [len(rows) + 1.6 for _, rows in panels]
-    drawing = Figure(figsize=(7.2, 0.3 * sum(heights)), layout="constrained", dpi=150)
+    drawing = Figure(figsize=(5.6, 0.27 * sum(heights)), layout="constrained", dpi=130)
     axes_of = drawing.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (title, rows) in zip(axes_of, panels, strict=True):
         for place, (label, row) in enumerate(rows):

@@ -99,8 +99,10 @@ def comparison_figure(name, found, page, kind=""):
         over, metric = " over training batches", found["curve"]["metric"]
     figure = os.path.relpath(IMAGES / f"{name}{kind}.png", page.parent)
     seeds = len(found["seeds"])
-    intervals = "mean ± half width of the 95 % confidence interval" if seeds > 1 else "no interval"
-    caption = f"`{metric}`, {seeds} seed{'s' * (seeds > 1)}, {intervals}."
+    of = f"{seeds} seeds" if seeds > 1 else "1 seed, no interval"
+    caption = f"`{metric}` over {of}."
+    if seeds > 1:
+        caption += " Figure: mean, 95 % bootstrap interval, and each seed. Tables: mean ± half width of the 95 % t interval."
     return f"![{metric} of every rule{over}, with confidence intervals]({figure})\n\n{caption}"
 
 
