@@ -110,6 +110,11 @@ def comparison_figure(name, found, page, kind=""):
     return f"![{metric} of every rule{over}, with confidence intervals]({figure})\n\n{caption}"
 
 
+def alone(figure):
+    """Return a figure and its caption for a page about something else, which shows it smaller (docs/extra.css)."""
+    return f'<figure markdown="1">\n\n{figure}\n\n</figure>\n'
+
+
 def curve_blocks(name, found, page):
     """Return a table per budget of the batches until a value is reached, and the figure of the curves."""
     blocks, metric = [], found["curve"]["metric"]
@@ -151,7 +156,7 @@ def study_part(name, found, text, page):
         for image, about in images(RESULTS / f"{name}.json", found).items()
     }
     if text:
-        return f"{shown[f'{name}_{text}']}\n\n{caption}\n"
+        return alone(f"{shown[f'{name}_{text}']}\n\n{caption}")
     tables = "Tables: mean ± half width of the 95 % confidence interval (Student's t)."
     blocks = [*shown.values(), f"{caption} {tables}", *study_tables(found, table)]
     how = provenance(found, shlex.join(found["command"]), f", {found['machine']['threads']} thread(s)")
@@ -273,7 +278,7 @@ def part(name, page):
     if "barriers" in found:
         return study_part(name, found, text, page)
     if text in ("figure", "curves"):
-        return comparison_figure(name, found, page, "_curves" if text == "curves" else "") + "\n"
+        return alone(comparison_figure(name, found, page, "_curves" if text == "curves" else ""))
     return benchmarks_part(name, found, text, page) if "rows" in found else comparison_part(name, found, page)
 
 
