@@ -51,7 +51,8 @@ def bars(stem, found):
     panels = []
     for pattern, title in PANELS.get(stem, ()):
         matches = [(re.match(pattern, row["name"]), row) for row in found["rows"]]
-        panels.append((title, [(_label(match, row), row) for match, row in matches if match]))
+        if any(match for match, _ in matches):
+            panels.append((title, [(_label(match, row), row) for match, row in matches if match]))
     return panels
 
 

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -26,7 +27,7 @@ def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def quotations() -> Iterator[object]:
+def quotations() -> Iterator[Any]:
     """Blocks whose first line is a comment that names a recipe."""
     for page in PAGES:
         for found in YAML.finditer(page.read_text(encoding="utf-8")):
@@ -51,7 +52,7 @@ def contained(part: object, whole: object) -> bool:
     return type(part) is type(whole) and part == whole
 
 
-def documented() -> Iterator[object]:
+def documented() -> Iterator[Any]:
     for page in PAGES:
         for found in ARGUMENTS.finditer(page.read_text(encoding="utf-8")):
             yield pytest.param(found["name"], found["table"], id=f"{name(page)}:{found['name']}")
