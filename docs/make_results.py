@@ -104,9 +104,7 @@ def comparison_figure(name, found, page, kind=""):
     of = f"{seeds} seeds" if seeds > 1 else "1 seed, no interval"
     caption = f"`{metric}` over {of}."
     if seeds > 1:
-        caption += (
-            " Figure: mean, 95 % bootstrap interval, and each seed. Tables: mean ± half width of the 95 % t interval."
-        )
+        caption += " Figure: mean, 95 % bootstrap interval, and each seed."
     return f"![{metric} of every rule{over}, with confidence intervals]({figure})\n\n{caption}"
 
 

@@ -183,7 +183,7 @@ class EvolutionStrategy(TrainingRule):
         self._slots, self._coordinates = slots, None
         if self.algorithm.steps:
             rank_zero_info(
-                f"EvolutionStrategy continues a search of {self.algorithm.steps} steps; call restart() to begin a new one."
+                f"EvolutionStrategy continues a search of {self.algorithm.steps} steps; restart() begins a new one."
             )
 
     def computes_in(self, dtype: torch.dtype) -> None:

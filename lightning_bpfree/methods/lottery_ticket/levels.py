@@ -271,7 +271,8 @@ class Levels:
             names = [entry.partition("=")[0] for entry in changed]
             before = ", ".join(f"{name}={state['arguments'].get(name)}" for name in names)
             raise MisconfigurationException(
-                f"LotteryTicket({', '.join(changed)}), but the checkpoint was saved with {before}: resume with the same value."
+                f"LotteryTicket({', '.join(changed)}), but the checkpoint was saved with {before}: resume with the "
+                "same value."
             )
         self.level, self.seed, self.names = state["level"], state["seed"], state["names"]
         self.masks = None if state["masks"] is None else Masks(state["masks"])

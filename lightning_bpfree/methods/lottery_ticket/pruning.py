@@ -137,7 +137,7 @@ def top_masks(
     empty = [name for name, kept in masks.counts.items() if kept == 0]
     if empty:
         raise ValueError(
-            f"sparsity={sparsity:.6g} would prune all of {', '.join(empty)}. Prune the same share of every layer (scope='layer'), "
+            f"sparsity={sparsity:.6g} would prune all of {', '.join(empty)}. Prune all layers alike (scope='layer'), "
             "use fewer levels or a lower sparsity, or exclude these layers (exclude=)."
         )
     return masks

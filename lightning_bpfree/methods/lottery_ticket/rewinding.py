@@ -70,9 +70,9 @@ def check_redrawable(module: pl.LightningModule, names: Collection[str]) -> None
     lacking = [path or type(module).__name__ for path, part in _owners(module, names) if _reset_of(part) is None]
     if lacking:
         raise MisconfigurationException(
-            f"LotteryTicket(weights='fresh') initializes weights again, but {', '.join(lacking)}: has parameters and no "
-            f"method reset_parameters(). Give {type(module).__name__} a reset_parameters(self) that initializes all of "
-            "its weights."
+            f"LotteryTicket(weights='fresh') initializes weights again, but {', '.join(lacking)}: has parameters, "
+            f"but no method reset_parameters(). Give {type(module).__name__} a reset_parameters(self) that "
+            "initializes all of its weights."
         )
 
 

@@ -139,5 +139,5 @@ class OwnBranches(Family):
             ValueError: always.
         """
         raise ValueError(
-            "fusion='concat_linear' needs the width of the layers, which is unknown with branches=(f, g): use another fusion."
+            "fusion='concat_linear' needs the width of the layers, unknown with branches=(f, g): use another fusion."
         )
