@@ -14,7 +14,7 @@ from lightning_bpfree.training.trainer_attributes import callbacks_of
 
 # By name, for a Trainer from `pytorch_lightning` brings its own classes of the same names.
 _REFUSED = {
-    "StochasticWeightAveraging": "averages weights over levels, which restores pruned weights at the end",
+    "StochasticWeightAveraging": "averages weights over levels, and restores pruned weights at the end",
     "BaseFinetuning": "unfreezes layers in the first level, and never freezes them again for the others",
 }
 

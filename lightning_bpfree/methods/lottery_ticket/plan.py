@@ -69,7 +69,7 @@ class Plan:
         if given != sorted(given):
             raise ValueError(
                 f"LotteryTicket: sparsities={given!r}: give the share of pruned weights for every level, in [0, 1), "
-                "in ascending order."
+                "non-decreasing."
             )
         return cls(given, epochs_per_level)
 

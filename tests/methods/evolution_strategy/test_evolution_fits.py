@@ -100,7 +100,9 @@ def test_a_reward_from_outside_torch():
 
 def test_an_objective_that_is_not_there():
     rule = EvolutionStrategy(population_size=4, objective="acc")
-    with pytest.raises(ValueError, match=r"objective='acc' is not in what.*returned \(\['accuracy', 'loss'\]\)"):
+    with pytest.raises(
+        ValueError, match=r"objective='acc' is not in the output of training_step \(\['accuracy', 'loss'\]\)"
+    ):
         fitted(Accuracy(nn.Linear(6, 3)), batches(6), rule)
     with pytest.raises(ValueError, match=r"objective='acc'.*\(Tensor\).*return a dict"):
         fitted(Net(nn.Linear(6, 3)), batches(6), EvolutionStrategy(population_size=4, objective="acc"))

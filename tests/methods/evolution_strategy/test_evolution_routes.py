@@ -248,5 +248,5 @@ def test_counts_are_rewards_and_bare_errors_are_no_obstacle():
 def test_masks_of_no_parameter_are_errors():
     rule = EvolutionStrategy("snes", 8)
     fitted(Net(nn.Linear(6, 3)), batches(6), rule)
-    with pytest.raises(ValueError, match=r"there are masks for net\.missing, and no parameters"):
+    with pytest.raises(ValueError, match=r"there are masks for net\.missing, but no parameters"):
         rule.restrict({"net.missing": torch.ones(3, 6) > 0})

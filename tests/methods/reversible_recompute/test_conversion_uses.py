@@ -69,7 +69,7 @@ def test_refused_when_it_is_called():
         change(model)
         with pytest.raises(RuntimeError, match=said):
             run(model.double())
-    with pytest.raises(ValueError, match="'layers', which is reversible already"):
+    with pytest.raises(ValueError, match="'layers', which is already reversible"):
         convert_to_reversible(model, "layers", warn=False)
 
 
