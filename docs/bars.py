@@ -11,6 +11,15 @@ PANELS = {
         ),
         (r"(.* ours over .*), MLP 64-256-256-256-10, N = 512$", "time over the peer's, MLP 64-256-256-256-10, N = 512"),
     ],
+    "benchmarks": [
+        (r"memory, (.*), depth 32$", "memory above inference, in copies of the parameters"),
+        (r"time of a step, (.*)", "time of a step, in forward passes"),
+    ],
+    "evolution_benchmarks": [
+        (r"full rank, (?!noise)(.*)$", "full rank: time over that of N + 1 forward passes"),
+        (r"rank 1, (.*) samples a member$", "rank 1: time over one pass of all samples (last: samples a member)"),
+        (r"rank 4, (.*) samples a member$", "rank 4: time over one pass of all samples (last: samples a member)"),
+    ],
     "fflib_benchmarks": [
         (r"(.*), time of a step$", "time of a step over backprop's"),
         (r"(.*), time of a prediction$", "time of a prediction over a forward pass"),
@@ -20,13 +29,21 @@ PANELS = {
         (r"step(?: with Adam)?, (Forward-Forward.*|Integrated.*|checkpointed.*)", "time of a step over backprop's"),
         (r"prediction (by .*)", "time of a prediction over a forward pass"),
     ],
+    "reversible_benchmarks": [
+        (r"step, (.*), dropout 0$", "time of a step over autograd's, no dropout"),
+        (r"step, (.*), dropout 0.1$", "time of a step over autograd's, dropout 0.1"),
+    ],
     "reversible_peers_benchmarks": [
         (r"step, (.*), dropout 0.1$", "time of a step over autograd's, dropout 0.1"),
         (r"peak memory, (.*), dropout 0.1$", "peak memory in MiB, dropout 0.1"),
     ],
+    "team_benchmarks": [(r"update, (.*)", "time of an update over that of a NumPy loop")],
 }
 KEPT, MISSED, PLAIN, PEER = "tab:green", "tab:red", "tab:blue", "0.6"
-OWN = re.compile("ours|lightning_bpfree|^Forward-Forward|^Integrated|^sequential|^parallel|^by ")
+OWN = re.compile(
+    "ours|lightning_bpfree|zeroth order|forward gradient|full rank"
+    "|^(rank|Forward-Forward|Integrated|sequential|parallel|by )"
+)
 
 
 def bars(stem, found):
@@ -34,7 +51,8 @@ def bars(stem, found):
     panels = []
     for pattern, title in PANELS.get(stem, ()):
         matches = [(re.match(pattern, row["name"]), row) for row in found["rows"]]
-        panels.append((title, [(_label(match, row), row) for match, row in matches if match]))
+        if any(match for match, _ in matches):
+            panels.append((title, [(_label(match, row), row) for match, row in matches if match]))
     return panels
 
 
@@ -48,7 +66,7 @@ def figure(stem, found):
 
     panels = bars(stem, found)
     heights = [len(rows) + 1.6 for _, rows in panels]
-    drawing = Figure(figsize=(7.2, 0.3 * sum(heights)), layout="constrained", dpi=150)
+    drawing = Figure(figsize=(5.6, 0.27 * sum(heights)), layout="constrained", dpi=130)
     axes_of = drawing.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (title, rows) in zip(axes_of, panels, strict=True):
         for place, (label, row) in enumerate(rows):
@@ -56,9 +74,11 @@ def figure(stem, found):
             axes.barh(place, row["value"], color=colors[row["reached"]], height=0.7)
             near = row["limit"] is not None and 0.8 < row["value"] / row["limit"] < 1
             end = row["limit"] if near else row["value"]  # so that the mark does not cross the number
-            axes.annotate(f"  {row['value']:.3g}", (end, place), va="center", fontsize=9)
             if row["limit"] is not None:
                 axes.plot([row["limit"]] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2)
+            behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            at = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+            axes.annotate(f"{row['value']:.3g}", (end, place), **at, bbox=behind)
         axes.set_yticks(range(len(rows)), [label for label, _ in rows])
         axes.invert_yaxis()
         axes.margins(x=0.12)

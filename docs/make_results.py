@@ -72,6 +72,8 @@ def comparison_part(name, found, page):
     """Return the figure, the tables, and folded the tuned values and where it all comes from."""
     varied = "vary" in found
     blocks = [comparison_figure(name, found, page)]
+    if len(found["seeds"]) > 1:
+        blocks[0] += " Tables: mean ± half width of the 95 % confidence interval (Student's t)."
     blocks += condition_tables(found) if varied else budget_tables(found)
     if "curve" in found:
         blocks += curve_blocks(name, found, page)
@@ -99,8 +101,10 @@ def comparison_figure(name, found, page, kind=""):
         over, metric = " over training batches", found["curve"]["metric"]
     figure = os.path.relpath(IMAGES / f"{name}{kind}.png", page.parent)
     seeds = len(found["seeds"])
-    intervals = "mean ± half width of the 95 % confidence interval" if seeds > 1 else "no interval"
-    caption = f"`{metric}`, {seeds} seed{'s' * (seeds > 1)}, {intervals}."
+    of = f"{seeds} seeds" if seeds > 1 else "1 seed, no interval"
+    caption = f"`{metric}` over {of}."
+    if seeds > 1:
+        caption += " Figure: mean, 95 % bootstrap interval, and each seed."
     return f"![{metric} of every rule{over}, with confidence intervals]({figure})\n\n{caption}"
 
 
@@ -144,14 +148,15 @@ def grids_block(found):
 def study_part(name, found, text, page):
     """Return the tables and figures of a study of lottery tickets, or its figure TEXT, and where it all comes from."""
     seeds = len(found["seeds"])
-    caption = f"{seeds} seed{'s' * (seeds > 1)}, mean ± half width of the 95 % confidence interval."
+    caption = f"{seeds} seed{'s' * (seeds > 1)}. Figures: mean and 95 % bootstrap interval."
     shown = {
         image: f"![{about}]({os.path.relpath(IMAGES / f'{image}.png', page.parent)})"
         for image, about in images(RESULTS / f"{name}.json", found).items()
     }
     if text:
         return alone(f"{shown[f'{name}_{text}']}\n\n{caption}")
-    blocks = [*shown.values(), caption, *study_tables(found, table)]
+    tables = "Tables: mean ± half width of the 95 % confidence interval (Student's t)."
+    blocks = [*shown.values(), f"{caption} {tables}", *study_tables(found, table)]
     how = provenance(found, shlex.join(found["command"]), f", {found['machine']['threads']} thread(s)")
     return "\n\n".join([*blocks, folded("Command, versions", how)]) + "\n"
 

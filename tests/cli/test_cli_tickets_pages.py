@@ -29,7 +29,7 @@ def test_plots_have_labelled_axes() -> None:
         assert axes.xaxis_inverted()
         assert [label.get_text() for label in axes.get_xticklabels()] == ["100", "25"]
     assert (left.get_title(), right.get_title()) == (
-        "between neighbouring levels",
+        "between neighboring levels",
         "between two trainings of a ticket",
     )
     line = found["pruning"].axes[0].lines[0]

@@ -164,7 +164,7 @@ def test_routes_by_structure(caplog):
     with caplog.at_level(logging.INFO):
         fitted(Reads(nn.Linear(6, 3)), batches(6), rule)
     assert rule._passes.chosen == 1
-    assert "members one by one, since vectorising fails" in caplog.text
+    assert "members one by one, because vectorizing fails" in caplog.text
     rule = EvolutionStrategy(population_size=16)
     fitted(Net(NETS["cnn"][0]()), NETS["cnn"][1], rule)
     assert rule._passes.chosen == 1
@@ -227,7 +227,7 @@ def test_losses_that_differ_when_vectorised_are_not_believed(caplog):
     rule = EvolutionStrategy(population_size=8)
     with caplog.at_level(logging.INFO):
         fitted(OwnNoise(nn.Linear(6, 3)), batches(6), rule)
-    assert "since vectorised ones have other losses" in caplog.text
+    assert "because vectorized members have different losses" in caplog.text
     assert rule._passes.chosen == 1
 
 
