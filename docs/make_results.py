@@ -264,7 +264,8 @@ def part(name, page):
     name, _, text = name.partition(":")
     if name == "comparisons":
         files = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*comparison*.json"))}
-        return f"{table(*overview_rows(files, DOCS, page, result))}\n" if files else MISSING
+        made = table(*overview_rows(files, DOCS, page, result))
+        return made.replace("| --- | ---: | ---: |", "| --- | --- | --- |", 1) + "\n" if files else MISSING
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return MISSING

@@ -227,7 +227,7 @@ def test_a_second_fit_begins_anew_and_says_so(caplog):
     fitted(Net(nn.Linear(6, 3)), batches(6), rule)
     with caplog.at_level(logging.INFO):
         fitted(Net(nn.Linear(6, 3)), batches(6), rule)
-    assert "EvolutionStrategy begins anew" in caplog.text
+    assert "EvolutionStrategy starts over" in caplog.text
     assert rule.algorithm.steps == 1
     fitted(Net(nn.Linear(6, 2)), batches(6, classes=2), rule)  # another module: other parameters
 

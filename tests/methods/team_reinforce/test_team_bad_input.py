@@ -229,7 +229,7 @@ def test_a_reward_that_is_no_number_stops_the_run_or_leaves_out_the_batch(settin
     module, states = problem(lr=0.1), []
     module.on_train_batch_start = lambda batch, index: states.append([p.clone() for p in module.parameters()])
     rule = bpf.TeamReinforce(reward=sometimes_nan, **settings)
-    said = r"the reward of row 7 gave nan in batch 1\. No parameter has moved.*on_nonfinite='skip'"
+    said = r"the reward of row 7 gave nan in batch 1\. No parameter has changed.*on_nonfinite='skip'"
     with pytest.raises(RuntimeError, match=said):
         fitted(module, loader(), rule)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), states[1], strict=True))
