@@ -29,7 +29,7 @@ class Ticket:
     Args:
         masks: which weights survive; parameters without a mask are dense.
         init: all parameters at the very first initialization, unmasked.
-        level: how often the weights had been pruned before this level was trained, from 0.
+        level: number of prunings before this level was trained, from 0.
         mean: all parameters at the end of the level; None if it has not been trained.
         std: deviations of the weights in the search distribution at the end of the level, in full shape; or None.
         buffers: the buffers at the very first initialization.

@@ -170,7 +170,7 @@ class ReversibleRecompute(Callback):
         rank_zero_info(f"ReversibleRecompute: schedule={self.schedule!r} for {', '.join(wanted)}.")
 
     def undo(self) -> None:
-        """Put the model back: the layers in their lists, with the weights of now, and the schedules that stacks had."""
+        """Restore the lists of layers, with their present weights, and the previous schedules of stacks."""
         for stack, schedule in self._found:
             stack.schedule = schedule
         if self.conversion is not None:

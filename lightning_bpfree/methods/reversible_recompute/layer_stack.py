@@ -27,7 +27,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class ReversibleLayers(nn.Module):
-    """Layers of one family as reversible blocks, with the names of parameters that they had in their list.
+    """Layers of one family as reversible blocks, with unchanged parameter names.
 
     It takes the place of an ``nn.ModuleList`` or ``nn.Sequential``. A number gives a layer, untouched. A loop over it,
     or over a slice of it, sees each stretch of reversible layers as one layer: the stretch doubles its input into two
