@@ -2,6 +2,7 @@
 
 import torch
 
+from lightning_bpfree.cli.common.drawing import colors
 from lightning_bpfree.cli.compare.results import confidence
 
 IMAGES = {
@@ -11,7 +12,7 @@ IMAGES = {
     "rules": "scores of probes over epochs, for every concept, layer and training rule",
     "rules_pictures": "the same digits, changed until networks of each rule see a closed loop",
 }
-RULE_COLORS = {"backprop": "0.3", "Forward-Forward": "C1", "evolution strategy": "C2", "forward gradient": "C0"}
+RULE_COLORS = colors(["backprop", "Forward-Forward", "evolution strategy", "forward gradient"])
 
 
 def over_seeds(values, digits=2):

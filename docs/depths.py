@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+from lightning_bpfree.cli.common.drawing import colors
+
 ROW = re.compile(r"(?P<kind>saved|peak) memory, (?P<label>.+), depth (?P<depth>\d+)$")
 TITLES = {"saved": "saved for the backward pass", "peak": "peak of live tensors in a step"}
-COLORS = {"autograd": "0.35", "checkpoint": "tab:orange", "sequential": "tab:blue", "parallel": "tab:green"}
 
 
 def series(found):
@@ -25,21 +26,22 @@ def figure(found):
     from matplotlib.figure import Figure
 
     kinds = series(found)
-    drawing = Figure(figsize=(8.4, 3.8), layout="constrained", dpi=150)
-    for axes, (kind, lines) in zip(drawing.subplots(1, len(kinds), squeeze=False)[0], kinds.items(), strict=True):
+    drawing = Figure(figsize=(5.6, 3.1 * len(kinds) + 0.4), layout="constrained", dpi=130)
+    panels = drawing.subplots(len(kinds), 1, squeeze=False, sharex=True)[:, 0]
+    for axes, (kind, lines) in zip(panels, kinds.items(), strict=True):
+        color = colors(list(lines))
         for label, points in lines.items():
             depths, values = zip(*points, strict=True)
             dashed = "--" if label == "parallel" else ":" if "," in label else "-"
-            axes.plot(
-                depths, values, dashed, marker="o", markersize=3, label=label, color=COLORS.get(label, "tab:purple")
-            )
+            axes.plot(depths, values, dashed, marker="o", markersize=3, label=label, color=color[label])
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(depths, [str(depth) for depth in depths])
         axes.minorticks_off()
-        axes.set_xlabel("blocks")
         axes.set_ylabel("MiB")
-        axes.set_title(TITLES[kind], fontsize=10)
+        axes.set_title(TITLES[kind], fontsize=11)
         axes.grid(color="0.9")
-    drawing.axes[0].legend(fontsize=8)
+    panels[-1].set_xlabel("blocks")
+    handles = panels[0].get_legend_handles_labels()
+    drawing.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
     return drawing

@@ -2,13 +2,17 @@
 
 A page marks a part by ``<!-- results:NAME -->`` and ``<!-- /results -->``; what stands between is replaced. NAME is
 
-- ``comparisons``: all comparisons; or the name of one, such as ``quickstart_comparison`` for the file
-  ``docs/results/quickstart_comparison.json``, which is a ``comparison.json`` of ``bpfree compare``;
+- ``comparisons``: an overview of all comparisons, a row each; or the name of one, such as ``quickstart_comparison`` for
+  the file ``docs/results/quickstart_comparison.json``, which is a ``comparison.json`` of ``bpfree compare``;
+- ``NAME:figure`` or ``NAME:curves`` for such a file: the figure and its caption alone;
 - ``NAME:paired`` for such a file: differences between its rules, paired by seed;
-- ``NAME_study``: the tables and figures of a ``tickets.json`` of ``bpfree tickets``;
+- ``NAME_study``: the tables and figures of a ``tickets.json`` of ``bpfree tickets``; ``NAME_study:FIGURE``: one of its
+  figures;
 - ``NAME_concepts``: the tables of tests/benchmarks/concept_study.py; ``NAME_concepts:FIGURE``: one of its figures;
 - ``benchmarks``: all rows of ``docs/results/benchmarks.json``; or ``benchmarks:TEXT``, those with TEXT in their name;
-  ``NAME_benchmarks:depths``: the figure of memory against depth.
+  ``NAME_benchmarks:depths``: the figure of memory against depth; ``NAME_benchmarks:bars``: bars with limits.
+
+Tables of more than six rows, and how results were made, are folded: a click opens them.
 
 ``--check`` writes nothing, and fails if a page or a figure is not what the files say.
 """
@@ -27,9 +31,12 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))  # this file is run as a script and loaded by path: its neighbour is found either way
 
+import bars  # noqa: E402
 from concepts import IMAGES as CONCEPT_IMAGES  # noqa: E402
 from concepts import concept_tables  # noqa: E402
 from figures import TITLES, draw, stale_figures  # noqa: E402
+from folding import OPEN_ROWS, folded, titled  # noqa: E402
+from overview import overview_rows  # noqa: E402
 from paired import paired_tables  # noqa: E402
 from studies import images, study_tables  # noqa: E402
 
@@ -62,45 +69,62 @@ def provenance(found, command, extra=""):
 
 
 def comparison_part(name, found, page):
-    """Return the tables, the figure, the tuned values and where it all comes from."""
+    """Return the figure, the tables, and folded the tuned values and where it all comes from."""
     varied = "vary" in found
-    blocks = condition_tables(found) if varied else budget_tables(found)
-    figure = os.path.relpath(IMAGES / f"{name}.png", page.parent)
-    over = f" over {found['vary']['key']}" if varied else ""
-    blocks.append(f"![{found['metric']} of every rule{over}, with confidence intervals]({figure})")
+    blocks = [comparison_figure(name, found, page)]
+    if len(found["seeds"]) > 1:
+        blocks[0] += " Tables: mean ± half width of the 95 % confidence interval (Student's t)."
+    blocks += condition_tables(found) if varied else budget_tables(found)
     if "curve" in found:
         blocks += curve_blocks(name, found, page)
-    rules = found["conditions"][0]["rules"] if varied else found["rules"]
+    how, rules = [], found["conditions"][0]["rules"] if varied else found["rules"]
     chosen = [f"`{rule['label']}`: {rule['chosen']}" for rule in rules if rule.get("chosen")]
     if chosen:
         at = f", at `{found['vary']['values'][0]}` alone" if varied else ""
-        blocks.append(f"Tuned by {found['tuning_metric']} on seed {found['tuning_seed']}{at}: {'; '.join(chosen)}.")
+        how.append(f"Tuned by {found['tuning_metric']} on seed {found['tuning_seed']}{at}: {'; '.join(chosen)}.")
     if any(found.get("grids", {}).values()):  # older files do not have them
-        blocks.append(grids_block(found))
+        how.append(grids_block(found))
     measured = [rule for rule in rules if rule.get("device")]
-    memory = f"; peak memory {measured[0]['peak_memory_kind']}" if measured and not varied else ""
+    if measured and not varied:
+        how.append(f"Peak memory {measured[0]['peak_memory_kind']}.")
     device = f", {measured[0]['device']}, {found['machine']['threads']} thread(s)" if measured else ""
-    seeds = len(found["seeds"])
-    intervals = "mean ± half width of the 95 % confidence interval" if seeds > 1 else "no interval"
-    blocks.append(f"{seeds} seed{'s' * (seeds > 1)}, {intervals}{memory}.")
-    blocks.append(provenance(found, shlex.join(found["command"]), device))
+    how.append(provenance(found, shlex.join(found["command"]), device))
+    blocks.append(folded("Command, versions" + (", learning rates" if chosen else ""), *how))
     return "\n\n".join(blocks) + "\n"
+
+
+def comparison_figure(name, found, page, kind=""):
+    """Return the figure of a comparison, or of its curves, with its caption."""
+    over = f" over {found['vary']['key']}" if "vary" in found else ""
+    metric = found["metric"]
+    if kind:
+        over, metric = " over training batches", found["curve"]["metric"]
+    figure = os.path.relpath(IMAGES / f"{name}{kind}.png", page.parent)
+    seeds = len(found["seeds"])
+    of = f"{seeds} seeds" if seeds > 1 else "1 seed, no interval"
+    caption = f"`{metric}` over {of}."
+    if seeds > 1:
+        caption += " Figure: mean, 95 % bootstrap interval, and each seed."
+    return f"![{metric} of every rule{over}, with confidence intervals]({figure})\n\n{caption}"
+
+
+def alone(figure):
+    """Return a figure and its caption for a page about something else, which shows it smaller (docs/extra.css)."""
+    return f'<figure markdown="1">\n\n{figure}\n\n</figure>\n'
 
 
 def curve_blocks(name, found, page):
     """Return a table per budget of the batches until a value is reached, and the figure of the curves."""
     blocks, metric = [], found["curve"]["metric"]
+    note = (
+        "Training batches at the first validation that reached it: mean ± half width of the 95 % confidence "
+        "interval, over the seeds that did."
+    )
     for budget in found["summary"] if found["curve"]["reach"] else ():
         head, rows = compare_curves.reach_table(found, budget)
-        blocks.append(f"**When `{metric}` reaches a value, within {TITLES.get(budget, budget)}**")
-        blocks.append(table(head, [[f"`{label}`", *texts] for label, *texts in rows]))
-    if blocks:
-        blocks.append(
-            "Training batches at the first validation that reached it: mean ± half width of the 95 % confidence "
-            "interval, over the seeds that did."
-        )
-    figure = os.path.relpath(IMAGES / f"{name}_curves.png", page.parent)
-    return [*blocks, f"![{metric} of every rule over training batches, with confidence intervals]({figure})"]
+        made = table(head, [[f"`{label}`", *texts] for label, *texts in rows])
+        blocks.append(titled(f"When `{metric}` reaches a value, within {TITLES.get(budget, budget)}", made, note))
+    return [*blocks, comparison_figure(name, found, page, "_curves")]
 
 
 def grids_block(found):
@@ -121,15 +145,20 @@ def grids_block(found):
     return "\n".join([f"{head}:", "", *(f"- {line}" for line in lines)])
 
 
-def study_part(name, found, page):
-    """Return the tables and figures of a study of lottery tickets, and where it all comes from."""
-    blocks = study_tables(found, table)
-    for image, caption in images(RESULTS / f"{name}.json", found).items():
-        blocks.append(f"![{caption}]({os.path.relpath(IMAGES / f'{image}.png', page.parent)})")
+def study_part(name, found, text, page):
+    """Return the tables and figures of a study of lottery tickets, or its figure TEXT, and where it all comes from."""
     seeds = len(found["seeds"])
-    blocks.append(f"{seeds} seed{'s' * (seeds > 1)}, mean ± half width of the 95 % confidence interval.")
-    blocks.append(provenance(found, shlex.join(found["command"]), f", {found['machine']['threads']} thread(s)"))
-    return "\n\n".join(blocks) + "\n"
+    caption = f"{seeds} seed{'s' * (seeds > 1)}. Figures: mean and 95 % bootstrap interval."
+    shown = {
+        image: f"![{about}]({os.path.relpath(IMAGES / f'{image}.png', page.parent)})"
+        for image, about in images(RESULTS / f"{name}.json", found).items()
+    }
+    if text:
+        return alone(f"{shown[f'{name}_{text}']}\n\n{caption}")
+    tables = "Tables: mean ± half width of the 95 % confidence interval (Student's t)."
+    blocks = [*shown.values(), f"{caption} {tables}", *study_tables(found, table)]
+    how = provenance(found, shlex.join(found["command"]), f", {found['machine']['threads']} thread(s)")
+    return "\n\n".join([*blocks, folded("Command, versions", how)]) + "\n"
 
 
 def concepts_part(name, found, text, page):
@@ -153,8 +182,7 @@ def budget_tables(found):
             gap = "–" if row["gap"] is None else f"{row['gap']:+.4f}"
             costs = [number(row[key]) for key in ("forward_evals", "seconds", "peak_memory_mib", "mean_cosine")]
             lines.append([f"`{row['label']}`", result(row), gap, *costs])
-        blocks.append(f"**`{metric}` after {TITLES.get(budget, budget)}**")
-        blocks.append(table(head, lines))
+        blocks.append(titled(f"`{metric}` after {TITLES.get(budget, budget)}", table(head, lines)))
         blocks += [f"`{row['label']}`: {row['error'].splitlines()[0]}" for row in rows if row["error"]]
     return blocks
 
@@ -167,12 +195,11 @@ def condition_tables(found):
         after, rows = TITLES.get(budget, budget), {}
         for cell in cells:
             rows.setdefault(f"`{cell['label']}`", {})[cell["condition"]] = cell
-        blocks.append(f"**`{metric}` after {after}, by `{found['vary']['key']}`**")
         lines = [[label, *(result(row.get(value)) for value in values)] for label, row in rows.items()]
-        blocks.append(table(head, lines))
-        blocks.append(f"**How much worse than at `{values[0]}` after {after}, paired by seed**")
+        blocks.append(titled(f"`{metric}` after {after}, by `{found['vary']['key']}`", table(head, lines)))
         lines = [[label, *(drop(row.get(value)) for value in values[1:])] for label, row in rows.items()]
-        blocks.append(table([head[0], *head[2:]], lines))
+        title = f"How much worse than at `{values[0]}` after {after}, paired by seed"
+        blocks.append(titled(title, table([head[0], *head[2:]], lines)))
         failed = [cell for cell in cells if cell["error"]]
         blocks += [f"`{cell['label']}`, `{cell['condition']}`: {cell['error'].splitlines()[0]}" for cell in failed]
     return blocks
@@ -195,10 +222,19 @@ def benchmarks_part(name, found, text, page):
     if text == "depths":
         figure = os.path.relpath(IMAGES / f"{name}_depths.png", page.parent)
         return f"![memory over the number of blocks, for every schedule]({figure})\n"
+    if text == "bars":
+        figure = os.path.relpath(IMAGES / f"{name}_bars.png", page.parent)
+        return f"![bars of what was measured, with limits]({figure})\n\n{bars.caption(name, found)}\n"
     rows = [row for row in found["rows"] if text in row["name"]]
     if not rows:
         return MISSING
-    return f"{rows_table(rows)}\n\n{provenance(found, found['command'], ', ' + found['device'])}\n"
+    made, how = rows_table(rows), provenance(found, found["command"], f", {found['device']}")
+    if len(rows) <= OPEN_ROWS:
+        return f"{made}\n\n{folded('Command, versions', how)}\n"
+    missed = sum(row["reached"] is False for row in rows)
+    limits = sum(row["limit"] is not None for row in rows)
+    kept = f", {limits} with a limit, {missed} of them missed" if limits else ""
+    return folded(f"{len(rows)} measurements{kept}", made, how) + "\n"
 
 
 def rows_table(rows):
@@ -227,8 +263,9 @@ def part(name, page):
     """Return what belongs into the part NAME of a page."""
     name, _, text = name.partition(":")
     if name == "comparisons":
-        names = sorted(path.stem for path in RESULTS.glob("*comparison*.json"))
-        return "\n".join(f"### {one}\n\n{part(one, page)}" for one in names) or MISSING
+        files = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*comparison*.json"))}
+        made = table(*overview_rows(files, DOCS, page, result))
+        return made.replace("| --- | ---: | ---: |", "| --- | --- | --- |", 1) + "\n" if files else MISSING
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return MISSING
@@ -238,7 +275,9 @@ def part(name, page):
     if name.endswith("_concepts"):
         return concepts_part(name, found, text, page)
     if "barriers" in found:
-        return study_part(name, found, page)
+        return study_part(name, found, text, page)
+    if text in ("figure", "curves"):
+        return alone(comparison_figure(name, found, page, "_curves" if text == "curves" else ""))
     return benchmarks_part(name, found, text, page) if "rows" in found else comparison_part(name, found, page)
 
 

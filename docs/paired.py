@@ -3,6 +3,8 @@
 import itertools
 import math
 
+from folding import titled
+
 from lightning_bpfree.cli.compare.results import confidence
 
 
@@ -36,16 +38,16 @@ def paired_tables(found, table):
         pairs = [(b, a) for a, b in itertools.combinations(labels, 2)]
         lines = [[f"`{a}` - `{b}`", *(difference(one.get(a, {}), one.get(b, {})) for one in runs)] for a, b in pairs]
         values = [f"`{one['value']}`" for one in conditions] if varied else ["difference"]
-        blocks.append(f"**Differences of `{metric}`, paired by seed; bold where the 95 % interval excludes 0**")
-        blocks.append(table(["rules", *values], lines))
+        title = f"Differences of `{metric}`, paired by seed; bold where the 95 % interval excludes 0"
+        blocks.append(titled(title, table(["rules", *values], lines)))
         if not varied:
             continue
         losses = [{label: _lost(runs[0][label], one.get(label, {})) for label in labels} for one in runs]
         lines = [
             [f"`{label}`", *(difference(one[label], one[labels[0]]) for one in losses[1:])] for label in labels[1:]
         ]
-        blocks.append(f"**What a rule loses from `{conditions[0]['value']}`, beyond what `{labels[0]}` loses**")
-        blocks.append(table(["rule", *values[1:]], lines))
+        title = f"What a rule loses from `{conditions[0]['value']}`, beyond what `{labels[0]}` loses"
+        blocks.append(titled(title, table(["rule", *values[1:]], lines)))
     return "\n\n".join(blocks) + "\n"
 
 

@@ -1,5 +1,7 @@
 """Tables and figures of studies of lottery tickets (``bpfree tickets``), for ``make_results.py``."""
 
+from folding import titled
+
 from lightning_bpfree.cli.tickets.results import barrier_rows, figures, table_rows
 
 CAPTIONS = {
@@ -11,11 +13,12 @@ CAPTIONS = {
 
 def study_tables(found, table):
     """Return the tables of a study: the metric of its tickets, and the barriers of metric and loss."""
-    blocks = [f"**`{found['metric']}` of trained tickets, by weights left**", table(*table_rows(found))]
+    blocks = [titled(f"`{found['metric']}` of trained tickets, by weights left", table(*table_rows(found)))]
     for of, name in (("metric", found["metric"]), ("loss", found["metric"].replace("acc", "loss"))):
         heads, rows = barrier_rows(found, of)
         if rows:
-            blocks += [f"**Barriers of `{name}` on straight lines between trained networks**", table(heads, rows)]
+            title = f"Barriers of `{name}` on straight lines between trained networks"
+            blocks.append(titled(title, table(heads, rows)))
     return blocks
 
 

@@ -135,9 +135,9 @@ def test_the_settings_of_parts_are_checked_too():
         (lambda: bpf.TeamReinforce(critic_lr=0.1), "critic_lr=0.1 with baseline='leave_one_out', which has no critic"),
         (lambda: bpf.TeamReinforce(lateral_lr=0.1), "lateral_lr=0.1 with exploration=Independent"),
         (lambda: bpf.TeamReinforce(negative_phase=True), "negative_phase=True with exploration=Independent"),
-        (lambda: bpf.MapPropagation(guard=0.5), "guard=0.5 is for the gate"),
-        (lambda: bpf.LotteryTicket(keep=0.5, sparsities=[0.0, 0.5]), "beside sparsities=.*which replace them"),
-        (lambda: bpf.ReversibleRecompute(max_error=0.1), "max_error=0.1 beside stacks=None, which converts nothing"),
+        (lambda: bpf.MapPropagation(guard=0.5), "guard=0.5 needs gate=True"),
+        (lambda: bpf.LotteryTicket(keep=0.5, sparsities=[0.0, 0.5]), "with sparsities=.*which replaces them"),
+        (lambda: bpf.ReversibleRecompute(max_error=0.1), "max_error=0.1 with stacks=None, which converts nothing"),
     ],
     ids=lambda part: part if isinstance(part, str) else "",
 )

@@ -1,4 +1,4 @@
-"""Checks before the first batch: obstacles to a rule, each with its cure."""
+"""Checks before the first batch; every error names the cure."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def check_fit(rule: TrainingRule, rules: list[str], trainer: pl.Trainer, module:
         other = name if override is None else override.rule
         if other != name:
             raise MisconfigurationException(
-                f"{name} would train through what {other} has put in the place of {type(part).__name__}'s forward "
-                f"pass, which still computes in its way. Call {other}(...).uninstall(module) first."
+                f"{name} cannot train {type(part).__name__}: {other} still replaces its forward pass. Call "
+                f"{other}(...).uninstall(module) first."
             )
     _check_strategy(rule, trainer)
 
@@ -68,7 +68,7 @@ def _check_strategy(rule: TrainingRule, trainer: pl.Trainer) -> None:
     if isinstance(trainer.strategy, ScalarExchange):
         if not rule.exchanges_scalars:
             raise MisconfigurationException(
-                f"{name}'s gradient is not a function of a few numbers, and {strategy} sends nothing else between "
+                f"{name}'s gradient is not a function of a few numbers, which is all that {strategy} sends between "
                 "ranks: use strategy='ddp'."
             )
         if rule.start_epoch > 0 or rule.stop_epoch is not None:
@@ -105,11 +105,11 @@ def check_begin(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer, 
 
 
 def check_trains(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Raise MisconfigurationException if all parameters that a rule is to train are frozen, and stay so.
+    """Raise MisconfigurationException if all parameters that a rule is to train are frozen and stay frozen.
 
     Args:
         rule: the rule.
-        slots: the parameters that it was told to train.
+        slots: the parameters that it is to train.
         trainer: whose callbacks may unfreeze some later.
         module: the module in training.
     """
@@ -140,7 +140,7 @@ def check_made(name: str, module: torch.nn.Module) -> None:
 
 
 def check_even(rule: str, trainer: pl.Trainer) -> None:
-    """Raise MisconfigurationException if ranks have different numbers of batches: one would wait for ever.
+    """Raise MisconfigurationException if ranks have different numbers of batches: one would wait forever.
 
     Args:
         rule: the rule's name.
@@ -153,9 +153,9 @@ def check_even(rule: str, trainer: pl.Trainer) -> None:
     if len(set(found)) > 1:
         numbers = ", ".join(f"{number:g}" for number in found)
         raise MisconfigurationException(
-            f"{rule}: the ranks have {numbers} training batches, and those with more would wait for the others for "
-            f"ever. Set limit_train_batches={int(min(found))}, use a DistributedSampler (drop_last=True), or let the "
-            "Trainer put one in (use_distributed_sampler=True)."
+            f"{rule}: the ranks have {numbers} training batches, and those with more would wait for the others "
+            f"forever. Set limit_train_batches={int(min(found))}, use a DistributedSampler (drop_last=True), or let "
+            "the Trainer add one (use_distributed_sampler=True)."
         )
 
 
@@ -207,7 +207,7 @@ def check_whole_parameters(name: str, trainer: pl.Trainer, strategies: str) -> N
     """Raise MisconfigurationException under strategies whose ranks may hold parts of the parameters.
 
     Args:
-        name: of the callback that needs whole ones.
+        name: of the callback that needs whole parameters.
         trainer: the Trainer.
         strategies: the strategies that it works with, as Trainer takes them.
     """
@@ -219,7 +219,7 @@ def check_whole_parameters(name: str, trainer: pl.Trainer, strategies: str) -> N
 
 
 def check_backward_only(rule: str, found: Sequence[str]) -> None:
-    """Raise MisconfigurationException if a module relies on a backward pass that is not the derivative of its loss.
+    """Raise MisconfigurationException if the backward pass of a module is not the derivative of its loss.
 
     Args:
         rule: the rule's name.
@@ -227,7 +227,7 @@ def check_backward_only(rule: str, found: Sequence[str]) -> None:
     """
     if found:
         raise MisconfigurationException(
-            f"{rule} runs no backward pass through the training step, and would ignore what changes it: "
+            f"{rule} runs no backward pass through the training step, and would ignore what changes its gradients: "
             f"{', '.join(found[:5])}. Write the objective such that its own derivative is the one you mean (a term "
             "with the other sign instead of gradient reversal), register hooks on parameters (parameter.register_hook "
             "outside of the step, which the estimate passes), or train with Backprop()."
@@ -255,7 +255,7 @@ def check_registered(rule: str, module: pl.LightningModule, optimizers: Iterable
 
 
 def check_optimizers(rule: str, slots: ParameterSlots, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Raise MisconfigurationException if an optimizer takes sparse gradients only, which a rule does not make.
+    """Raise MisconfigurationException if an optimizer takes sparse gradients only, which rules do not compute.
 
     Args:
         rule: the rule's name.
@@ -268,6 +268,6 @@ def check_optimizers(rule: str, slots: ParameterSlots, optimizers: Iterable[torc
         names = [name for name in held if name is not None]
         if isinstance(optimizer, torch.optim.SparseAdam) and names:
             raise MisconfigurationException(
-                f"{rule} makes dense gradients, and SparseAdam takes sparse ones only ({', '.join(names[:5])}): use "
+                f"{rule} computes dense gradients, and SparseAdam takes sparse ones only ({', '.join(names[:5])}): use "
                 "torch.optim.Adam for them, or leave them out by params=...."
             )

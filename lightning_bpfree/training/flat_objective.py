@@ -1,4 +1,4 @@
-"""Says once that an objective is flat along all directions, so that nothing can be learned from it."""
+"""A warning for objectives that are flat along all directions, from which nothing can be learned."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FlatObjective:
         self.rule, self.cure, self._told = rule, cure, False
 
     def look(self, slopes: Tensor, batch: int) -> None:
-        """Warn if all ``slopes`` are zero, unless that was said before.
+        """Warn if all ``slopes`` are zero; once only.
 
         Args:
             slopes: of the batch, equal on all ranks.
@@ -27,6 +27,6 @@ class FlatObjective:
         if not self._told and not bool(slopes.any()):
             self._told = True
             rank_zero_warn(
-                f"{self.rule}: the loss is flat along all {len(slopes)} directions in batch {batch}: it is the same "
-                f"number at all perturbed parameters, so that nothing can be learned from it. {self.cure}"
+                f"{self.rule}: the loss is flat along all {len(slopes)} directions in batch {batch}: it has the "
+                f"same value at all perturbed parameters, so nothing can be learned from it. {self.cure}"
             )

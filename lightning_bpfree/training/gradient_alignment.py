@@ -25,8 +25,9 @@ class GradientAlignment(Callback):
 
     Logs ``bpfree/cosine_to_backprop`` (in [-1, 1]), ``bpfree/norm_ratio`` (norm of the estimate over that of the
     gradient) and ``bpfree/cosine_to_backprop/<layer>``, and at the end of an epoch the mean over the fit so far,
-    ``bpfree/mean_cosine``. Works with every rule. A measured step costs one more forward and backward pass with the
-    memory of backprop; the other steps cost nothing.
+    ``bpfree/mean_cosine``. Works with every rule that estimates the gradient of the module's loss. For rules with
+    losses of their own (``ForwardForward``, ``TeamReinforce``) it prints a note and measures nothing. A measured step
+    costs one more forward and backward pass with the memory of backprop; the other steps cost nothing.
 
     Args:
         every_n_steps: optimizer steps between measurements, >= 1; None takes the Trainer's ``log_every_n_steps``.
@@ -56,7 +57,7 @@ class GradientAlignment(Callback):
         self._every, self._last_step, self._loaded = 1, -1, False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find the rule whose estimates are to be measured."""
+        """Find the rule whose estimates are measured."""
         if stage != "fit":
             return
         check_attributes(self)
@@ -69,15 +70,15 @@ class GradientAlignment(Callback):
             )
         if not rules[0].estimates_user_loss:
             rank_zero_info(
-                f"GradientAlignment measures nothing: {type(rules[0]).__name__} follows losses of its own, not the "
-                "gradient of the module's loss."
+                f"GradientAlignment measures nothing: {type(rules[0]).__name__} trains by losses of its own, not by "
+                "the gradient of the module's loss."
             )
             return
         logged = log_every_n_steps(trainer)
         self._every = self.every_n_steps or logged or 1
         if logged and self._every % logged:
             rank_zero_warn(
-                f"GradientAlignment(every_n_steps={self._every}) is no multiple of the Trainer's log_every_n_steps="
+                f"GradientAlignment(every_n_steps={self._every}) is not a multiple of the Trainer's log_every_n_steps="
                 f"{logged}: loggers will miss some of its values (bpfree/mean_cosine counts them all)."
             )
         self._last_step = -1
@@ -131,11 +132,11 @@ class GradientAlignment(Callback):
             pl_module.log("bpfree/mean_cosine", self.mean_cosine, on_step=False, on_epoch=True, sync_dist=ranks > 1)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let the next fit begin anew; what this one has measured stays."""
+        """Let the next fit start from zero; the values of this fit stay."""
         self._loaded = False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let the next fit begin anew: Lightning calls no teardown hooks after an exception."""
+        """Let the next fit start from zero: Lightning calls no teardown hooks after an exception."""
         self._loaded = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,14 +144,14 @@ class GradientAlignment(Callback):
         return {"measured": self.measured, "mean_cosine": self.mean_cosine}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the running mean back."""
+        """Restore the running mean."""
         self.measured, self.mean_cosine = state_dict["measured"], state_dict["mean_cosine"]
         self._loaded = True
 
 
 @checked
 def cosine(a: Params, b: Params) -> Tensor:
-    """Return the cosine between two named gradients, a scalar; 0 if one of them vanishes.
+    """Return the cosine between two named gradients, a scalar; 0 if one of them is zero.
 
     Examples:
         >>> cosine({"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([2.0, 0.0])})

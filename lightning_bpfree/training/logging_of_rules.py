@@ -28,11 +28,11 @@ def note_settings(trainer: pl.Trainer, entry: dict[str, Any]) -> None:
 def log_settings(trainer: pl.Trainer, module: pl.LightningModule, entry: dict[str, Any]) -> None:
     """Log ``entry`` with all entries before it and the user's own hyperparameters.
 
-    TensorBoard shows one entry of a run, so that one of a callback alone would hide the user's, which Lightning logs
+    TensorBoard shows one entry per run: an entry of the callback alone would hide the user's, which Lightning logs
     after ``on_fit_start``.
 
     Args:
-        trainer: whose loggers are meant.
+        trainer: the Trainer with the loggers.
         module: the module in training.
         entry: plain values.
     """
@@ -51,7 +51,7 @@ def settings_of(owner: object, base: type) -> dict[str, Any]:
 
     Args:
         owner: keeps its arguments in attributes of their names.
-        base: the class from which on constructors count.
+        base: the base class whose constructor, and those of its subclasses, count.
     """
     kinds = [kind for kind in type(owner).__mro__ if issubclass(kind, base)]
     arguments = [p for kind in kinds for p in inspect.signature(cast(Any, kind).__init__).parameters.values()]
@@ -73,6 +73,6 @@ def named_after(rule: type, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_log_due(trainer: pl.Trainer) -> bool:
-    """Return whether loggers listen to the coming optimizer step."""
+    """Return whether the coming optimizer step is logged."""
     every = log_every_n_steps(trainer)
     return bool(every) and (trainer.global_step + 1) % every == 0 and not trainer.barebones

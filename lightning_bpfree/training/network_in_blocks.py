@@ -23,11 +23,11 @@ LOCAL_BACKWARD = 2.0  # two matrix products a layer, inside each block
 
 @contextlib.contextmanager
 def nothing_lost(rule: str, blocks: Sequence[Block], trained: Mapping[int, str]) -> Iterator[None]:
-    """Refuse a cut at which a graph ends that reaches a trained parameter of no block.
+    """Refuse a cut that ends the graph of a trained parameter of no block.
 
     Args:
         rule: name of the rule, for the error.
-        blocks: what enters them, and what leaves them, is cut. Enter this context before the cut is made.
+        blocks: whose inputs and outputs are cut. Enter this context before the cut is made.
         trained: names of the trained parameters of no block, by their ids.
 
     Raises:
@@ -72,7 +72,7 @@ class NetworkInBlocks(NamedTuple):
         blocks: its blocks.
         slots: of each block, those that the rule trains.
         rest: all others that the rule trains; they get their exact gradient.
-        inspect: whether to look for parameters that would lose their gradient, which takes a walk through the graph.
+        inspect: whether to look for parameters that would lose their gradient, by a walk through the graph.
     """
 
     rule: str
@@ -113,7 +113,7 @@ def cut_off(_: int, x: Tensor) -> Tensor:
 
 
 class Outside(NamedTuple):
-    """What the recorded evaluation gives beside what is seen in the blocks.
+    """What the recorded evaluation gives beside the blocks.
 
     Args:
         gradients: exact gradients of the parameters of no block.
@@ -125,12 +125,12 @@ class Outside(NamedTuple):
 
 
 def recorded(parts: NetworkInBlocks, leave: Look, *, graph: bool, output: bool = False, cost: float = 1.0) -> Outside:
-    """Run the recorded evaluation with every block cut from the others, and differentiate what lies behind them.
+    """Run the recorded evaluation with every block cut from the others, and differentiate the layers behind them.
 
     Args:
         parts: the blocks.
-        leave: called with what leaves block ``j``; gives what goes on, without a graph.
-        graph: whether what leaves a block has a graph to the block's parameters.
+        leave: called with the output of block ``j``; returns its replacement, without a graph.
+        graph: whether a block's output has a graph to the block's parameters.
         output: whether the gradient for the network's output is wanted.
         cost: in forward passes.
 
@@ -165,7 +165,7 @@ def recorded(parts: NetworkInBlocks, leave: Look, *, graph: bool, output: bool =
         )
     if any(out.requires_grad for out in outputs) and not loss.requires_grad:
         raise MisconfigurationException(
-            f"{parts.rule}: No gradient comes from the loss to the network's output: the training step cuts it "
+            f"{parts.rule}: no gradient comes from the loss to the network's output: the training step cuts it "
             "(argmax, accuracy, NumPy, .item(), detach or no_grad). ZerothOrder() needs no derivative."
         )
     sources: list[Tensor] = [*outputs[:output], *(slot.parameter for slot in parts.rest)]
@@ -190,7 +190,7 @@ def _with_a_graph(parts: NetworkInBlocks, leave: Look, j: int, z: Tensor) -> Ten
 
 
 def other_way(parts: NetworkInBlocks) -> MisconfigurationException:
-    """Return the error for a loss that does not depend on the blocks through the network's output alone."""
+    """Return the error for a loss that depends on the blocks other than through the network's output."""
     return MisconfigurationException(
         f"{parts.rule} takes the derivative of the loss at the output of the network, {type(parts.network).__name__}, "
         "but the loss depends on its blocks by another way too. Compute the loss from the network's output in "
@@ -200,7 +200,7 @@ def other_way(parts: NetworkInBlocks) -> MisconfigurationException:
 
 
 def backward_in_blocks(parts: NetworkInBlocks, signal: Callable[[int, Tensor], Tensor]) -> Params:
-    """Return the gradients that ``signal(j, z)``, put in at block outputs, gives the blocks' parameters."""
+    """Return the gradients of the blocks' parameters for the gradients ``signal(j, z)`` at block outputs."""
     made: Params = {}
 
     def leave(j: int, z: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def backward_in_blocks(parts: NetworkInBlocks, signal: Callable[[int, Tensor], T
 
 
 def pulled_back(slots: Sequence[Slot], z: Tensor, signal: Tensor) -> Params:
-    """Return what ``signal``, a gradient for a block's output ``z``, is for the block's parameters."""
+    """Return the gradients of a block's parameters for ``signal``, a gradient of its output ``z``."""
     sources = [slot.parameter for slot in slots]
     found: Sequence[Tensor | None] = [None] * len(sources)
     if z.requires_grad:

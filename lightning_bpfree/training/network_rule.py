@@ -1,4 +1,4 @@
-"""The base of rules that work inside a network: on its blocks, or in the place of its forward pass."""
+"""The base of rules that work inside a network: on its blocks, or by replacing its forward pass."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_bpfree.training.training_rule import TrainingRule
 
 
 class LearningRateFactors(Protocol):
-    """Factors on what a step of the optimizer changes, such as :class:`BlockRates`."""
+    """Factors on the changes that an optimizer step makes, such as :class:`BlockRates`."""
 
     def attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Listen to the steps of ``optimizers``, and to no others."""
@@ -35,21 +35,21 @@ class LearningRateFactors(Protocol):
 
 
 class NetworkRule(TrainingRule):
-    """Base of rules that cut a network into blocks, or compute in the place of its forward pass.
+    """Base of rules that cut a network into blocks, or replace its forward pass.
 
-    A subclass sets :attr:`network` and :attr:`blocks`, implements :meth:`estimate`, and overrides what it needs of:
+    A subclass sets :attr:`network` and :attr:`blocks`, implements :meth:`estimate`, and may override:
 
-    - :meth:`find_parts` cuts the network, and refuses what the rule cannot work on.
-    - :meth:`override` returns what computes in the place of ``network.forward``, during the fit and after it.
+    - :meth:`find_parts` cuts the network, and refuses networks that the rule cannot train.
+    - :meth:`override` returns a replacement of ``network.forward``, during the fit and after it.
     - :meth:`auxiliary` names the modules that the rule trains beside the user's.
     - :meth:`learning_rate_factors` returns factors on the learning rate of parts; by default :attr:`learning_rates`.
     - :meth:`start_over` drops what was learned beside another network.
     - :meth:`on_turn` is called at the start of each of the rule's epochs, and when a fit is resumed inside one.
 
-    The base does the rest: it finds the network and cuts it before the first batch (:meth:`install`), gives the forward
-    pass back in epochs that are not the rule's and takes it again in those that are, predicts as trained in
-    ``validate``, ``test`` and ``predict``, lets auxiliary modules step with the user's optimizer, saves them with the
-    checkpoint, applies learning rates of blocks, refuses compiled modules, and lets go of the network after the fit.
+    The base does the rest. It finds the network and cuts it before the first batch (:meth:`install`). It restores the
+    forward pass in epochs of plain backprop, and replaces it in the rule's own. ``validate``, ``test`` and ``predict``
+    compute as in training. Auxiliary modules step with the user's optimizer and are saved with the checkpoint. The base
+    applies learning rates of blocks, refuses compiled modules, and releases the network after the fit.
 
     Args:
         **settings: see :class:`TrainingRule`.
@@ -86,11 +86,11 @@ class NetworkRule(TrainingRule):
         self._parts: Any = None
         self._override: ForwardOverride | None = None
         self._factors: LearningRateFactors | None = None
-        self._loaded = False  # state of a checkpoint waits for its network
+        self._loaded = False  # whether a checkpoint's state waits for its network
         self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, and what they were before the batch
         self._noted = self._had_override = self._has_stepped = False  # of a fit, until it ends
 
-    # --- what a rule says of itself ---
+    # --- hooks of a rule ---
 
     def find_parts(self, name: str, network: nn.Module) -> Any:
         """Return the parts of the network that the rule works on; by default its blocks, a :class:`Cut`.
@@ -112,11 +112,11 @@ class NetworkRule(TrainingRule):
         return parts
 
     def made_of(self) -> Any:
-        """Return the settings that parts and override follow from: where they have changed, both are made anew."""
+        """Return the settings that determine parts and override; both are made again if they change."""
         return self.blocks
 
     def override(self, network: nn.Module, parts: Any) -> ForwardOverride | None:
-        """Return what computes in the place of the network's forward pass; None leaves it alone.
+        """Return a replacement of the network's forward pass; None leaves it unchanged.
 
         Args:
             network: the network.
@@ -137,37 +137,37 @@ class NetworkRule(TrainingRule):
     def start_over(self) -> None:
         """Drop what was learned beside another network, or in an earlier fit.
 
-        It stays where a checkpoint has brought it for this network and this fit.
+        State that a checkpoint has restored for this network and this fit is kept.
         """
 
     def on_turn(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Prepare an epoch of the rule's; called after the network has been taken."""
+        """Prepare an epoch of the rule; called after the network was installed."""
 
     # --- the network ---
 
     @property
     def parts(self) -> Cut:
         """Blocks and rest of the network, once the rule has been installed."""
-        assert self._parts is not None, "the rule has not seen its network yet"
+        assert self._parts is not None, "the rule has not been installed yet"
         parts: Cut = self._parts
         return parts
 
     @property
     def found_network(self) -> nn.Module:
         """The network, once the rule has been installed."""
-        assert self._found is not None, "the rule has not seen its network yet"
+        assert self._found is not None, "the rule has not been installed yet"
         return self._found
 
     @property
     def replaces_forward(self) -> bool:
-        """Whether the rule computes in the place of the network's forward pass."""
+        """Whether the rule replaces the network's forward pass."""
         return type(self).override is not NetworkRule.override
 
     def install(self, module: nn.Module) -> None:
-        """Find the network in ``module``, and let it compute as during the fit if the rule replaces its forward pass.
+        """Find the network in ``module``, and replace its forward pass if the rule does so in the fit.
 
-        Call it for weights that such a rule has trained and that are used without it: after loading a checkpoint, call
-        ``load_state_dict(checkpoint["callbacks"][rule.state_key])`` if the rule has modules of its own, and then this.
+        Call it to use weights that such a rule has trained outside of its fit. After loading a checkpoint, first call
+        ``load_state_dict(checkpoint["callbacks"][rule.state_key])`` if the rule has modules of its own.
 
         Args:
             module: the LightningModule, or a module that holds the network under the same name.
@@ -200,10 +200,10 @@ class NetworkRule(TrainingRule):
         return find_network(module, self.network)
 
     def uninstall(self, module: nn.Module | None = None) -> None:
-        """Give the network's own forward pass back.
+        """Restore the network's own forward pass.
 
         Args:
-            module: whose network, such as a copy of the one in training; None for the last one that was installed.
+            module: that holds the network, such as a copy of the one in training; None for the last one installed.
         """
         found = self._override
         if module is not None and self.replaces_forward:
@@ -225,7 +225,7 @@ class NetworkRule(TrainingRule):
     # --- one fit ---
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Replace the training step, of modules that the rule can look into."""
+        """Replace the training step; refuse compiled modules."""
         super().setup(trainer, pl_module, stage)
         compiled = compiled_parts(pl_module) if stage == "fit" else []
         if compiled:
@@ -235,7 +235,7 @@ class NetworkRule(TrainingRule):
             )
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
-        """Cut the network, and take its forward pass if the first epoch is the rule's."""
+        """Cut the network, and replace its forward pass if the first epoch is the rule's."""
         check_made(type(self).__name__, module)
         with refusing(type(self).__name__, ValueError):
             self._note_override(module)
@@ -245,23 +245,23 @@ class NetworkRule(TrainingRule):
             self.uninstall()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take one's turn: a fit that is resumed inside an epoch starts none."""
+        """Install or uninstall the rule: a fit that is resumed inside an epoch starts no epoch."""
         super().on_train_start(trainer, pl_module)
         self._take_turn(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note whose epoch this is, and take one's turn."""
+        """Record whether this epoch is the rule's, and install or uninstall the rule."""
         super().on_train_epoch_start(trainer, pl_module)
         self._take_turn(trainer, pl_module)
 
     def _note_override(self, module: nn.Module) -> None:
-        """Note whether something stood in for the forward pass before the fit, which is to be so if the fit fails."""
+        """Note whether the forward pass was replaced before the fit, to restore that if the fit fails."""
         if not self._noted:
             self._had_override = override_of(self._network_in(module)[1]) is not None
             self._noted = True
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave nothing behind on the network if the fit has failed before it trained anything."""
+        """Restore the network if the fit failed before it trained anything."""
         if self._noted and not self._had_override and not self._has_stepped:
             self.uninstall()
         super().on_exception(trainer, pl_module, exception)
@@ -277,25 +277,25 @@ class NetworkRule(TrainingRule):
         self.on_turn(trainer, pl_module)
 
     def predict_as_trained(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Let the network compute as it was trained; called when an evaluation starts."""
+        """Let the network compute as in training; called when an evaluation starts."""
         if trainer.state.fn == TrainerFn.FITTING or not self.replaces_forward:
             return
         self.install(module) if self.record.trained_last(self.active(0)) else self.uninstall(module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Predict as trained."""
+        """Let the network compute as in training."""
         self.predict_as_trained(trainer, pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Predict as trained."""
+        """Let the network compute as in training."""
         self.predict_as_trained(trainer, pl_module)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Predict as trained."""
+        """Let the network compute as in training."""
         self.predict_as_trained(trainer, pl_module)
 
     def on_batch_settled(self, succeeded: bool) -> None:
-        """Keep what auxiliary modules have learned from the batch, or drop it."""
+        """Keep what auxiliary modules learned from the batch, or drop it."""
         for own in self.auxiliary().values():
             own.settle(succeeded)
         if not succeeded:
@@ -304,16 +304,16 @@ class NetworkRule(TrainingRule):
         self._statistics = []
 
     def begin_batch(self) -> None:
-        """Drop what a batch that was left in the middle has proposed, and remember the network's buffers.
+        """Drop the proposals of an interrupted batch, and save the network's buffers.
 
-        Buffers, such as running means, go back if the batch is left out.
+        Buffers, such as running means, are restored if the batch is skipped.
         """
         self._statistics = []
         self.on_batch_settled(False)
         self._statistics = [(buffer, buffer.clone()) for buffer in self.found_network.buffers()]
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Let auxiliary modules take their steps too."""
+        """Step the auxiliary modules too."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self._has_stepped = True
         for own in self.auxiliary().values():
@@ -323,7 +323,7 @@ class NetworkRule(TrainingRule):
         trained = self._has_trained
         super()._begin_anew(trainer, module)
         if trained and not self._has_trained:
-            self._found = None  # what computes in the place of its forward pass is made anew
+            self._found = None  # the replacement of its forward pass is made again
 
     def _restore(self) -> None:
         super()._restore()
@@ -331,7 +331,7 @@ class NetworkRule(TrainingRule):
             self._factors.detach()
         self._factors, self._statistics = None, []
         self._noted = self._had_override = self._has_stepped = False
-        if not self.replaces_forward and not self.auxiliary():  # else the network goes on needing the rule
+        if not self.replaces_forward and not self.auxiliary():  # else the network still needs the rule
             self._found = self._parts = None
 
     # --- checkpoints ---
@@ -341,7 +341,7 @@ class NetworkRule(TrainingRule):
         return {name: own.state_dict() for name, own in self.auxiliary().items()}
 
     def load_rule_state(self, state: dict[str, Any]) -> None:
-        """Take the auxiliary modules back."""
+        """Restore the auxiliary modules."""
         self._loaded = True
         for name, own in self.auxiliary().items():
             if state.get(name) is not None:

@@ -14,9 +14,9 @@ MIB = 2**20
 class PeakMemory:
     """Measures from :meth:`start` to :meth:`peak`.
 
-    On a CUDA device: what torch has allocated at most. On the CPU: how far the resident memory of this process rose
-    above its level at the start; up to 30 MiB of that are code that is loaded at its first use. Best in a process that
-    has trained nothing before, for freed memory need not go back to the system, and is then taken again unseen.
+    On a CUDA device: the most memory that torch has allocated. On the CPU: how far the resident memory of this process
+    rose above its level at the start; up to 30 MiB of that are code that is loaded at its first use. Use a process that
+    has trained nothing before: freed memory may stay with the process, and its reuse does not show.
 
     Args:
         device: on which the module computes.
@@ -35,22 +35,22 @@ class PeakMemory:
 
     @property
     def kind(self) -> str:
-        """What the number is the memory of."""
+        """What kind of memory the number counts."""
         return "allocated on the GPU" if self.device.type == "cuda" else "of the process, above its level before"
 
     def start(self) -> None:
-        """Begin to measure."""
+        """Start to measure."""
         reset_peak(self.device)
         self._before = 0.0 if self.device.type == "cuda" else peak_mib(self.device)
 
     def peak(self) -> float | None:
-        """Return the peak since the start in MiB; None where the system does not tell."""
+        """Return the peak since the start in MiB; None if the system does not report it."""
         now = peak_mib(self.device)
         return None if now is None or self._before is None else now - self._before
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the peak so far, where the system can: CUDA devices, and Linux."""
+    """Reset the peak, where the system supports it: CUDA devices, and Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -60,7 +60,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_mib(device: torch.device) -> float | None:
-    """Return the most memory since the peak was reset, in MiB; None where the system does not tell.
+    """Return the most memory since the peak was reset, in MiB; None if the system does not report it.
 
     Of a CUDA device: what torch has allocated. On the CPU: the resident size of this process.
     """

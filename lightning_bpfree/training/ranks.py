@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def mean_over_ranks(trainer: pl.Trainer) -> Callable[[Tensor], Tensor] | None:
-    """Return what takes the mean of a tensor over ranks and leaves it on its device; None on one rank.
+    """Return a function that averages a tensor over ranks, on its device; None on one rank.
 
-    All ranks have to call it, in the same order.
+    All ranks must call it, in the same order.
 
     Examples:
         >>> mean_over_ranks(pl.Trainer(barebones=True, accelerator="cpu", devices=1)) is None

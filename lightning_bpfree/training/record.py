@@ -1,4 +1,4 @@
-"""Proof of the training rule of a run: counters, history of epochs, banner."""
+"""Record of the training rule of a run: counters, history of epochs, banner."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Record:
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Reset counters and history."""
         self.seed: int | None = None
         self.batches = 0
         self.forward_evals = 0.0
@@ -44,7 +44,7 @@ class Record:
         self.history: list[dict[str, Any]] = []
 
     def start_epoch(self, epoch: int, active: bool) -> None:
-        """Note whose epoch it is; neighbouring epochs of one rule share an entry."""
+        """Record which rule trains this epoch; adjacent epochs of one rule share an entry."""
         name = self.rule if active else "Backprop"
         last = self.history[-1] if self.history else None
         if last is not None and last["rule"] == name and last["last_epoch"] >= epoch - 1:
@@ -53,7 +53,7 @@ class Record:
             self.history.append({"rule": name, "first_epoch": epoch, "last_epoch": epoch})
 
     def has_started(self, epoch: int, active: bool) -> bool:
-        """Whether it is noted already whose epoch this is."""
+        """Whether the record already has an entry for this epoch."""
         last = self.history[-1] if self.history else None
         return (
             last is not None and last["rule"] == (self.rule if active else "Backprop") and last["last_epoch"] == epoch
@@ -74,13 +74,13 @@ class Record:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back a record."""
+        """Restore a record."""
         self.seed, self.batches = state["seed"], state["batches"]
         self.forward_evals, self.skipped = state["forward_evals"], state["skipped"]
         self.history = [dict(entry) for entry in state["history"]]
 
     def check_origin(self, origin: dict[str, Any] | None, strict: bool) -> None:
-        """Warn, or raise if ``strict``, if a checkpoint was trained by another rule; carry its history over."""
+        """Warn, or raise if ``strict``, if a checkpoint was trained by another rule; continue its history."""
         if origin is not None and origin["rule"] == self.rule:
             return
         before = "no training rule of this package" if origin is None else origin["rule"]
@@ -93,7 +93,7 @@ class Record:
 
 
 def banner(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer) -> str:
-    """Return the table that a run shows at its start: which rule, what it trains, what it costs."""
+    """Return the table that a run prints at its start: the rule, what it trains, what a step costs."""
     lazy = [slot for slot in [*slots, *slots.rest] if is_lazy(slot.parameter)]
     trained = sum(slot.parameter.numel() for slot in slots.trainable() if not is_lazy(slot.parameter))
     total = sum(slot.parameter.numel() for slot in [*slots, *slots.rest] if not is_lazy(slot.parameter))

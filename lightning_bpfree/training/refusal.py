@@ -1,4 +1,4 @@
-"""What a rule cannot work on, as the error that Lightning raises for configurations."""
+"""Refusals of a rule, as the error that Lightning raises for configurations."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lightning_bpfree.core.network.network_call import RefusedError
 
 
 class RefusedNetworkError(MisconfigurationException, RefusedError):
-    """A rule cannot work on a network, or on what a training step does with it; the message names the cure."""
+    """A rule cannot train a network, or a training step's use of it; the message names the cure."""
 
 
 @contextlib.contextmanager
 def refusing(rule: str, error: type[ValueError] = RefusedError) -> Iterator[None]:
-    """Raise what is refused in this context in the name of ``rule``.
+    """Raise refusals in this context under the name of ``rule``.
 
     Args:
         rule: the rule's name, with which the message begins.

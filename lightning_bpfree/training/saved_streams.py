@@ -1,4 +1,4 @@
-"""Random streams in checkpoints: Lightning saves none, so that dropout and shuffling go other ways after a resume."""
+"""Random streams in checkpoints: Lightning saves none, so dropout and shuffling would differ after a resume."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SavedStreams:
 
     def of_all_ranks(self, trainer: pl.Trainer, mine: list[Any]) -> list[Any]:
         """Return the lists of all ranks, one after the other; of a run that was interrupted, this rank's alone."""
-        # After an exception on one rank, the others do not come here.
+        # After an exception on one rank, the others do not get here.
         if trainer.world_size == 1 or trainer.interrupted or not torch.distributed.is_initialized():
             return mine
         gathered: list[list[Any]] = [[] for _ in range(trainer.world_size)]
@@ -40,16 +40,16 @@ class SavedStreams:
         return [part for parts in gathered for part in parts]
 
     def take(self, streams: list[dict[str, Any]]) -> None:
-        """Go on with the streams of a checkpoint when the fit starts."""
+        """Restore the streams of a checkpoint when the fit starts."""
         self._resumed = streams
 
     def on_fit_start(self, trainer: pl.Trainer) -> None:
-        """Continue the streams where the checkpoint left them, before the data loaders draw their order."""
+        """Restore the streams before the data loaders draw their order."""
         if trainer.global_rank < len(self._resumed):
             self.streams.from_plain(self._resumed[trainer.global_rank])
 
     def on_train_batch_start(self, trainer: pl.Trainer, batch_idx: int) -> None:
-        """Continue them once more inside an epoch, behind the loader's draw."""
+        """Restore them again inside an epoch, after the loader has drawn its order."""
         if self._resumed and batch_idx > 0:
             self.on_fit_start(trainer)
         self._resumed = []

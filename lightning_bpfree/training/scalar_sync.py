@@ -1,4 +1,4 @@
-"""Multi-process training in which ranks exchange a few numbers a step, and no gradients."""
+"""Multi-process training in which ranks exchange a few numbers a step instead of gradients."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ class ScalarSyncStrategy(DDPStrategy, ScalarExchange):
     """Keeps ranks bit-equal by exchanging the ``K`` coefficients of a rule, instead of gradients.
 
     Every rank remakes the same random directions from the same seed, so that ``K`` numbers determine the estimate:
-    what a rank sends in a step does not depend on the size of the model. There is no DistributedDataParallel wrapper.
+    the bytes that a rank sends in a step do not depend on the size of the model. There is no DistributedDataParallel
+    wrapper.
 
     Args:
         split: ``"data"``: each rank measures all directions on its own batch, and the numbers are averaged (two ranks
             equal one with the union of their batches). ``"directions"``: all ranks see the same batch, and each
             measures its own share of the ``K`` directions; ``"population"`` is the same for a rule whose ``K`` numbers
             are the fitness of members.
-        **kwargs: see ``lightning.pytorch.strategies.DDPStrategy``; those of the wrapper have no meaning here.
+        **kwargs: see ``lightning.pytorch.strategies.DDPStrategy``, except those of the wrapper.
 
     Raises:
         ValueError: for an unknown split.
@@ -62,7 +63,7 @@ class ScalarSyncStrategy(DDPStrategy, ScalarExchange):
         return self.split != "data"
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Refuse a fit whose gradients would never meet."""
+        """Refuse a fit without a rule, whose gradients would never be averaged."""
         check_attributes(self)
         rules = callbacks_of(trainer, TrainingRule)
         if trainer.state.fn == "fit" and not rules:
@@ -103,11 +104,11 @@ class ScalarSyncStrategy(DDPStrategy, ScalarExchange):
         """Raise RuntimeError if a parameter differs between ranks; give all ranks the buffers of rank 0."""
         own = torch.stack([_fingerprint(parameter.detach()).to(self.root_device) for parameter in module.parameters()])
         received = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(received, own)  # every rank sees the difference, and raises: none waits for one that has left
+        dist.all_gather(received, own)  # every rank sees the difference and raises, so none waits for another
         strays = [rank for rank, other in enumerate(received) if not torch.equal(other, received[0])]
         if strays:
             raise RuntimeError(
-                f"Rank {strays[0]}'s parameters differ from rank 0's: something outside the rule has moved them "
+                f"Rank {strays[0]}'s parameters differ from rank 0's: something outside of the rule has changed them "
                 "on one rank only, or the ranks run different hardware or versions. Use strategy='ddp'."
             )
         for buffer in module.buffers():

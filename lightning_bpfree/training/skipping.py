@@ -1,4 +1,4 @@
-"""Batches whose numbers are not finite, which all ranks raise for or skip together; and what DDP waits for."""
+"""Batches whose numbers are not finite, for which all ranks raise or skip together; and parameters DDP waits for."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def is_skipped(trainer: pl.Trainer, record: Record, failure: NonFiniteLossError 
         if failure is None:
             return False
         raise RuntimeError(
-            f"{record.rule}: {failure} in batch {batch}. No parameter has moved. Lower the learning rate or sigma, or "
-            "leave out such batches with on_nonfinite='skip'."
+            f"{record.rule}: {failure} in batch {batch}. No parameter has changed. Lower the learning rate or sigma, "
+            "or skip such batches with on_nonfinite='skip'."
         ) from failure
     failed = failure is not None
     if gradients_cross_ranks(trainer):
-        # Ranks must skip together, or the others wait in DDP's reducer for ever.
+        # Ranks must skip together, or the others wait in DDP's reducer forever.
         flag = torch.tensor(float(failed), device=trainer.strategy.root_device)
         failed = bool(trainer.strategy.reduce(flag, reduce_op="sum"))
     if failed:

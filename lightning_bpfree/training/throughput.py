@@ -25,7 +25,7 @@ class Throughput:
         self.samples = 0
 
     def open(self, device: torch.device) -> None:
-        """Begin now."""
+        """Start now."""
         _wait(device)
         reset_peak(device)
         self.started, self.samples = time.perf_counter(), 0

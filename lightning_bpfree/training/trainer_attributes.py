@@ -1,4 +1,4 @@
-"""Attributes of a Trainer that its class does not declare, which type checkers do not know."""
+"""Attributes of a Trainer that its class does not declare, so type checkers do not know them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def callbacks_of(trainer: pl.Trainer, kind: Callable[..., C]) -> list[C]:
 
     Args:
         trainer: the Trainer.
-        kind: the class; as a callable, since type checkers take no abstract class for a type.
+        kind: the class; typed as a callable, since type checkers accept no abstract class as a type.
 
     Examples:
         >>> from lightning.pytorch.callbacks import EarlyStopping
@@ -28,12 +28,12 @@ def callbacks_of(trainer: pl.Trainer, kind: Callable[..., C]) -> list[C]:
 
 
 def without_module(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a callback's attributes but those by which Lightning ties it to a module: ``log`` and ``log_dict``."""
+    """Return a callback's attributes except ``log`` and ``log_dict``, by which Lightning ties it to a module."""
     return {name: value for name, value in attributes.items() if name not in ("log", "log_dict")}
 
 
 def log_every_n_steps(trainer: pl.Trainer) -> int:
-    """Return every how many optimizer steps loggers listen; 0: never."""
+    """Return the number of optimizer steps between logged ones; 0 for never."""
     return int(cast(Any, trainer).log_every_n_steps or 0)
 
 

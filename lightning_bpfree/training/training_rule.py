@@ -1,4 +1,4 @@
-"""The base of all training rules: swaps the training step, hands the estimate over, and undoes the swap."""
+"""The base of all training rules: swaps the training step, passes the estimate on, and undoes the swap."""
 
 from __future__ import annotations
 
@@ -45,32 +45,32 @@ BACKPROP_COST = 3.0  # forward passes: one forward, and two matrix products per 
 
 
 class StepObserver(Protocol):
-    """Looks at estimates while the step can still be evaluated, such as a comparison with the true gradient."""
+    """Inspects estimates while the step can still be evaluated, such as a comparison with the true gradient."""
 
     def due(self, trainer: pl.Trainer) -> bool:
-        """Whether to look at the coming step."""
+        """Whether to inspect the coming step."""
 
     def observe(self, trainer: pl.Trainer, module: pl.LightningModule, step: Step, estimate: Estimate) -> None:
-        """Look at the step; further evaluations of it leave no trace."""
+        """Inspect the step; further evaluations of it leave no trace."""
 
 
 class TrainingRule(Callback, ABC):
-    """Trains any LightningModule by another rule than backprop; subclasses implement :meth:`estimate`.
+    """Trains any LightningModule by a rule other than backprop; subclasses implement :meth:`estimate`.
 
     As a callback of the Trainer, a rule replaces ``module.training_step`` for the duration of ``fit``. Optimizer,
-    schedulers, clipping, accumulation, precision, DDP, loggers and checkpoints go on working, for the estimate reaches
+    schedulers, clipping, accumulation, precision, DDP, loggers and checkpoints keep working, since the estimate reaches
     them as an ordinary gradient.
 
     Args:
         params: shell-style patterns of the parameters to train (``"*.lora_*"``); None for all. The others stay
-            untouched while the rule is active.
+            unchanged while the rule is active.
         start_epoch: first epoch of the rule, >= 0. Before it, the whole module trains by plain backprop.
-        stop_epoch: first epoch that is no longer the rule's, > ``start_epoch``; None for never.
+        stop_epoch: first epoch of plain backprop after the rule's, > ``start_epoch``; None for never.
         seed: of the rule's own random directions; None takes torch's initial seed (``seed_everything``) of rank 0.
         on_nonfinite: what to do if a number that the rule measures is NaN or infinite: ``"raise"`` stops the run before
-            any parameter moves, ``"skip"`` leaves out the batch. Rules that only differentiate measure none.
-        allow_untested: run under strategies for which nothing is known.
-        strict_rule: refuse, rather than warn, to resume from a checkpoint that another rule has made.
+            any parameter changes, ``"skip"`` skips the batch. Rules that only differentiate measure no such number.
+        allow_untested: run under strategies that are not tested.
+        strict_rule: raise instead of warn when the fit resumes from a checkpoint of another rule.
 
     Raises:
         ValueError: for arguments out of range.
@@ -84,17 +84,17 @@ class TrainingRule(Callback, ABC):
     reevaluates: bool = True
     """Whether the rule evaluates the training step more than once a batch."""
     rehearses: ClassVar[bool] = True
-    """Whether the whole step is evaluated several times, and not parts of the network alone: it is rehearsed then."""
+    """Whether the whole step is evaluated several times, not only parts of the network; if so, it is rehearsed."""
     estimates_user_loss: ClassVar[bool] = True
-    """Whether the estimate is one of the gradient of the user's loss; rules with losses of their own say False."""
+    """Whether the rule estimates the gradient of the user's loss; False for rules with losses of their own."""
     backpropagates: ClassVar[bool] = True
-    """Whether hooks and functions that change the backward pass through the training step have their effect."""
+    """Whether hooks and functions that change the backward pass through the training step take effect."""
     cuts_graphs: bool = False
-    """Whether what the step differentiates within itself goes through other graphs than the module's own."""
+    """Whether derivatives within the step go through graphs other than the module's own."""
     differentiates_forward: ClassVar[bool] = False
-    """Whether the rule differentiates in forward mode, and honors the derivatives that functions bring for it."""
+    """Whether the rule differentiates in forward mode, by the ``jvp`` of custom functions."""
     of_a_fit: ClassVar[tuple[str, ...]] = ("_swap", "_module_state", "_last_fit")
-    """Attributes that belong to a fit, and are None in a copy of the rule: what refers to the Trainer or the module."""
+    """Attributes that refer to the Trainer or the module of a fit; they are None in a copy of the rule."""
 
     @checked
     def __init__(
@@ -120,29 +120,29 @@ class TrainingRule(Callback, ABC):
         self._module_state: ModuleState | None = None
         TrainingRule.resolve(self)
 
-    # --- what a rule says of itself ---
+    # --- hooks of a rule ---
 
     @abstractmethod
     def estimate(self, step: Step) -> Estimate:
         """Return loss and gradient of one mini-batch; called with gradients enabled."""
 
     def on_batch_settled(self, succeeded: bool) -> None:
-        """Keep what a rule has learned beside its estimate, or drop it: now all ranks know whether the batch counts."""
+        """Keep what a rule learned beside its estimate, or drop it: all ranks now know whether the batch counts."""
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
         """Raise MisconfigurationException if the rule cannot train these parameters; called before the first batch."""
 
     def read(self, output: Any) -> Tensor:
-        """Return the scalar to minimise in what the training step returned."""
+        """Return the scalar to minimize from the output of the training step."""
         return loss_of(output)
 
     def computes_in(self, dtype: torch.dtype) -> None:
-        """Take note of the coarsest type in which the training step computes, found by an evaluation of it.
+        """Receive the coarsest type in which the training step computes, found by an evaluation of it.
 
         Called before the first estimate, and again if the training step changes.
 
         Raises:
-            MisconfigurationException: if the rule's settings do not go with it.
+            MisconfigurationException: if the rule's settings do not fit it.
         """
 
     def describe(self) -> dict[str, str]:
@@ -150,29 +150,29 @@ class TrainingRule(Callback, ABC):
         return {}
 
     def resolve(self) -> None:
-        """Check settings against one another, and set what follows from them.
+        """Check settings against each other, and set derived attributes.
 
-        Called when the attributes may have changed: at the end of a constructor, and when a fit starts. A rule that
-        keeps something made of its arguments makes it here, and hands what was learned on.
+        Called when the attributes may have changed: at the end of a constructor, and when a fit starts. A rule builds
+        objects from its arguments here, and keeps what they learned.
 
         Raises:
-            ValueError: for settings that do not go together.
+            ValueError: for settings that contradict each other.
         """
         if self.stop_epoch is not None and self.stop_epoch <= self.start_epoch:
             raise ValueError(
                 f"{type(self).__name__}: stop_epoch={self.stop_epoch} must be above start_epoch={self.start_epoch}: "
-                "the rule has no epoch."
+                "the rule would have no epoch."
             )
 
     def start_over(self) -> None:
-        """Drop what was learned in an earlier fit; the base does so for counters and history."""
+        """Drop what was learned in an earlier fit; the base resets counters and history."""
 
     def settings(self) -> dict[str, Any]:
         """Return the rule's arguments, as plain values that loggers and checkpoints take."""
         return settings_of(self, TrainingRule)
 
     def active(self, epoch: int) -> bool:
-        """Whether the epoch (counted from 0) is the rule's; the others are plain backprop's."""
+        """Whether the rule trains this epoch (counted from 0); plain backprop trains the others."""
         return epoch >= self.start_epoch and (self.stop_epoch is None or epoch < self.stop_epoch)
 
     @property
@@ -187,10 +187,10 @@ class TrainingRule(Callback, ABC):
     # --- swap and undo ---
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Replace the module's training step, once everything that could stand in the way has been checked."""
+        """Replace the module's training step, after all checks."""
         if stage != "fit":
             return
-        check_attributes(self)  # which may have been set since
+        check_attributes(self)  # they may have been set since the constructor
         self.resolve()
         self._begin_anew(trainer, pl_module)
         rules = callbacks_of(trainer, TrainingRule)
@@ -198,7 +198,7 @@ class TrainingRule(Callback, ABC):
         self._swap = StepSwap(trainer, pl_module, self, partial(self._run, trainer, pl_module))
 
     def _begin_anew(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Forget an earlier fit, unless a state was loaded for this one or the same Trainer goes on with its epochs."""
+        """Reset the rule, unless a state was loaded for this fit or the same Trainer continues its epochs."""
         before, self._last_fit = self._last_fit, (weakref.ref(trainer), weakref.ref(module))
         goes_on = before == self._last_fit and trainer.current_epoch > 0
         if self._loaded_for_fit or goes_on:
@@ -210,50 +210,50 @@ class TrainingRule(Callback, ABC):
             self._has_trained = False
             self.start_over()
             rank_zero_info(
-                f"{type(self).__name__} begins anew: what it learned in an earlier fit is dropped. To go on with that, "
+                f"{type(self).__name__} starts over: what it learned in an earlier fit is dropped. To keep that, "
                 "resume from a checkpoint, trainer.fit(..., ckpt_path=...)."
             )
 
     def _restore(self) -> None:
         if self._swap is not None:
             self._swap.undo()
-        if self._has_trained:  # else a Tuner has but tried the module, and the fit is yet to come
+        if self._has_trained:  # else a Tuner has tried the module, and the fit is still to come
             self._loaded_for_fit = False
         self._streams.take([])
         self._swap, self._module_state, self.observers = None, None, []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy of the rule, or a pickle of it, takes along: no fit."""
+        """Return the state of a copy or pickle of the rule: without the fit."""
         kept = without_module(self.__dict__)
         return {**kept, **dict.fromkeys(set(self.of_a_fit) & kept.keys()), "observers": []}
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Put the module's own training step back."""
+        """Restore the module's own training step."""
         if stage == "fit":
             self._restore()
         else:
             self._loaded_for_fit = False  # a checkpoint of an evaluation
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Put the module's own training step back: Lightning calls no teardown hooks after an exception."""
+        """Restore the module's own training step: Lightning calls no teardown hooks after an exception."""
         self._restore()
 
     # --- one fit ---
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say which rule trains what; called before the data loaders draw their order."""
+        """Print the banner and log the settings; called before the data loaders draw their order."""
         state = self._begin(trainer, pl_module)
         self._streams.on_fit_start(trainer)
         rank_zero_info(banner(self, state.slots, trainer))
         log_settings(trainer, pl_module, {"bpfree": {"rule": type(self).__name__, **self.settings()}})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note that the fit has begun: what is learned from here on is of this fit."""
+        """Note that the fit has begun."""
         check_even(type(self).__name__, trainer)
         self._has_trained = True
 
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> ModuleState:
-        """Look at the module and choose the seed; a Tuner evaluates the step before it lets callbacks begin."""
+        """Inspect the module and choose the seed; a Tuner evaluates the step before callbacks start."""
         datamodule = getattr(trainer, "datamodule", None)
         others = [] if datamodule is None else [datamodule]
         self._module_state = state = ModuleState(module, self.params, others, trainer.optimizers)
@@ -266,18 +266,18 @@ class TrainingRule(Callback, ABC):
         return state
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note whose epoch this is."""
+        """Record whether the rule trains this epoch."""
         if self._swap is None:
             raise MisconfigurationException(
-                f"{type(self).__name__} was added to the Trainer's callbacks behind their setup, so that it trains "
-                "nothing: pass it to Trainer(callbacks=[...]), or add it before trainer.fit."
+                f"{type(self).__name__} was added to the Trainer's callbacks after their setup, so it trains nothing: "
+                "pass it to Trainer(callbacks=[...]), or add it before trainer.fit."
             )
         self.record.start_epoch(trainer.current_epoch, self.active(trainer.current_epoch))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Count batches: directions are new for every batch, not for every evaluation of one."""
+        """Count batches: directions are new for every batch, not for every evaluation of it."""
         epoch = trainer.current_epoch
         if not self.record.has_started(epoch, self.active(epoch)):
             # Lightning starts no epoch after a resume behind the last batch of the one before.
@@ -363,14 +363,14 @@ class TrainingRule(Callback, ABC):
             self.computes_in(state.computed_in)
 
     def _looked_at(self, trainer: pl.Trainer, module: pl.LightningModule) -> ModuleState:
-        """Return the module's state, found anew where the module has changed since the last step."""
+        """Return the module's state, updated if the module has changed since the last step."""
         state = self._module_state or self._begin(trainer, module)
         if state.refresh():
             self.check(trainer, module, state.slots)
         return state
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Keep parameters that the rule does not train untouched, and log the norm of the estimate."""
+        """Keep parameters that the rule does not train unchanged, and log the norm of the estimate."""
         if not self.active(trainer.current_epoch) or self._module_state is None:
             return
         slots, skipped = self._module_state.slots, self._estimates == 0
@@ -400,18 +400,18 @@ class TrainingRule(Callback, ABC):
     # --- checkpoints ---
 
     def rule_state(self) -> dict[str, Any]:
-        """Return state of the rule's own, in plain numbers, strings, lists, dicts and tensors."""
+        """Return the rule's own state, in plain numbers, strings, lists, dicts and tensors."""
         return {}
 
     def load_rule_state(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`rule_state` returned."""
+        """Restore what :meth:`rule_state` returned."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an exact resume needs: seed, counters, history, and the rule's own state."""
         return {"record": self.record.state_dict(), "rule": self.rule_state(), "streams": self._streams.to_plain()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back the state of a checkpoint."""
+        """Restore the state of a checkpoint."""
         self.record.load_state_dict(state_dict["record"])
         self.load_rule_state(state_dict["rule"])
         self._streams.take(state_dict["streams"])
@@ -420,7 +420,7 @@ class TrainingRule(Callback, ABC):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Write down which rule trained the module, with which settings, in which epochs; and streams of all ranks."""
+        """Save rule, settings and epochs, and the random streams of all ranks."""
         own = checkpoint["callbacks"][self.state_key]
         own["streams"] = self._streams.of_all_ranks(trainer, own["streams"])
         checkpoint["bpfree"] = {
@@ -432,5 +432,5 @@ class TrainingRule(Callback, ABC):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say so if the checkpoint comes from another rule."""
+        """Warn or raise if the checkpoint comes from another rule."""
         self.record.check_origin(checkpoint.get("bpfree"), self.strict_rule)

@@ -203,9 +203,9 @@ def test_the_figure_has_the_mean_of_each_rule_where_all_seeds_have_a_value() -> 
     texts = [text.get_text() for text in axes.get_legend().get_texts()]
     assert texts[:3] == ["backprop", "partly (2 of 3 seeds)", "early"]
     low, high = axes.collections[0].get_paths()[0].get_extents().get_points()[:, 1]
-    spread = confidence([0.5, 0.8, 0.1])
-    assert spread is not None
-    assert (low, high) == (pytest.approx(1.4 / 3 - spread), pytest.approx(1.4 / 3 + spread))
+    assert (low, high) == pytest.approx((0.1, 0.9))  # of three seeds, the interval of the mean is their range
+    thin = [segment.tolist() for segment in axes.collections[1].get_segments()]
+    assert [[value for _, value in segment] for segment in thin] == [[0.5, 0.9], [0.8, 0.7], [0.1, 0.8]]
     many = noted("val_acc", {f"rule{number}": RISING["backprop"] for number in range(16)}, [], larger=True)
     lines = compare_curves.figure(many).axes[0].lines
     assert len({(line.get_color(), str(line._dash_pattern)) for line in lines}) == 16

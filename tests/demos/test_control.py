@@ -312,7 +312,7 @@ def test_equal_seeds_give_equal_runs_by_loop_and_where_vectorising_is_tried_in_v
 ) -> None:
     again, _ = trained(chunk_size="auto")
     assert torch.equal(weight(again), weight(fitted.module))
-    assert "members one by one, since vectorising fails" in caplog.text
+    assert "members one by one, because vectorizing fails" in caplog.text
 
 
 def test_a_run_resumed_after_an_epoch_meets_the_same_episodes(fitted: Fitted) -> None:

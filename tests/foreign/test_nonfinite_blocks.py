@@ -96,7 +96,7 @@ def assert_finite(found: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_raise_stops_before_anything_is_spoilt(name: str, bad: str) -> None:
     module, rule = Module(), RULES[name](seed=1)
-    with pytest.raises(RuntimeError, match=r"in batch 1\. No parameter has moved.*on_nonfinite='skip'"):
+    with pytest.raises(RuntimeError, match=r"in batch 1\. No parameter has changed.*on_nonfinite='skip'"):
         fitted(module, data(BAD[bad]), rule, limit_val_batches=0)
     assert_finite(everything(module, rule))
 
@@ -137,6 +137,6 @@ def test_traces_forget_the_batch() -> None:
 def test_activities_that_overflow_are_found_before_they_are_differentiated() -> None:
     """Not the data alone: these are finite, and what the first layer makes of them is not."""
     module, rule = Module(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))), RULES["team"](seed=1)
-    with pytest.raises(RuntimeError, match="No parameter has moved"):
+    with pytest.raises(RuntimeError, match="No parameter has changed"):
         fitted(module, data(3e38, row=0), rule, limit_val_batches=0)
     assert_finite(everything(module, rule))

@@ -181,7 +181,7 @@ def test_where_vectorising_fails_the_loop_takes_over_and_says_so(caplog):
     with caplog.at_level("INFO"):
         fitted(Looks(), loader(), rule)
     assert rule._chunk_used == 1
-    assert "one by one, since vectorising fails" in caplog.text
+    assert "one by one, since vectorizing fails" in caplog.text
     with pytest.raises(Exception, match="chunk_size=1 or 'auto'"):
         fitted(Looks(), loader(), ForwardGradient(4, chunk_size=4))
 

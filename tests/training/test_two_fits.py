@@ -95,7 +95,7 @@ def test_an_algorithm_that_was_set_between_fits_is_taken():
 
 
 def said(caplog) -> bool:
-    return any("begins anew" in record.getMessage() for record in caplog.records)
+    return any("starts over" in record.getMessage() for record in caplog.records)
 
 
 def test_it_says_so(caplog):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_bpfree.cli.common.drawing import colors, interval
 from lightning_bpfree.cli.common.records import write_csv, write_json
 from lightning_bpfree.cli.common.tables import console
 from lightning_bpfree.cli.compare import results as compare_results
@@ -115,52 +116,90 @@ def plot(comparison: dict[str, Any], path: Path) -> None:
 
 
 def figure(found: dict[str, Any]) -> Figure:
-    """Return a panel for each budget, with a line for each rule over the conditions.
+    """Return a panel for each budget, with the results of each rule over the conditions.
+
+    Lines join the conditions only if these are numbers: names have no order.
 
     Args:
         found: what comparison.json holds.
     """
     from matplotlib.figure import Figure
-    from matplotlib.transforms import ScaledTranslation
 
     values, budgets = found["vary"]["values"], found["budgets"]
     places = _numbers(values)
-    drawing = Figure(figsize=(9, 0.8 + 3.4 * len(budgets)), layout="constrained", dpi=120)
+    drawing = Figure(figsize=(5.6, 1.2 + 3.4 * len(budgets)), layout="constrained", dpi=130)
     panels: Any = drawing.subplots(len(budgets), 1, squeeze=False, sharex=True)[:, 0]
     for axes, budget in zip(panels, budgets, strict=True):
-        rules = by_rule(found["summary"][budget])
-        for index, (label, row) in enumerate(rules.items()):
-            # Side by side, lest error bars hide one another; less so where the place on the axis is a number.
-            points = (index - (len(rules) - 1) / 2) * (min(5, 40 / len(rules)) if places is None else 2)
-            aside = axes.transData + ScaledTranslation(points / 72, 0, drawing.dpi_scale_trans)
-            _line(axes, index, label, [(x, row.get(value)) for x, value in _ordered(places, values)], aside)
-        axes.margins(x=0.07)
-        axes.set_ylabel(found["metric"])
-        axes.set_title(TITLES.get(budget, budget), fontsize=10)
-        axes.grid(axis="y", color="0.9")
+        _panel(axes, found, budget, places)
     if places is None:
         panels[-1].set_xticks(range(len(values)), values)
-        if len(values) * max(map(len, values)) > 70:
-            panels[-1].tick_params(axis="x", rotation=20)
+        if len(values) * max(map(len, values)) > 30:
+            panels[-1].tick_params(axis="x", rotation=35)
+            for tick in panels[-1].get_xticklabels():
+                tick.set(horizontalalignment="right", rotation_mode="anchor")
     elif min(places) > 0 and max(places) / min(places) > 30:
         panels[-1].set_xscale("log")
-    interval = f"mean and 95 % confidence interval over {len(found['seeds'])} seed(s)"
-    panels[-1].set_xlabel(f"{found['vary']['key']}\n{interval}")
-    drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    mark = f"mean, 95 % bootstrap interval, each of {len(found['seeds'])} seed(s)"
+    panels[-1].set_xlabel(f"{found['vary']['key']}\n{mark}", fontsize=10)
+    handles = panels[0].get_legend_handles_labels()
+    drawing.legend(*handles, loc="outside upper center", ncols=3, frameon=False, fontsize=10)
     return drawing
 
 
-def _line(axes: Axes, index: int, label: str, points: Sequence[tuple[float, Cell | None]], place: Any) -> None:
+def _panel(axes: Axes, found: dict[str, Any], budget: str, places: list[float] | None) -> None:
+    """Draw all rules under one budget."""
+    from matplotlib.transforms import ScaledTranslation
+
+    values, rules = found["vary"]["values"], by_rule(found["summary"][budget])
+    color, root = colors(list(rules)), axes.get_figure(root=True)
+    assert root is not None
+    for index, (label, row) in enumerate(rules.items()):
+        # Side by side, lest error bars hide one another; less so where the place on the axis is a number.
+        points = (index - (len(rules) - 1) / 2) * (min(7, 28 / len(rules)) if places is None else 2)
+        aside = axes.transData + ScaledTranslation(points / 72, 0, root.dpi_scale_trans)
+        known = [(x, row.get(value), _seeds(found, value, label, budget)) for x, value in _ordered(places, values)]
+        _line(axes, index, (label, color[label], places is not None), known, aside)
+    axes.margins(x=0.07)
+    axes.set_ylabel(found["metric"])
+    axes.set_title(TITLES.get(budget, budget), fontsize=10)
+    axes.grid(axis="y", color="0.9")
+
+
+def _seeds(found: dict[str, Any], value: str, label: str, budget: str) -> list[float]:
+    """Return the metric of every seed of a rule under a condition."""
+    conditions = [one for one in found["conditions"] if one["value"] == value]
+    rules = [rule for one in conditions for rule in one["rules"] if rule["label"] == label]
+    return [each for rule in rules for each in _by_seed(rule, budget, found["metric"]).values()]
+
+
+Known = tuple[float, Cell | None, list[float]]  # place on the axis, its cell, the metric of each seed
+
+
+def _line(axes: Axes, index: int, named: tuple[str, str, bool], known: Sequence[Known], place: Any) -> None:
     """Draw one rule; a condition without a result is a gap in its line."""
-    means = [math.nan if cell is None or cell["mean"] is None else cell["mean"] for _, cell in points]
-    spreads = [math.nan if cell is None or cell["ci95"] is None else cell["ci95"] for _, cell in points]
+    label, color, joined = named
+    means = [math.nan if cell is None or cell["mean"] is None else cell["mean"] for _, cell, _ in known]
     if all(map(math.isnan, means)):
         label += " (failed)"
-    xs, color = [x for x, _ in points], f"C{(index - 1) % 10}" if index else "0.25"  # backprop, the first, in gray
-    drawn = axes.errorbar(xs, means, yerr=spreads, label=label, color=color, capsize=3, markersize=5)
-    drawn.lines[0].set(marker="osD^vP*X<>"[index % 10], linestyle="-" if 0 < index <= 10 else "--")
-    for artist in drawn.get_children():
+    xs = [x for x, _, _ in known]
+    spreads = [_spread(mean, cell, values) for mean, (_, cell, values) in zip(means, known, strict=True)]
+    below, above = zip(*spreads, strict=True)
+    drawn = axes.errorbar(xs, means, yerr=[below, above], label=label, color=color, capsize=3, markersize=5)
+    style = ("-" if 0 < index <= 10 else "--") if joined else "none"
+    drawn.lines[0].set(marker="osD^vP*X<>"[index % 10], linestyle=style)
+    seeds = [(x, value) for x, _, values in known for value in values]
+    dots = axes.plot([x for x, _ in seeds], [value for _, value in seeds], ".", color=color, markersize=3, alpha=0.5)
+    for artist in (*drawn.get_children(), *dots):
         artist.set_transform(place)  # now that the limits of the axes are known
+
+
+def _spread(mean: float, cell: Cell | None, values: Sequence[float]) -> tuple[float, float]:
+    """Return how far the interval reaches below the mean, and above it."""
+    ends = interval(values)
+    if ends is not None:
+        return max(0.0, mean - float(ends[0])), max(0.0, float(ends[1]) - mean)
+    half = math.nan if cell is None or cell["ci95"] is None else cell["ci95"]
+    return half, half
 
 
 def _numbers(values: Sequence[str]) -> list[float] | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_bpfree.cli.common.drawing import colors, interval
 from lightning_bpfree.cli.common.records import write_csv, write_json
 from lightning_bpfree.cli.common.tables import console
 from lightning_bpfree.cli.compare import results as compare_results
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = list[list[Any]]  # [batches, value] of each validation; the value is None where it is not finite
-COLORS = [f"C{index}" for index in range(10) if index != 7]  # which is gray, as backprop is
 STYLES: Any = ("-", "--", "-.", (0, (1, 1)), (0, (6, 1.5, 1, 1.5, 1, 1.5)))
 FEW = 30  # points of a line, up to which each is marked
 
@@ -120,7 +120,7 @@ def plot(comparison: dict[str, Any], path: Path) -> None:
 
 
 def figure(found: dict[str, Any]) -> Figure:
-    """Return a panel for each budget, with the mean curve of each rule and a band of its confidence interval.
+    """Return a panel for each budget: the mean curve of each rule, a band of its 95 % interval, and each seed thin.
 
     Args:
         found: what comparison.json holds.
@@ -128,44 +128,51 @@ def figure(found: dict[str, Any]) -> Figure:
     from matplotlib.figure import Figure
 
     asked, budgets, seeds = found["curve"], found["budgets"], len(found["seeds"])
-    drawing = Figure(figsize=(9, 0.6 + 3.4 * len(budgets)), layout="constrained", dpi=120)
+    color = colors([rule["label"] for rule in found["rules"]])
+    legend = 0.24 * -(-len(color) // 2)
+    drawing = Figure(figsize=(5.6, (3.9 + legend) * len(budgets)), layout="constrained", dpi=130)
     panels: Any = drawing.subplots(len(budgets), 1, squeeze=False)[:, 0]
     for axes, budget in zip(panels, budgets, strict=True):
         for index, rule in enumerate(found["rules"]):
-            _line(axes, index, rule["label"], curves(rule, budget), seeds)
+            _line(axes, index, (rule["label"], color[rule["label"]]), curves(rule, budget), seeds)
         for value in asked["reach"]:
             axes.axhline(value, color="0.4", linestyle=":", linewidth=1)
         axes.set(ylabel=asked["metric"], xlabel="training batches")
-        axes.set_title(TITLES.get(budget, budget), fontsize=10)
+        axes.set_title(TITLES.get(budget, budget), fontsize=11)
         axes.grid(axis="y", color="0.92")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9, handlelength=3.2)
-    drawing.supxlabel(f"mean and 95 % confidence interval over {seeds} seed(s)", fontsize=9)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.17), frameon=False, fontsize=10, ncols=2)
+    drawing.supxlabel(f"mean, 95 % bootstrap interval, thin: each of {seeds} seed(s)", fontsize=10)
     return drawing
 
 
-def mean_curve(known: Sequence[Curve]) -> list[tuple[int, float, float | None]]:
-    """Return batches, mean, and half width of its 95 % interval, where all of the curves have a value.
+def mean_curve(known: Sequence[Curve]) -> list[tuple[int, float, float, float]]:
+    """Return batches, mean, and the ends of its 95 % bootstrap interval, where all of the curves have a value.
 
     Examples:
         >>> mean_curve([[[4, 1.0], [8, 2.0]], [[4, 1.0], [8, None]]])
-        [(4, 1.0, 0.0)]
+        [(4, 1.0, 1.0, 1.0)]
     """
     values = [{batches: value for batches, value in curve if value is not None} for curve in known]
-    shared = set.intersection(*map(set, values)) if values else set()
-    columns = [(batches, [each[batches] for each in values]) for batches in sorted(shared)]
-    return [(batches, statistics.fmean(column), confidence(column)) for batches, column in columns]
+    shared = sorted(set.intersection(*map(set, values))) if values else []
+    rows = [[each[batches] for batches in shared] for each in values]
+    means = [statistics.fmean(column) for column in zip(*rows, strict=True)]
+    low, high = interval(rows) or (means, means)
+    return list(zip(shared, means, map(float, low), map(float, high), strict=True))
 
 
-def _line(axes: Axes, index: int, label: str, known: Sequence[Curve], seeds: int) -> None:
+def _line(axes: Axes, index: int, named: tuple[str, str], known: Sequence[Curve], seeds: int) -> None:
     """Draw one rule, and say if not all seeds are in its mean."""
+    from matplotlib.collections import LineCollection
+
+    label, color = named
     points = mean_curve(known)
     if len(known) < seeds:
         label += f" ({len(known)} of {seeds} seeds)"
-    color = COLORS[(index - 1) % len(COLORS)] if index else "0.25"  # backprop, the first
     style, marker = STYLES[index % len(STYLES)], "." if len(points) <= FEW else ""
     batches, means = [point[0] for point in points], [point[1] for point in points]
-    axes.plot(batches, means, color=color, linestyle=style, marker=marker, linewidth=1.6, label=label)
+    axes.plot(batches, means, color=color, linestyle=style, marker=marker, linewidth=1.8, label=label)
     if len(known) > 1:
-        spreads = [point[2] or 0.0 for point in points]
-        low, high = ([mean + sign * spread for mean, spread in zip(means, spreads, strict=True)] for sign in (-1, 1))
-        axes.fill_between(batches, low, high, color=color, alpha=0.15, linewidth=0)
+        low, high = ([point[end] for point in points] for end in (2, 3))
+        axes.fill_between(batches, low, high, color=color, alpha=0.12, linewidth=0)
+        thin: Any = [[pair for pair in curve if pair[1] is not None] for curve in known]
+        axes.add_collection(LineCollection(thin, colors=color, linewidths=0.5, alpha=0.6))

@@ -6,10 +6,15 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lightning_bpfree.cli.common.drawing import colors, interval
 from lightning_bpfree.cli.common.records import write_csv, write_json
 from lightning_bpfree.cli.common.tables import console, number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TITLES = {
     "epochs": "the same epochs for every rule",
@@ -162,26 +167,52 @@ def csv_fields(metric: str) -> list[str]:
 
 
 def plot(comparison: dict[str, Any], path: Path) -> None:
-    """Draw a bar per rule with its confidence interval, one panel per budget."""
+    """Draw :func:`figure`."""
+    figure(comparison).savefig(path)
+
+
+def figure(comparison: dict[str, Any]) -> Figure:
+    """Return a panel for each budget: the mean of each rule with its 95 % interval, and a stroke for each seed.
+
+    Args:
+        comparison: what comparison.json holds, with or without its summary.
+    """
     from matplotlib.figure import Figure
 
-    budgets = comparison["budgets"]
-    height = 1.6 + 0.45 * len(comparison["rules"])
-    figure = Figure(figsize=(8, height * len(budgets)), layout="constrained", dpi=120)
-    for axes, budget in zip(figure.subplots(len(budgets), 1, squeeze=False, sharex=True)[:, 0], budgets, strict=True):
-        found = rows(comparison, budget)
-        for place, row in enumerate(found):
-            value, spread = row.mean or 0.0, row.ci95 or 0.0
-            axes.barh(place, value, xerr=spread or None, capsize=4, color="tab:blue" if place else "tab:gray")
-            text = "failed" if row.mean is None else f"{row.mean:.3f}"
-            axes.annotate(
-                text, (value + spread, place), xytext=(6, 0), textcoords="offset points", verticalalignment="center"
-            )
-        axes.set_yticks(range(len(found)), [row.label for row in found])
-        axes.invert_yaxis()
-        axes.margins(x=0.12)
-        if all((row.mean or 0.0) >= 0 for row in found):
-            axes.set_xlim(left=0)
-        axes.set_title(TITLES[budget], fontsize=10)
-        axes.set_xlabel(f"{comparison['metric']} (mean, 95 % confidence interval)")
-    figure.savefig(path)
+    budgets = comparison.get("budgets", list(comparison.get("summary", ())))
+    labels = [rule["label"] for rule in comparison["rules"]]
+    height = 1.1 + 0.34 * len(labels)
+    drawing = Figure(figsize=(5.6, height * len(budgets) + 0.4), layout="constrained", dpi=130)
+    panels: Any = drawing.subplots(len(budgets), 1, squeeze=False, sharex=True)[:, 0]
+    for axes, budget in zip(panels, budgets, strict=True):
+        found = comparison["summary"][budget] if "summary" in comparison else summary(comparison)[budget]
+        for place, (row, color) in enumerate(zip(found, colors(labels).values(), strict=True)):
+            _mark(axes, place, row, color, _values(comparison, place, budget))
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.grid(axis="x", color="0.9")
+        axes.set_title(TITLES.get(budget, budget).replace(", as many", ",\nas many"), fontsize=11)
+    seeds = len(comparison["seeds"])
+    panels[-1].set_xlabel(
+        f"{comparison['metric']}: mean, 95 % bootstrap interval,\na stroke for each of {seeds} seed(s)"
+    )
+    return drawing
+
+
+def _values(comparison: dict[str, Any], place: int, budget: str) -> list[float]:
+    runs = comparison["rules"][place].get("runs", ())
+    good = [run for run in runs if run["budget"] == budget and run["error"] is None]
+    return [run["metrics"][comparison["metric"]] for run in good]
+
+
+def _mark(axes: Axes, place: int, row: dict[str, Any], color: str, values: Sequence[float]) -> None:
+    """Draw one rule."""
+    mean = row["mean"]
+    if mean is None:
+        axes.annotate("failed", (0.02, place), xycoords=("axes fraction", "data"), va="center", color="tab:red")
+        return
+    ends = interval(values) or (mean - (row["ci95"] or 0), mean + (row["ci95"] or 0))
+    reach = [[max(0.0, mean - float(ends[0]))], [max(0.0, float(ends[1]) - mean)]]
+    axes.plot(values, [place] * len(values), "|", color=color, markersize=13, alpha=0.55)
+    axes.errorbar(mean, place, xerr=reach, fmt="o", capsize=4, color=color)
+    axes.annotate(f"{mean:.3g}", (mean, place), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=8)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_bpfree.cli.common.drawing import colors, interval
 from lightning_bpfree.cli.common.records import write_csv, write_json
 from lightning_bpfree.cli.common.tables import console
 from lightning_bpfree.cli.compare.results import confidence
@@ -165,7 +166,7 @@ def figures(study: Study) -> Iterable[tuple[str, Figure]]:
 def _levels_figure(lines: dict[str, Levels], title: str, label: str) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained", dpi=150)
+    figure = Figure(figsize=(5.6, 4.4), layout="constrained", dpi=130)
     _panel(figure.subplots(), {kind.replace("_", " "): levels for kind, levels in lines.items()}, title, label)
     return figure
 
@@ -173,13 +174,16 @@ def _levels_figure(lines: dict[str, Levels], title: str, label: str) -> Figure:
 def _connectivity_figure(study: Study) -> Figure:
     from matplotlib.figure import Figure
 
-    figure, found = Figure(figsize=(9.6, 4.2), layout="constrained", dpi=150), barriers(study)
-    titles = {"levels": "between neighbouring levels", "seeds": "between two trainings of a ticket"}
+    figure, found = Figure(figsize=(5.6, 7.6), layout="constrained", dpi=130), barriers(study)
+    titles = {"levels": "between neighboring levels", "seeds": "between two trainings of a ticket"}
     ends = [between for between in titles if any(kind == between for _, kind in found)]
-    panels = figure.subplots(1, len(ends), sharex=True, sharey=True, squeeze=False)[0]
+    panels = figure.subplots(len(ends), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, between in zip(panels, ends, strict=True):
         lines = {rule: levels for (rule, kind), levels in found.items() if kind == between}
         _panel(axes, lines, titles[between], f"barrier of {study['metric']}")
+    for axes in panels[:-1]:
+        axes.get_legend().remove()  # the lowest one has the same
+        axes.tick_params(labelbottom=True)
     # The panels share their axis, hence its ticks, which are those of all levels.
     _ticks(panels[0], {level for levels in found.values() for level in levels})
     return figure
@@ -187,29 +191,32 @@ def _connectivity_figure(study: Study) -> Figure:
 
 def _panel(axes: Axes, lines: dict[str, Levels], title: str, label: str) -> None:
     left = {level for levels in lines.values() for level in levels}
-    width = math.log(max(left) / min(left))
+    width, color = math.log(max(left) / min(left)), colors(["", *lines])  # no line is the baseline
     for place, (name, levels) in enumerate(lines.items()):
         aside = math.exp(0.008 * width * ((len(lines) - 1) / 2 - place))  # lest bars lie upon each other
         points = {level: good for level in sorted(levels, reverse=True) if (good := _known(levels[level]))}
         means = [statistics.fmean(values) for values in points.values()]
-        spreads = [confidence(values) or 0.0 for values in points.values()]
+        ends = [interval(values) or (mean, mean) for mean, values in zip(means, points.values(), strict=True)]
+        below = [max(0.0, mean - float(low)) for mean, (low, _) in zip(means, ends, strict=True)]
+        above = [max(0.0, float(high) - mean) for mean, (_, high) in zip(means, ends, strict=True)]
         axes.errorbar(
             [100 * level * aside for level in points],
             means,
-            yerr=spreads,
+            yerr=[below, above],
             fmt="o-",
             markersize=4,
-            linewidth=1.2,
+            linewidth=1.4,
             elinewidth=0.8,
             capsize=2,
+            color=color[name],
             label=name,
         )
     axes.set_xscale("log")
     axes.set_xlabel("weights left, %")
     axes.set_ylabel(label)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=11)
     axes.grid(color="0.9")
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=10, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
     _ticks(axes, left)
     if not axes.xaxis_inverted():
         axes.invert_xaxis()  # of all panels that share the axis

@@ -1,4 +1,4 @@
-"""Backprop as a rule: the oracle against which all others are measured."""
+"""Backprop as a rule: the baseline of all comparisons."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_bpfree.training.training_rule import BACKPROP_COST, TrainingRule
 class Backprop(TrainingRule):
     """Plain backprop through this package's callback: the same bits as a Trainer without it.
 
-    It is the baseline of every comparison, and shows that the callback itself changes nothing.
+    It is the baseline of every comparison. It shows that the callback itself changes nothing.
 
     Args:
         params: shell-style patterns of the parameters to train; None for all.

@@ -29,14 +29,14 @@ _INPUT_GRADIENTS = {
 
 
 class FixedMatrices:
-    """Feedback matrices that stay the same throughout a fit; made when their shapes are known.
+    """Feedback matrices that stay the same throughout a fit, made when their shapes are known.
 
     A matrix is a function of the seed, its name and its shape alone: ranks agree, and a resumed fit makes it again. It
-    is distributed as torch initializes the weight in whose place it stands, uniform within ``scale / sqrt(fan_in)``.
+    is drawn as torch initializes the weight that it replaces: uniform within ``scale / sqrt(fan_in)``.
 
     Args:
         scale: factor on the matrices, > 0.
-        given: returns the matrix of a name and a shape instead; a tensor that shares the memory of a weight follows it.
+        given: returns the matrix for a name and shape instead; a tensor that shares a weight's memory changes with it.
 
     Examples:
         >>> FixedMatrices().get("0", (3, 2), fan_in=3, seed=7, like=torch.zeros(1)).shape
@@ -132,7 +132,7 @@ class DirectFeedback:
         if self._ends:
             raise MisconfigurationException(
                 f"{self.rule}: block {self.blocks[self._ends[0].block].name} ran outside of a call of the network, and "
-                "no error would come to it. Name the module whose call runs all blocks, network=...."
+                "no error would reach it. Name the module whose call runs all blocks, network=...."
             )
 
     def _check(self, output: Any) -> None:
@@ -157,8 +157,8 @@ class DirectFeedback:
         if not z.requires_grad:
             if any(parameter.requires_grad for parameter in self.blocks[j].parameters):
                 raise MisconfigurationException(
-                    f"{self.rule}: block {self.blocks[j].name} ran without a graph, so that nothing in it would learn. "
-                    "Do not run it under torch.no_grad, nor in a checkpoint with use_reentrant=True; inside a block, "
+                    f"{self.rule}: block {self.blocks[j].name} ran without a graph, so nothing in it would learn. "
+                    "Do not run it under torch.no_grad or in a checkpoint with use_reentrant=True; inside a block, "
                     "checkpoints with use_reentrant=False work."
                 )
             return z
@@ -197,12 +197,12 @@ def _projected(matrix: Tensor, start: int, shape: torch.Size, dtype: torch.dtype
 
 
 class LayerwiseFeedback:
-    """Sends errors back through fixed matrices in place of the weights of the layers with which blocks begin.
+    """Sends errors back through fixed matrices in place of the weights of each block's first layer.
 
     Args:
         rule: name of the rule, for errors.
         network: the network.
-        parts: its blocks; what is in none of them is sent back through fixed matrices layer by layer.
+        parts: its blocks; outside of them, errors pass through fixed matrices layer by layer.
         matrices: the feedback.
         seed: of the fit.
     """
@@ -249,7 +249,7 @@ class LayerwiseFeedback:
 
 
 def _input_gradient(layer: Linear, weight: Tensor, shape: torch.Size, dtype: torch.dtype, error: Tensor) -> Tensor:
-    """Return what an error at the layer's output is at its input, through ``weight``."""
+    """Return the error at the layer's input for an error at its output, through ``weight``."""
     error = error.to(weight.dtype)
     if isinstance(layer, nn.Linear):
         return (error @ weight).to(dtype)
@@ -264,7 +264,7 @@ def crossings(rule: str, network: nn.Module, blocks: Sequence[Block]) -> Mapping
     """Return, by name, the layers through which errors pass to a block before: each block's first, and those of none.
 
     Raises:
-        MisconfigurationException: if one of them is neither linear nor a convolution with zeros around.
+        MisconfigurationException: if one of them is neither linear nor a convolution padded with zeros.
     """
     names = {id(module): name for name, module in network.named_modules()}
     in_blocks = {id(part) for block in blocks for top in block.modules for part in top.modules()}
@@ -277,10 +277,10 @@ def crossings(rule: str, network: nn.Module, blocks: Sequence[Block]) -> Mapping
         if not (isinstance(layer, Linear) and zeros):
             raise MisconfigurationException(
                 f"{rule}(feedback='layerwise'): errors would go back through {names[id(layer)]} "
-                f"({type(layer).__name__}), and this is possible for nn.Linear and for convolutions that pad by a "
-                "number of zeros. Begin another block with it (blocks=...), or use feedback='direct'."
+                f"({type(layer).__name__}), which is possible for nn.Linear and for convolutions that pad with a "
+                "number of zeros only. Begin another block with it (blocks=...), or use feedback='direct'."
             )
-    return {names[id(layer)]: layer for layer in found}  # type: ignore[misc]  # looked at above
+    return {names[id(layer)]: layer for layer in found}  # type: ignore[misc]  # checked above
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -26,25 +26,25 @@ from lightning_bpfree.training.training_rule import BACKPROP_COST
 class DirectFeedbackAlignment(NetworkRule):
     """Trains every block of a network by the error at the network's output, which fixed random matrices bring to it.
 
-    The error is the exact derivative of the user's loss with respect to what the network returns, whatever the training
-    step makes of it. It is multiplied by the matrix of each block, and backprop carries the product to the parameters
-    inside the block. What runs behind the last block, or beside the network, gets its exact gradient. No weight is used
-    backward between blocks, and no block waits for the error of the next.
+    The error is the exact derivative of the user's loss with respect to the network's output. It is multiplied by the
+    matrix of each block, and backprop carries the product to the parameters inside the block. Layers behind the last
+    block, and parameters beside the network, get their exact gradient. No weight is used backward between blocks, and
+    no block waits for the error of the next.
 
-    The estimate is biased: it is no gradient of the loss. It works since weights come to align with the feedback.
+    The estimate is biased: it is not the gradient of the loss. It works because weights align with the feedback.
 
     Args:
-        blocks: how to cut the network into blocks: a number of layers a block, their numbers, patterns of module names,
-            or a function; see :func:`lightning_bpfree.core.blocks.cut`.
+        blocks: how to cut the network into blocks: a number of layers per block, a list of numbers, patterns of module
+            names, or a function; see :func:`lightning_bpfree.core.blocks.cut`.
         network: name of the submodule that maps inputs to outputs; None for the only child with parameters, ``""`` for
             the LightningModule itself.
         feedback: ``"direct"``: from the network's output to the end of every block. ``"layerwise"``: from block to
             block, through a fixed matrix in place of the weight of the first layer of each block (feedback alignment).
-        scale: factor on the feedback, > 0; 1 draws it as torch initializes the weights in whose place it stands.
-        matrices: returns the feedback of a name and a shape, instead of drawing it; called once a fit. ``"direct"``:
+        scale: factor on the feedback, > 0; 1 draws it as torch initializes the weights that it replaces.
+        matrices: function that returns the feedback for a name and a shape, called once per fit. ``"direct"``:
             the block's name and ``(values of its output, values of the network's output)``, of one sample (or of one
             position, where both are sequences). ``"layerwise"``: the layer's name and the shape of its weight.
-        learning_rates: factors on the optimizer's learning rate, one a block; None for 1.
+        learning_rates: factors on the optimizer's learning rate, one per block; None for 1.
         **settings: see :class:`TrainingRule`. ``seed`` draws the feedback too, which stays for the whole fit.
 
     Raises:
@@ -86,14 +86,14 @@ class DirectFeedbackAlignment(NetworkRule):
         self._matrices = FixedMatrices(scale, matrices)
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
-        """Cut the network into blocks, and refuse what errors could not pass."""
+        """Cut the network into blocks, and refuse layers that errors cannot pass."""
         super().check(trainer, module, slots)
         self._matrices = FixedMatrices(self.scale, self.matrices)
         if self.feedback == "layerwise":
             crossings(type(self).__name__, self.found_network, self.parts.blocks)
 
     def estimate(self, step: Step) -> Estimate:
-        """Return the user's loss, whose graph brings every block its feedback."""
+        """Return the user's loss, whose graph carries the feedback to every block."""
         kind = DirectFeedback if self.feedback == "direct" else LayerwiseFeedback
         name, seed = type(self).__name__, self.record.seed or 0
         wired = kind(name, self.found_network, self.parts, self._matrices, seed)
@@ -123,7 +123,7 @@ class DirectFeedbackAlignment(NetworkRule):
         rows = {"route": f"fixed random feedback {way}"}
         if self._parts is not None:
             rows["blocks"] = f"{len(self.parts.blocks)}: {', '.join(block.name for block in self.parts.blocks)}"
-            rows["exact gradient"] = ", ".join(self.parts.rest) or "what makes the output"
+            rows["exact gradient"] = ", ".join(self.parts.rest) or "the output layer"
             rows["a step"] = f"{self._cost():.3g} forwards"
         return rows
 

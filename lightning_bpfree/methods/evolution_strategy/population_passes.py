@@ -1,4 +1,4 @@
-"""The fitness of a population: member by member, or many members in one vectorised pass."""
+"""The fitness of a population: member by member, or many members in one vectorized pass."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from lightning_bpfree.methods.evolution_strategy.population.low_rank_layers impo
 from lightning_bpfree.methods.evolution_strategy.population.low_rank_population import Factors, LowRankPopulation
 from lightning_bpfree.methods.evolution_strategy.population.population import Population
 
-_NUMBERS = 1 << 20  # of parameters, over all members of a chunk: beyond the caches, vectorising gains nothing
-_SMALLEST = 8  # members in a chunk below which vectorising does not pay
+_NUMBERS = 1 << 20  # of parameters, over all members of a chunk: beyond the caches, vectorizing gains nothing
+_SMALLEST = 8  # members in a chunk below which vectorizing does not pay
 _ROWS = 8192  # samples over all members of a chunk where the noise is of low rank
 _COMPARED = 4  # members whose losses are compared between the routes
 
 
 class PopulationPasses:
-    """Measures the fitness of members by the route that suits module and noise, chosen at the first batch.
+    """Measures the fitness of members, in a loop or vectorized; chooses at the first batch.
 
     Args:
-        chunk_size: members in one vectorised pass; 1 for a loop over members; ``"auto"`` goes by structure, so that
-            equal runs take equal routes; ``"fastest"`` times both.
+        chunk_size: members in one vectorized pass; 1 for a loop over members; ``"auto"`` chooses by the module's
+            structure, so that equal runs take equal routes; ``"fastest"`` times both.
         rule: name of the rule, for messages.
     """
 
@@ -43,7 +43,7 @@ class PopulationPasses:
         self._said: list[str] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy takes along: no module."""
+        """Return the state to copy, without the module."""
         return {**self.__dict__, "_layers": None}
 
     def restart(self) -> None:
@@ -52,11 +52,11 @@ class PopulationPasses:
         self.look_again()
 
     def look_again(self) -> None:
-        """Find out anew which weights nothing but their own layer uses: a training step may change with the epoch."""
+        """Detect again which weights only their own layer uses: a training step may change with the epoch."""
         self._layers = None
 
     def fitness(self, step: Step, population: Population, members: Sequence[int]) -> Tensor:
-        """Return what the members' evaluations give, shape ``(len(members),)``, in float32 on every device alike.
+        """Return the fitness of the members, shape ``(len(members),)``, in float32 on every device alike.
 
         Args:
             step: the step.
@@ -79,19 +79,19 @@ class PopulationPasses:
                 except Exception as error:
                     step.forward_evals = counted
                     values = [self._one_by_one(step, population, members)]  # which raises where the step is at fault
-                    self.chosen = self._refused(first_line(error), "from here on, ")
+                    self.chosen = self._refused(first_line(error), " from here on")
                     return values[0]
             return self._one_by_one(step, population, members)
 
     def _refused(self, reason: str, since: str = "") -> int:
-        """Return the chunk of the loop, for a step that cannot be vectorised; raise if the user has asked for it."""
+        """Return 1 (a loop) for a step that cannot be vectorized; raise if the user asked for a larger chunk."""
         if isinstance(self.chunk_size, int) and self.chunk_size > 1:
             raise MisconfigurationException(
-                f"{self.rule}(chunk_size={self.chunk_size}): the training step cannot be vectorised ({reason}). "
+                f"{self.rule}(chunk_size={self.chunk_size}): the training step cannot be vectorized ({reason}). "
                 "Use chunk_size=1 or 'auto'."
             )
         if self.chunk_size != 1:
-            rank_zero_info(f"{self.rule}: members one by one, {since}since vectorising fails: {reason}")
+            rank_zero_info(f"{self.rule}: members one by one{since}, because vectorizing fails: {reason}")
         return 1
 
     def _one_by_one(self, step: Step, population: Population, members: Sequence[int]) -> Tensor:
@@ -112,9 +112,9 @@ class PopulationPasses:
         with plain_attention(), _no_running_statistics(step.module), warnings.catch_warnings():
             # Where vmap has no batching rule it loops inside, and says so at every call.
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            return self._vectorised(step, population, members, layers)
+            return self._vectorized(step, population, members, layers)
 
-    def _vectorised(
+    def _vectorized(
         self, step: Step, population: Population, members: Sequence[int], layers: LowRankLayers | None
     ) -> Tensor:
         if isinstance(population, LowRankPopulation) and layers is not None:
@@ -147,7 +147,7 @@ class PopulationPasses:
             if others and others != self._said:
                 self._said = others
                 rank_zero_info(
-                    f"{self.rule}: a matrix of noise for each member, since no standard layer alone uses these "
+                    f"{self.rule}: a matrix of noise for each member, because not only a standard layer uses these "
                     f"weights: {', '.join(others)}."
                 )
         return self._layers
@@ -156,15 +156,15 @@ class PopulationPasses:
         if isinstance(self.chunk_size, int):
             if self.chunk_size > 1 and not self._asked_for_agrees(step, population):
                 raise MisconfigurationException(
-                    f"{self.rule}(chunk_size={self.chunk_size}): vectorised members have other losses than one by one, "
-                    "for the training step draws its noise outside of torch, or keeps something from one evaluation to "
-                    "the next. Use chunk_size=1."
+                    f"{self.rule}(chunk_size={self.chunk_size}): vectorized members have different losses than "
+                    "single ones, because the training step draws noise outside of torch, or keeps state between "
+                    "evaluations. Use chunk_size=1."
                 )
             return self.chunk_size
         by_clock = self.chunk_size == "fastest"
         if by_clock and torch.are_deterministic_algorithms_enabled():
             rank_zero_info(
-                f"{self.rule}: algorithms have to be deterministic, so chunk_size='fastest' goes by structure."
+                f"{self.rule}: torch requires deterministic algorithms, so chunk_size='fastest' acts as 'auto'."
             )
             by_clock = False
         chunk = min(population.size, _expected_chunk(step, population, by_clock))
@@ -173,11 +173,11 @@ class PopulationPasses:
         counted = step.forward_evals
         try:
             if not self._agrees(step, population, chunk):
-                rank_zero_info(f"{self.rule}: members one by one, since vectorised ones have other losses.")
+                rank_zero_info(f"{self.rule}: members one by one, because vectorized members have different losses.")
                 return 1
             return self._faster(step, population, chunk) if by_clock else chunk
         except Exception as error:  # whatever it is, the loop is there
-            rank_zero_info(f"{self.rule}: members one by one, since vectorising fails: {first_line(error)}")
+            rank_zero_info(f"{self.rule}: members one by one, because vectorizing fails: {first_line(error)}")
             return 1
         finally:
             step.forward_evals = counted  # trials at the first batch are no part of the rule's cost
@@ -194,26 +194,26 @@ class PopulationPasses:
             raise
 
     def _agrees(self, step: Step, population: Population, chunk: int) -> bool:
-        """Whether members' losses differ from one another as they do one by one: noise is missing nowhere."""
+        """Whether vectorized losses differ between members as they do one by one, so that no noise is missing."""
         counted, members = step.forward_evals, range(min(chunk, _COMPARED))
-        vectorised = self._at_once(step, population, range(chunk))[: len(members)].double()
-        alone = self._one_by_one(step, population, members).to(vectorised.device).double()
+        vectorized = self._at_once(step, population, range(chunk))[: len(members)].double()
+        alone = self._one_by_one(step, population, members).to(vectorized.device).double()
         step.forward_evals = counted
         # Under autocast, weights and noise are rounded together in a loop, and apart where the noise is of low rank.
-        kind = vectorised.device.type
+        kind = vectorized.device.type
         digits = torch.finfo(torch.get_autocast_dtype(kind)).eps if torch.is_autocast_enabled(kind) else 1e-5
         rounding = digits * alone.abs().nan_to_num(posinf=0.0, neginf=0.0).max()
         spread = (alone - alone[0]).abs().nan_to_num(posinf=0.0, neginf=0.0).max()
-        return torch.allclose(vectorised, alone, rtol=0, atol=float(0.1 * spread + rounding), equal_nan=True)
+        return torch.allclose(vectorized, alone, rtol=0, atol=float(0.1 * spread + rounding), equal_nan=True)
 
     def _faster(self, step: Step, population: Population, chunk: int) -> int:
         device = next(iter(step.params.values())).device
-        vectorised, _ = timed(lambda: self._at_once(step, population, range(chunk)), device, 3)
+        vectorized, _ = timed(lambda: self._at_once(step, population, range(chunk)), device, 3)
         alone, _ = timed(lambda: self._one_by_one(step, population, [0]), device, 3)
         looped = chunk * alone
-        chosen = chunk if vectorised < looped else 1
+        chosen = chunk if vectorized < looped else 1
         rank_zero_info(
-            f"{self.rule}: {chunk} members take {vectorised:.3g} s in one pass, {looped:.3g} s one by one: "
+            f"{self.rule}: {chunk} members take {vectorized:.3g} s in one pass, {looped:.3g} s one by one: "
             f"chunk_size={chosen} from here on."
         )
         return chosen

@@ -32,8 +32,8 @@ from lightning_bpfree.training.training_rule import TrainingRule
 class EvolutionStrategy(TrainingRule):
     """Trains by the fitness of a population of perturbed modules, forward passes only.
 
-    Each mini-batch is a generation: all members see the same samples and the same random numbers (dropout), and the
-    user's optimizer descends the search gradient that the algorithm makes of their fitness. ``SGD(lr=1)`` gives the
+    Each mini-batch is a generation: all members see the same samples and the same random numbers (dropout). The
+    algorithm turns their fitness into a search gradient, which the user's optimizer descends. ``SGD(lr=1)`` gives the
     classical update of SNES, Sep-CMA-ES and DES; OpenAI-ES and PGPE are usually run with Adam. Nothing needs a
     derivative: the objective may be a reward or an accuracy.
 
@@ -41,25 +41,26 @@ class EvolutionStrategy(TrainingRule):
 
     Args:
         algorithm: ``"openai_es"``, ``"pgpe"``, ``"snes"``, ``"sep_cma_es"``, ``"des"``, or an object of one of these
-            classes with settings of its own.
+            classes with other settings.
         population_size: number of members ``N``, at least 2; even if mirrored.
-        mirrored: whether members come in pairs of opposite noise; None for the algorithm's habit (OpenAI-ES and PGPE).
-        rank: of the noise of weights; None for full rank. At low rank a member costs little more than its samples of
-            inference, for all members share the products with the weights. Needs ``"openai_es"``.
-        objective: key in the mapping that the training step returns; None for its loss. What Lightning and other
-            callbacks get as ``"loss"`` is what is minimised: the objective, negated if it is maximised.
+        mirrored: whether members come in pairs of opposite noise; None for the algorithm's default (True for OpenAI-ES
+            and PGPE).
+        rank: of the noise of weights; None for full rank. At low rank a member costs little more than inference on its
+            samples, because all members share the products with the weights. Needs ``"openai_es"``.
+        objective: key in the mapping that the training step returns; None for its loss. Lightning and other callbacks
+            get as ``"loss"`` the value that is minimized: the objective, negated if it is maximized.
         maximize: whether the objective is a reward rather than a loss.
         weight_decay: lambda >= 0; adds ``lambda * parameters`` to the search gradient. With ``SGD(lr=1)`` the mean
             shrinks by this share in each generation.
         noise: ``"table"`` (slices of one table of normal numbers, fast) or ``"independent"`` (drawn anew).
-        chunk_size: members in one vectorised pass; 1 for a loop; ``"auto"`` goes by structure, ``"fastest"``
-            times both.
+        chunk_size: members in one vectorized pass; 1 for a loop; ``"auto"`` chooses by the module's structure,
+            ``"fastest"`` times both.
         params: shell-style patterns of the parameters to train; None for all.
-        **settings: see :class:`TrainingRule`; here ``on_nonfinite="skip"`` is the default, for a member that fails
-            need not stop a run. An infinite loss is the worst rank where only ranks count.
+        **settings: see :class:`TrainingRule`; here ``on_nonfinite="skip"`` is the default, because one failed member
+            need not stop a run. With rank-based shaping, an infinite loss gets the worst rank.
 
     Raises:
-        ValueError: for arguments out of range, or that do not go together.
+        ValueError: for arguments out of range, or that are incompatible.
 
     Examples:
         >>> rule = EvolutionStrategy("snes", population_size=32)
@@ -121,7 +122,7 @@ class EvolutionStrategy(TrainingRule):
         self.resolve()
 
     def resolve(self) -> None:
-        """Check that algorithm, population and rank go together."""
+        """Check that algorithm, population and rank are compatible."""
         super().resolve()
         self.algorithm = named(self.algorithm)
         self.algorithm.check()
@@ -151,13 +152,13 @@ class EvolutionStrategy(TrainingRule):
         if masks is not None and self._slots is not None:
             unknown = sorted(set(masks) - {slot.name for slot in [*self._slots, *self._slots.rest]})
             if unknown:
-                raise ValueError(f"there are masks for {', '.join(unknown)}, and no parameters of these names.")
+                raise ValueError(f"there are masks for {', '.join(unknown)}, but no parameters with these names.")
         if masks is not None and self.rank is not None:
             self.algorithm.check_low_rank(masks)
         self.masks = masks
 
     def start_over(self) -> None:
-        """Begin with the search as it was given."""
+        """Restart the search with the settings given to the constructor."""
         self.restart()
         assert self._given is not None, "resolve comes first"
         self.algorithm.load_state_dict(self._given[1])
@@ -184,17 +185,17 @@ class EvolutionStrategy(TrainingRule):
     # --- a generation ---
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
-        """Refuse a sigma that rounding would swallow."""
+        """Refuse a sigma that is lost in rounding."""
         self.computes_in(computed_in(trainer, module))
         self._passes.restart()
         self._slots, self._coordinates = slots, None
         if self.algorithm.steps:
             rank_zero_info(
-                f"EvolutionStrategy goes on with a search of {self.algorithm.steps} steps; restart() begins another."
+                f"EvolutionStrategy continues a search of {self.algorithm.steps} steps; restart() begins a new one."
             )
 
     def computes_in(self, dtype: torch.dtype) -> None:
-        """Refuse a sigma that rounding would swallow, such as that of autocast inside the training step."""
+        """Refuse a sigma that is lost in rounding, for example under autocast inside the training step."""
         if dtype == torch.float64:
             dtype = torch.float32  # in which fitness is compared, so that ranks agree on it
         if self.algorithm.sigma < smallest_sigma(dtype):
@@ -204,12 +205,12 @@ class EvolutionStrategy(TrainingRule):
             )
 
     def read(self, output: Any) -> Tensor:
-        """Return the objective, with the sign that makes small good."""
+        """Return the objective, with the sign for which smaller is better."""
         if self.objective is not None and output is not None:
             if not isinstance(output, Mapping) or self.objective not in output:
                 found = sorted(map(str, output)) if isinstance(output, Mapping) else type(output).__name__
                 raise RefusedError(
-                    f"objective={self.objective!r} is not in what training_step returned ({found}): return a dict with "
+                    f"objective={self.objective!r} is not in the output of training_step ({found}): return a dict with "
                     "this key, or leave objective=None."
                 )
             output = output[self.objective]
@@ -217,7 +218,7 @@ class EvolutionStrategy(TrainingRule):
         return -value if self.maximize else value
 
     def estimate(self, step: Step) -> Estimate:
-        """Return the mean's loss, and the search gradient of one generation."""
+        """Return the loss of the mean, and the search gradient of one generation."""
         with torch.no_grad():
             loss = step.loss()
         params = step.params
@@ -234,7 +235,7 @@ class EvolutionStrategy(TrainingRule):
         self._coordinates = population.coordinates
         if layout is not None and layout != self.algorithm.layout:
             rank_zero_info(
-                "EvolutionStrategy: other parameters are searched now; what was learned of those that stay is kept."
+                "EvolutionStrategy: the searched parameters have changed; those that remain keep their state."
             )
         fitness = step.measure(
             self.population_size,
@@ -264,7 +265,7 @@ class EvolutionStrategy(TrainingRule):
             self._told_flat = True
             rank_zero_warn(
                 f"EvolutionStrategy: all {self.population_size} members have the fitness {value:g} in batch "
-                f"{self.record.batches - 1}, so nothing can be learned from it: the step is left out, as are "
+                f"{self.record.batches - 1}, so it has no gradient: this step is skipped, and so are "
                 "later ones like it. Give a larger sigma, or an objective with more values."
             )
 
@@ -276,7 +277,7 @@ class EvolutionStrategy(TrainingRule):
             self.algorithm.step(None if same_data else mean_over_ranks(trainer))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look anew at the module, which may have changed with the epoch."""
+        """Inspect the module again, because it may have changed with the epoch."""
         super().on_train_epoch_start(trainer, pl_module)
         self._passes.look_again()
 
@@ -290,11 +291,11 @@ class EvolutionStrategy(TrainingRule):
         }
 
     def rule_state(self) -> dict[str, Any]:
-        """Return what the algorithm has learned."""
+        """Return the state of the algorithm."""
         return {"name": type(self.algorithm).__name__, "algorithm": self.algorithm.state_dict()}
 
     def load_rule_state(self, state: dict[str, Any]) -> None:
-        """Take back what the algorithm had learned."""
+        """Restore the state of the algorithm."""
         own = type(self.algorithm).__name__
         if state["name"] == own:
             self.algorithm.load_state_dict(state["algorithm"])

@@ -1,4 +1,4 @@
-"""Goodness of activities, the loss on it, and the length that is taken out between blocks (Forward-Forward)."""
+"""Goodness of activities, the loss on it, and the rescaling of activities between blocks (Forward-Forward)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def goodness(activity: Tensor, kind: Goodness = "sum") -> Tensor:
 
 
 class _SumOfSquares(torch.autograd.Function):
-    """Keeps no squares in memory, and goes back in one product: goodness is taken at the output of every block."""
+    """Keeps no squares in memory and differentiates by one product: goodness is computed at every block's output."""
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def rescaled(activity: Tensor, length: Length = "rms") -> Tensor:
 
 
 def contrast(good: Tensor, threshold: float, temperature: float = 1.0) -> Tensor:
-    """Return the loss that lifts the first half of ``good`` above a threshold and lowers the second half below it.
+    """Return the loss that raises the first half of ``good`` above a threshold and lowers the second half below it.
 
     It is ``softplus((threshold - g) / temperature)`` for positive and ``softplus((g - threshold) / temperature)`` for
     negative samples, the mean over all: cross-entropy where ``sigmoid((g - threshold) / temperature)`` is the

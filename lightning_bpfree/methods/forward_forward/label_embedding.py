@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class LabelEmbedding(nn.Module):
-    """One learned pattern a label, added to inputs; all places of an input tell the label, not a corner alone.
+    """One learned pattern per label, added to inputs, so that every place of an input carries the label.
 
     Args:
         num_classes: number of labels.

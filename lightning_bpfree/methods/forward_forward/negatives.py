@@ -1,4 +1,4 @@
-"""Labels within inputs, and inputs that are to be told from the data (Forward-Forward)."""
+"""Labels written into inputs, and negative inputs (Forward-Forward)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lightning_bpfree.core.network.network_call import RefusedError
 
 
 def overlaid(inputs: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
-    """Return copies of ``inputs`` whose first ``num_classes`` values say the label.
+    """Return copies of ``inputs`` whose first ``num_classes`` values encode the label.
 
     The value at the label's place becomes the sample's largest, those at the other places its smallest: the label is
-    written on the scale of the data, whatever its normalisation, and a sample's copy does not depend on its batch.
+    written on the scale of the data, whatever its normalization, and a sample's copy does not depend on its batch.
 
     Args:
         inputs: vectors ``(B, D)``, or images ``(B, C, H, W)``, of which each channel is written to, row by row.
@@ -21,7 +21,7 @@ def overlaid(inputs: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
         num_classes: how many places.
 
     Raises:
-        ValueError: for other shapes, and where a sample has fewer than ``num_classes`` places and one more.
+        ValueError: for other shapes, and if a sample has fewer than ``num_classes + 1`` places.
 
     Examples:
         >>> overlaid(torch.tensor([[5.0, 5.0, 2.0, 1.0]]), torch.tensor([1]), num_classes=2)
@@ -68,7 +68,7 @@ def wrong_labels(labels: Tensor, num_classes: int, generator: torch.Generator) -
 
 
 def hard_labels(scores: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Return wrong labels drawn by the softmax of ``scores``: those that the model takes for likely.
+    """Return wrong labels drawn by the softmax of ``scores``: those that the model finds likely.
 
     Args:
         scores: shape ``(B, num_classes)``.
@@ -96,7 +96,7 @@ def hybrid_images(inputs: Tensor, generator: torch.Generator, blurs: int = 6) ->
         blurs: how often [1/4, 1/2, 1/4] goes over the bits, in both directions: more make larger parts.
 
     Raises:
-        ValueError: for other shapes, or a single sample, which there is nothing to mix with.
+        ValueError: for other shapes, and for a single sample.
 
     Examples:
         >>> hybrid_images(torch.rand(4, 1, 8, 8), torch.Generator()).shape

@@ -53,14 +53,14 @@ class _Embedding:
 
 
 class GoodnessNetwork(ForwardOverride):
-    """Stands in for ``network.forward``: returns scores of shape ``(B, num_classes)``.
+    """Replaces ``network.forward``: returns scores of shape ``(B, num_classes)``.
 
     Args:
         network: the network.
         parts: its blocks, and the readout.
         settings: how it is read.
         own: holds the label embedding, if there is one.
-        record: knows the seed of the embedding's start.
+        record: holds the seed that initializes the embedding.
     """
 
     rule = "ForwardForward"

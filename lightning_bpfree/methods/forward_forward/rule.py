@@ -46,9 +46,9 @@ class ForwardForward(NetworkRule):
     """Trains every block of a network by a loss of its own: high goodness on data, low goodness on wrong data.
 
     A positive sample is an input with its true label in it, a negative one has a wrong label. A block's goodness is the
-    sum (or mean) of its squared activities; what enters a block is cut off from the one before, and has unit length. A
-    block of one layer is Hinton's Forward-Forward; within a block of several layers, gradients are had by backprop,
-    which is the Integrated Forward-Forward algorithm.
+    sum (or mean) of its squared activities. A block's input is detached from the block before, and has unit length. A
+    block of one layer is Hinton's Forward-Forward. Within a block of several layers, backprop computes the gradients:
+    this is the Integrated Forward-Forward algorithm.
 
     The loss of the user's training step does not train the blocks. While the rule is active, and after the fit, calling
     the network returns scores of shape ``(B, num_classes)``, so that the user's steps and metrics work unchanged; see
@@ -60,28 +60,28 @@ class ForwardForward(NetworkRule):
         network: name of the submodule that maps inputs to scores; None for the only child with parameters, ``""`` for
             the LightningModule itself.
         prediction: what the network returns. ``"goodness"``: of every label, the goodness of the input with that label,
-            summed over blocks; costs ``num_classes`` forward passes, folded into the batch. ``"readout"``: what the
-            last layer makes of the last block's normalised activities under a neutral label, in one pass; the user's
+            summed over blocks; costs ``num_classes`` forward passes, folded into the batch. ``"readout"``: the output
+            of the last layer on the last block's normalized activities under a neutral label, in one pass; the user's
             loss trains that layer alone.
         goodness: ``"sum"`` or ``"mean"`` of squares.
-        threshold: mean square activity that tells positive from negative samples, > 0; Hinton: 1, Tang: 1.5.
+        threshold: mean square activity that separates positive from negative samples, > 0; Hinton: 1, Tang: 1.5.
         temperature: of the logistic function of the goodness, > 0, in units of the goodness.
-        length: to which what enters a block is scaled: ``"rms"`` (mean square 1), ``"unit"`` or ``"none"``.
-        negatives: ``"wrong_label"`` (uniform among the others), ``"hard"`` (a wrong label that the present model
-            likes; with ``prediction="goodness"`` at the cost of ``num_classes`` more passes), ``"hybrid"`` (images
-            mixed of two, without labels), or a function ``(inputs, labels)`` that returns wrong labels or negative
-            inputs.
+        length: to which a block's input is scaled: ``"rms"`` (mean square 1), ``"unit"`` or ``"none"``.
+        negatives: ``"wrong_label"`` (uniform over the others), ``"hard"`` (a wrong label that the current
+            model finds likely; with ``prediction="goodness"`` at the cost of ``num_classes`` more passes), ``"hybrid"``
+            (images mixed of two, without labels), or a function ``(inputs, labels)`` that returns wrong labels or
+            negative inputs.
         label: how the label enters: ``"overlay"`` (written over the first values of the input), ``"embedding"`` (a
             learned pattern added to the first block's input; kept with the rule), ``"none"`` (unsupervised; needs
             ``negatives="hybrid"`` or a function), or a function ``(inputs, labels or None)`` returning inputs.
         first_block: first block whose goodness counts in predictions; Hinton leaves out the first layer (1).
         schedule: ``"simultaneous"``: all blocks learn from every batch. ``"greedy"``: one after the other.
-        epochs_per_block: of the greedy schedule; None shares ``max_epochs`` out evenly.
-        learning_rates: factors on the optimizer's learning rate, one a block; None for 1.
-        peer_normalization: strength of the pull of every unit's mean activity towards its layer's, >= 0; Hinton: 0.03.
+        epochs_per_block: of the greedy schedule; None divides ``max_epochs`` evenly.
+        learning_rates: factors on the optimizer's learning rate, one per block; None for 1.
+        peer_normalization: strength of the pull of every unit's mean activity toward its layer's, >= 0; Hinton: 0.03.
         embedding_lr: learning rate (Adam) of ``label="embedding"``.
         num_classes: number of labels; None takes the width of the network's last layer.
-        labels: takes the labels out of a batch that is no pair (inputs, labels).
+        labels: function that returns the labels of a batch that is not a pair (inputs, labels).
         **settings: see :class:`TrainingRule`.
 
     Raises:
@@ -146,7 +146,7 @@ class ForwardForward(NetworkRule):
         self.resolve()
 
     def resolve(self) -> None:
-        """Make the settings of the network and of a step; running means and label embedding stay."""
+        """Build the settings of the network and of a step; keep running means and label embedding."""
         super().resolve()
         fields = [field.name for field in dataclasses.fields(GoodnessSettings)]
         self._settings = GoodnessSettings(**{name: getattr(self, name) for name in fields})
@@ -183,7 +183,7 @@ class ForwardForward(NetworkRule):
         return GoodnessNetwork(network, parts, self._settings, self._own, self.record)
 
     def start_over(self) -> None:
-        """Begin with a new label embedding, and without running means."""
+        """Start with a new label embedding, and without running means."""
         self._own = None if self._own is None else AuxiliaryModules("adam", self.embedding_lr)
         self._peers = None if self._peers is None else PeerNormalization(self.peer_normalization)
 
@@ -216,7 +216,7 @@ class ForwardForward(NetworkRule):
         if self.label == "overlay" and isinstance(first_layer(self.parts.blocks[0]), nn.modules.conv._ConvNd):
             rank_zero_warn(
                 "ForwardForward(label='overlay') writes the label into the first pixels of an image, and a convolution "
-                "sees it in one corner alone: accuracy may stay at chance. Pass label='embedding', which adds a "
+                "sees it in one corner only: accuracy may stay at chance. Pass label='embedding', which adds a "
                 "learned pattern to the whole image."
             )
         self._rank = trainer.global_rank
@@ -256,13 +256,13 @@ class ForwardForward(NetworkRule):
         check_finite({**numbers, "the loss": loss} if loss.requires_grad else numbers)
 
     def on_batch_settled(self, succeeded: bool) -> None:
-        """Keep what was learned beside the network, or drop it."""
+        """Keep the label embedding and running means of the batch, or drop them."""
         super().on_batch_settled(succeeded)
         if self._peers is not None:
             self._peers.settle(succeeded)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Keep parameters without a loss untouched: blocks that wait, and a last layer that is not used."""
+        """Keep parameters without a loss unchanged: inactive blocks, and an unused last layer."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self.active(trainer.current_epoch):
             for parameter in pl_module.parameters():
@@ -290,12 +290,12 @@ class ForwardForward(NetworkRule):
     # --- checkpoints ---
 
     def rule_state(self) -> dict[str, Any]:
-        """Return the running means of peer normalisation, and the label embedding."""
+        """Return the running means of peer normalization, and the label embedding."""
         peers = {} if self._peers is None else self._peers.means
         return {"peers": {name: mean.clone() for name, mean in peers.items()}, "own": None, **super().rule_state()}
 
     def load_rule_state(self, state: dict[str, Any]) -> None:
-        """Take running means and label embedding back."""
+        """Restore running means and label embedding."""
         self.resolve()
         super().load_rule_state(state)
         if self._peers is not None:

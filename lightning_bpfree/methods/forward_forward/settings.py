@@ -51,7 +51,7 @@ class GoodnessSettings:
         if self.epochs_per_block is not None and self.schedule != "greedy":
             raise ValueError(
                 f"ForwardForward: epochs_per_block={self.epochs_per_block} is for schedule='greedy', and "
-                f"schedule={self.schedule!r}: leave it out, or take turns."
+                f"schedule={self.schedule!r}: leave it out, or use schedule='greedy'."
             )
         if self.embedding_lr != GoodnessSettings.embedding_lr and self.label != "embedding":
             raise ValueError(

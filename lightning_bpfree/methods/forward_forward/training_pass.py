@@ -22,7 +22,7 @@ from lightning_bpfree.methods.forward_forward.settings import GoodnessSettings
 
 
 class PeerNormalization:
-    """Running mean activity of every unit of a block's last layer, and the pull towards the layer's mean.
+    """Running mean activity of every unit of a block's last layer, and the pull toward the layer's mean.
 
     Args:
         strength: of the pull, >= 0.
@@ -84,7 +84,7 @@ class GoodnessPass:
         step: the mini-batch.
         settings: what is positive and negative, and how goodness is judged.
         trained_blocks: indices of the blocks that learn in this step.
-        peers: peer normalisation, or None.
+        peers: peer normalization, or None.
         rank: of this process; ranks draw different negatives.
     """
 
@@ -107,7 +107,7 @@ class GoodnessPass:
         self.calls = 0
 
     def __call__(self, network: GoodnessNetwork, inputs: Tensor, call: Call) -> Any:
-        """Train the blocks on ``inputs``, and return the network's output for the module to go on with."""
+        """Train the blocks on ``inputs``, and return the network's output to the module."""
         self.calls += 1
         if self.calls > 1:
             raise MisconfigurationException(
@@ -240,9 +240,9 @@ class GoodnessPass:
             return
         if trained and not loss.requires_grad:
             raise MisconfigurationException(
-                f"ForwardForward: block {block.name} ran without a graph, so that nothing in it would learn. Do not "
-                "run it under torch.no_grad, nor in a checkpoint with use_reentrant=True; inside a block, "
-                "checkpoints with use_reentrant=False work."
+                f"ForwardForward: block {block.name} ran without a graph, so nothing in it would learn. Do not run it "
+                "under torch.no_grad or in a checkpoint with use_reentrant=True; inside a block, checkpoints with "
+                "use_reentrant=False work."
             )
         grads = torch.autograd.grad(loss, [*trained, *own], allow_unused=True)
         for parameter, grad in zip(trained, grads[: len(trained)], strict=True):
@@ -272,6 +272,6 @@ class GoodnessPass:
         lost = [slot.name for slot, grad in zip(trained, grads, strict=True) if grad is not None]
         if lost:
             raise MisconfigurationException(
-                f"ForwardForward: {', '.join(lost)} run before block {index}, and are in no block: nothing would train "
+                f"ForwardForward: {', '.join(lost)} run before block {index} and are in no block: nothing would train "
                 "them. Put them into a block (blocks=[['embed', 'layers.0'], ...]), or leave them out by params=...."
             )

@@ -36,7 +36,7 @@ def local_slopes(
 ) -> Tensor:
     """Return the derivatives of every block's own loss along ``direction``, shape ``(G,)``.
 
-    A dual pass whose tangents end where a block ends, so that one pass does for all blocks.
+    A dual pass whose tangents end where a block ends, so that one pass serves all blocks.
 
     Args:
         parts: the blocks.
@@ -118,7 +118,7 @@ def sample_slopes(
         direction: of block ``j``, shaped as its output.
 
     Raises:
-        MisconfigurationException: if the loss depends on the blocks by another way than the network's output.
+        MisconfigurationException: if the loss depends on the blocks other than through the network's output.
     """
     outputs: list[Tensor] = []
 
@@ -140,7 +140,7 @@ def sample_slopes(
     def end(y: Tensor) -> Tensor:
         outputs.append(y)
         plain: Tensor = forward_ad.unpack_dual(y).primal
-        return plain  # so that a tangent of the loss tells of another way to it
+        return plain  # so that a tangent of the loss shows a dependence that bypasses the output
 
     with leaving({j: parts.blocks[j].modules[-1] for j in injected}, inject), scores_leaving(parts.network, end):
         return _explained(parts, lambda: directional_derivative(each, {}, {})[1])

@@ -1,7 +1,7 @@
 """Small classifiers that read a block's output, for local losses.
 
-No layer here lets one sample of a batch see another: a local gradient is meant to be a sample's own. Normalisation is
-therefore LayerNorm or GroupNorm, and never BatchNorm.
+No layer here couples the samples of a batch: a local gradient belongs to one sample. Normalization is therefore
+LayerNorm or GroupNorm, never BatchNorm.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 class Summary(nn.Module):
-    """Summarises what a block gives into one vector a sample, whatever the size of the map or the number of tokens.
+    """Summarizes a block's output in one vector per sample, for any size of map and any number of tokens.
 
     - vectors ``(B, D)`` stay as they are;
     - tokens ``(B, T, D)`` give their mean, ``(B, D)``;
@@ -126,7 +126,7 @@ def cnn_head(shape: Shape, num_classes: int, *, width: int | None = None, channe
         channels_first: see :class:`Summary`.
 
     Raises:
-        ValueError: if there are no places, or ``width`` is below 1.
+        ValueError: if the shape is not that of a map, or ``width`` is below 1.
 
     Examples:
         >>> import torch

@@ -1,4 +1,4 @@
-"""A forward gradient's arguments about blocks, guesses and targets: what they mean, and what stands in their way."""
+"""A forward gradient's arguments about blocks, guesses and targets: their meaning, and checks of them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class LocalGuesses:
     """The estimates of a :class:`ForwardGradient` whose network is cut into blocks, and the heads that they need.
 
     Args:
-        guess: what gives the directions; None draws them at random.
-        target: the losses that are followed; None for the user's.
+        guess: gives the directions; None draws them at random.
+        target: the losses whose gradient is estimated; None for the user's.
         blocks: see :func:`lightning_bpfree.core.blocks.cut`.
         network: see :func:`lightning_bpfree.core.blocks.find_network`.
         settings: what to estimate.
@@ -50,12 +50,12 @@ class LocalGuesses:
         self._inspected: frozenset[str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy takes along: heads, and no module of the user's."""
+        """Return the state of a copy: the heads, without the user's module."""
         return {**self.__dict__, "_cut": None, "_module": None, "_inspected": None}
 
     @property
     def uses_tangents(self) -> bool:
-        """Whether estimates take forward-mode differentiation; local losses that guess themselves do not."""
+        """Whether estimates need forward-mode differentiation; local losses as their own target do not."""
         return not self.settings.same
 
     @property
@@ -63,7 +63,7 @@ class LocalGuesses:
         return max((heads.loss.num_classes or 0 for heads in self.heads.values()), default=0)
 
     def go_on_with(self, before: LocalGuesses) -> None:
-        """Take over what another one has learned, as far as it has the same heads."""
+        """Adopt the heads of another object where they are the same."""
         self._num_classes = self._given_classes or before._num_classes
         for role, heads in self.heads.items():
             if role in before.heads and heads.loss is before.heads[role].loss:
@@ -73,7 +73,7 @@ class LocalGuesses:
     # --- before the first batch ---
 
     def check(self, module: nn.Module, slots: ParameterSlots) -> None:
-        """Cut the network, and refuse what would give another estimate than it is said to give."""
+        """Cut the network, and refuse modules for which the estimate would be wrong."""
         if self.network is not None or not any(part is self._module for part in module.modules()):
             _, self._module = find_network(module, self.network)
         assert self._module is not None
@@ -104,7 +104,7 @@ class LocalGuesses:
                 )
 
     def release(self) -> None:
-        """Let go of the user's module."""
+        """Release the user's module."""
         self._cut = self._module = self._inspected = None
 
     # --- one batch ---
@@ -126,7 +126,7 @@ class LocalGuesses:
             self._num_classes = _width_of_output(parts)
         rank = int(getattr(step.module, "global_rank", 0))
         projection = BlockProjection(self.settings, parts, self.heads, self._num_classes, seed, rank)
-        self.settle(False)  # of a batch that was left in the middle
+        self.settle(False)  # of a batch that was interrupted
         with calls_of(self._module) as projection.calls:
             gradients, measured = projection.gradients()
         assert step.recorded_loss is not None
@@ -138,7 +138,7 @@ class LocalGuesses:
         return Estimate(loss, {slot.name: gradients[slot.name] for slot in step.trained}, losses)
 
     def settle(self, succeeded: bool) -> None:
-        """Keep what the heads have learned from the batch, or drop it."""
+        """Keep what the heads learned from the batch, or drop it."""
         for heads in self.heads.values():
             heads.own.settle(succeeded)
 
@@ -152,12 +152,12 @@ class LocalGuesses:
         return {"num_classes": self._num_classes, **{role: h.own.state_dict() for role, h in self.heads.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
         self._num_classes = state["num_classes"]
         for role, heads in self.heads.items():
             heads.own.load_state_dict(state.get(role, {}))
 
-    # --- what it says of itself ---
+    # --- banner ---
 
     def describe(self) -> dict[str, str]:
         """Return rows for the banner."""
@@ -168,11 +168,11 @@ class LocalGuesses:
         return {
             "a step": self._cost(),
             "route": f"along {along}, in the space of {self.settings.space}; target: {of}",
-            "blocks": f"{names or self.blocks}; what runs behind them gets its exact gradient",
+            "blocks": f"{names or self.blocks}; layers behind them get their exact gradient",
         }
 
     def _cost(self) -> str:
-        """Return what a step costs; the heads, and the way back behind the blocks, are not counted."""
+        """Return the cost of a step; heads, and the backward pass behind the blocks, are not counted."""
         settings, once = self.settings, 1 + LOCAL_BACKWARD
         if settings.same or (settings.local and settings.space == "activations"):
             return f"1 forward, and a backward pass inside each block ({once:g} forwards)"
@@ -245,7 +245,7 @@ def local_guesses(
     if space == "activations" and (scope == "tensor" or (scope == "network" and local is not None)):
         raise ValueError(
             f"ForwardGradient: scope={scope!r} with space='activations'{' and a local target' if local else ''}: "
-            "nothing there lies in such groups. Use scope='block'."
+            "this scope has no meaning there. Use scope='block'."
         )
     where = [loss for loss in (guess, local) if loss is not None]
     cut_by, of = _one_cut(where, blocks, network)

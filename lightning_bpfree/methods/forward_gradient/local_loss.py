@@ -23,17 +23,18 @@ Update = Literal["train", "reset", "freeze"]
 
 
 class LocalLoss:
-    """Says how every block of a network is to be judged by a loss of its own: heads, cut, and how heads learn.
+    """Describes a local loss for every block of a network: its head, how to cut the network, and how heads learn.
 
-    Cross-entropy of a small classifier, the head, on the block's output. Heads belong to the rule that uses them and
-    never become part of the user's module.
+    The loss is the cross-entropy of a small classifier, the head, on the block's output. Heads belong to the rule that
+    uses them, and never become part of the user's module.
 
     Args:
         heads: ``"linear"``, ``"mlp"``, ``"cnn"`` (for maps), or a function ``(output_shape, num_classes) -> nn.Module``
             of the shape of one sample of a block's output. Heads run in evaluation mode, without dropout. They must not
-            let one sample see another.
-        blocks: how to cut the network, see :func:`lightning_bpfree.core.blocks.cut`: a number of layers a block, a list
-            of numbers, of patterns of module names, or a function. What runs behind the last block is the exact part.
+            couple samples.
+        blocks: how to cut the network, see :func:`lightning_bpfree.core.blocks.cut`: a number of layers per block, a
+            list of numbers, of patterns of module names, or a function. Layers behind the last block get their exact
+            gradient.
         network: name of the network inside the LightningModule, ``""`` for the module itself; None takes the only
             child with parameters.
         update: ``"train"``: heads learn by the exact gradient of their own loss; ``"reset"``: new random heads for
@@ -41,7 +42,7 @@ class LocalLoss:
         optimizer: of the heads, ``"adam"`` or ``"sgd"`` (momentum 0.9).
         lr: of the heads, > 0.
         num_classes: number of classes, at least 2; None takes the width of the network's output.
-        labels: takes the labels, int64 of shape ``(B,)``, out of a batch; None expects a pair (inputs, labels).
+        labels: returns the labels of a batch, int64 of shape ``(B,)``; None expects a pair (inputs, labels).
 
     Raises:
         ValueError: for arguments out of range.
@@ -71,7 +72,7 @@ class LocalLoss:
         self.optimizer, self.lr, self.num_classes, self.labels = optimizer, lr, num_classes, labels
 
     def __repr__(self) -> str:
-        # Loggers and checkpoints write this down; the defaults would hide what was chosen.
+        # Loggers and checkpoints store this text.
         default = {"blocks": 1, "network": None, "update": "train", "optimizer": "adam", "lr": 1e-3}
         default |= {"num_classes": None, "labels": None}
         said = [f"{n}={_said(getattr(self, n))}" for n, value in default.items() if getattr(self, n) != value]
@@ -91,7 +92,7 @@ class LocalLoss:
 
 
 def gives_channels_first(block: Block) -> bool:
-    """Whether what leaves a block, ``(B, X, Y)``, is taken for a map of ``X`` channels, and not for ``X`` tokens."""
+    """Whether a block's output ``(B, X, Y)`` is a map of ``X`` channels rather than ``X`` tokens."""
     return any(isinstance(part, nn.Conv1d) for module in block.modules for part in module.modules())
 
 
@@ -156,7 +157,7 @@ class Heads:
 
 
 def _kind(block: Block, like: Tensor) -> str:
-    """Return what tells one head of a block from another: they take maps of all sizes, and any number of tokens."""
+    """Return a key of a block's head; heads take maps of all sizes, and any number of tokens."""
     if like.dim() < 3 or (like.dim() == 3 and not gives_channels_first(block)):
         return str(like.shape[-1])
     return "x".join([str(like.shape[1]), *(str(min(side, 2)) for side in like.shape[2:])])

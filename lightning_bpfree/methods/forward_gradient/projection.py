@@ -56,13 +56,13 @@ class ProjectionSettings(NamedTuple):
     """What a :class:`BlockProjection` is to estimate.
 
     Args:
-        space: whether parameters or what leaves the blocks is perturbed.
+        space: whether parameters or block outputs are perturbed.
         scope: what is projected together.
         local: whether the target is local.
         same: whether guess and target are the same local losses.
         num: random directions a batch.
         distribution: of random directions.
-        labels: takes the labels out of a batch.
+        labels: returns the labels of a batch.
     """
 
     space: Space

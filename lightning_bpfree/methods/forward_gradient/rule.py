@@ -86,20 +86,20 @@ class ForwardGradient(TrainingRule):
     The estimate ``mean_k (g . v_k) v_k`` over random directions ``v_k`` is unbiased for the gradient ``g``. Its error
     grows with the number of trained parameters ``d``: the cosine to the gradient is about ``sqrt(K / (K + d + 1))``.
 
-    Cost: about 3 forward passes a direction one by one (what a backprop step costs in all), or 2 a direction in a
-    vectorised chunk, which holds ``chunk_size`` copies of parameters and activations.
+    Cost: about 3 forward passes per direction one by one (the cost of a whole backprop step), or 2 per direction in a
+    vectorized chunk, which holds ``chunk_size`` copies of parameters and activations.
 
-    Attention falls back to its math kernel, and LSTMs on the CPU leave oneDNN, for the others have no forward
-    derivative. ``detach`` and ``no_grad`` inside the training step stop tangents as they stop gradients.
+    Attention falls back to its math kernel, and LSTMs on the CPU do not use oneDNN, since the fast kernels have no
+    forward derivative. ``detach`` and ``no_grad`` inside the training step stop tangents as they stop gradients.
 
     Args:
         num_directions: ``K``, at least 1.
         directions: ``"gaussian"`` or ``"rademacher"`` (random signs; variance d - 1 instead of d + 1).
-        orthogonal: orthonormalise the ``K`` directions; cosine ``sqrt(K / d)``, and exact for ``K = d``.
+        orthogonal: orthonormalize the ``K`` directions; cosine ``sqrt(K / d)``, and exact for ``K = d``.
         normalize: put the directions on the sphere of radius sqrt(d): variance d - 1.
-        chunk_size: directions per vectorised pass; 1 is a loop. ``"auto"`` takes up to 8, or the loop for modules with
-            convolutions or recurrent layers, where it is the faster one. ``"fastest"`` times both at the first batch
-            and keeps the faster one, also across a resume; two runs may then differ in rounding, so it counts as
+        chunk_size: directions per vectorized pass; 1 is a loop. ``"auto"`` takes up to 8, or the loop for modules with
+            convolutions or recurrent layers, where it is faster. ``"fastest"`` times both at the first batch and
+            keeps the faster one, also across a resume; two runs may then differ in rounding, so it is treated as
             ``"auto"`` under ``Trainer(deterministic=True)``.
         guess: a :class:`LocalLoss` whose gradient is the direction, instead of random ones: the estimate is then the
             projection ``(<g, q> / |q|^2) q`` of the target on the guess; zero for a guess of zero.
@@ -167,13 +167,13 @@ class ForwardGradient(TrainingRule):
         self._chunk_found: int | None = None  # by a trial at the first batch
         self._flat = FlatObjective(
             type(self).__name__,
-            "Look for dead units, rounding or a clamp in the training step; ZerothOrder(sigma=...) and "
-            "EvolutionStrategy() see further than a derivative.",
+            "Look for dead units, rounding or a clamp in the training step. ZerothOrder(sigma=...) and "
+            "EvolutionStrategy() use finite perturbations and need no slope.",
         )
         self.resolve()
 
     def resolve(self) -> None:
-        """Find out whether the network is to be cut, and by what it is guessed; heads keep what they have learned."""
+        """Set up blocks and guesses from the arguments; heads keep what they learned."""
         super().resolve()
         before = self._local_guesses
         self._local_guesses = made = local_guesses(
@@ -187,21 +187,21 @@ class ForwardGradient(TrainingRule):
             self.num_directions,
             self.directions,
         )
-        self.exchanges_scalars = made is None  # a guess, or a last part, differs from rank to rank
+        self.exchanges_scalars = made is None  # guesses and exact gradients differ between ranks
         self.cuts_graphs = made is not None
         if made is None:
             return
         if self.orthogonal or self.normalize or self.chunk_size not in ("auto", 1):
             raise ValueError(
                 f"ForwardGradient: orthogonal={self.orthogonal}, normalize={self.normalize}, "
-                f"chunk_size={self.chunk_size!r} are for random directions of all weights in one piece: leave them out "
+                f"chunk_size={self.chunk_size!r} apply to random directions of all weights together: leave them out "
                 "beside guess, target, space, scope, blocks."
             )
         if before is not None:
             made.go_on_with(before)
 
     def start_over(self) -> None:
-        """Begin with new heads, and choose the chunk anew."""
+        """Start with new heads, and choose the chunk again."""
         self._chunk_found = self._local_guesses = None
         self.resolve()
 
@@ -214,24 +214,24 @@ class ForwardGradient(TrainingRule):
         return self._chunk_found
 
     def _one_by_one(self, reason: str) -> None:
-        """Take the loop from here on; refuse if the user has asked for vectorised passes."""
+        """Loop from here on; raise if the user asked for vectorized passes."""
         if self._chunk_used == 1:
             return
         if isinstance(self.chunk_size, int):
             raise MisconfigurationException(
-                f"ForwardGradient(chunk_size={self.chunk_size}): the training step cannot be vectorised ({reason}). "
+                f"ForwardGradient(chunk_size={self.chunk_size}): the training step cannot be vectorized ({reason}). "
                 "Use chunk_size=1 or 'auto'."
             )
         if self._chunk_found is not None:  # else the first batch says so
-            rank_zero_info(f"ForwardGradient: directions one by one from here on, since vectorising fails: {reason}")
+            rank_zero_info(f"ForwardGradient: directions one by one from here on, since vectorizing fails: {reason}")
         self._chunk_found = 1
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
-        """Refuse what would fail, or go wrong without a word, under forward-mode AD."""
+        """Refuse what fails, or gives wrong results without an error, under forward-mode AD."""
         compiled = compiled_parts(module)
         if compiled or getattr(module, "_compiler_ctx", None) is not None:
             raise MisconfigurationException(
-                f"ForwardGradient cannot go through torch.compile, which may drop tangents without a word: "
+                f"ForwardGradient cannot train through torch.compile, which may drop tangents without an error: "
                 f"{', '.join(compiled) or type(module).__name__} is compiled. Train the module as it was before "
                 "torch.compile (module._orig_mod of a compiled part), or use ZerothOrder()."
             )
@@ -269,7 +269,7 @@ class ForwardGradient(TrainingRule):
             if self._chunk_used is None:
                 self._chunk_found = chosen_chunk(step, params, directions, self.chunk_size == "fastest")
             slopes = step.measure(self.num_directions, partial(self._slopes, step, params, combination))
-            if not step.recorded:  # vectorised passes record nothing, nor does a rank without a share
+            if not step.recorded:  # vectorized passes record nothing; neither does a rank without a share
                 step.loss()
         assert step.recorded_loss is not None
         self._flat.look(slopes, self.record.batches - 1)
@@ -294,7 +294,7 @@ class ForwardGradient(TrainingRule):
         return torch.cat(parts) if parts else torch.zeros(0)
 
     def _after_failure(self, error: Exception, step: Step, params: Params, directions: Directions) -> None:
-        """Raise what stops the run; return where the loop goes on, which a vectorised pass could not."""
+        """Raise errors that the loop has too; return if the loop can continue where a vectorized pass failed."""
         if self._chunk_used == 1:
             if isinstance(error, NotImplementedError | RuntimeError):
                 raise self._explained(error, step, params, directions) from error
@@ -309,19 +309,19 @@ class ForwardGradient(TrainingRule):
     def _explained(self, error: Exception, step: Step, params: Params, directions: Directions) -> Exception:
         alone, layer = failing_layer(step.module, lambda: along_one(step, params, directions[0]))
         if not isinstance(alone, NotImplementedError):
-            return alone or error  # the user's own error: not ours to rename
+            return alone or error  # the user's own error, unchanged
         return MisconfigurationException(
             f"ForwardGradient: {layer or 'the loss'} has no forward-mode derivative in torch ({alone}). Replace it, or "
             "use ZerothOrder(), which needs none."
         )
 
     def on_batch_settled(self, succeeded: bool) -> None:
-        """Keep what heads have learned from the batch, or drop it."""
+        """Keep what heads learned from the batch, or drop it."""
         if self._local_guesses is not None:
             self._local_guesses.settle(succeeded)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Move the heads with the user's parameters."""
+        """Step the heads together with the user's parameters."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._local_guesses is not None:
             self._local_guesses.step_heads(mean_over_ranks(trainer))
@@ -332,12 +332,12 @@ class ForwardGradient(TrainingRule):
             self._local_guesses.release()
 
     def rule_state(self) -> dict[str, Any]:
-        """Return the chosen chunk, so that a resumed run rounds as the first one did, and the heads."""
+        """Return the chosen chunk, so that a resumed run rounds in the same way, and the heads."""
         heads = {} if self._local_guesses is None else {"guided": self._local_guesses.state_dict()}
         return {"chunk_used": self._chunk_used, **heads}
 
     def load_rule_state(self, state: dict[str, Any]) -> None:
-        """Take the heads back, and the chosen chunk unless the user has asked for another."""
+        """Restore the heads, and the chosen chunk unless the user asked for another."""
         if not isinstance(self.chunk_size, int) and state["chunk_used"] is not None:
             self._chunk_found = min(int(state["chunk_used"]), self.num_directions)
         if self._local_guesses is not None and "guided" in state:
@@ -349,7 +349,7 @@ class ForwardGradient(TrainingRule):
             return self._local_guesses.describe()
         num, chunk = self.num_directions, self._chunk_used
         if chunk is None:
-            cost = f"{num} directions ({2 + 2 * num} to {3 * num} forwards, as the first batch will show)"
+            cost = f"{num} directions ({2 + 2 * num} to {3 * num} forwards, decided at the first batch)"
         elif chunk == 1:
             cost = f"{num} dual forward{'s' * (num > 1)} ({DUAL_COST * num:g} forwards)"
         else:

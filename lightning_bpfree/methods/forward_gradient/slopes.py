@@ -19,20 +19,20 @@ LARGEST_AUTO_CHUNK = 8  # 2.125 instead of 3 forwards a direction; more chunk sa
 
 
 def along_one(step: Step, params: Params, direction: Params) -> Tensor:
-    """Return the slope along one direction, from the recorded evaluation if there was none yet."""
+    """Return the slope along one direction; the first evaluation is the recorded one."""
     loss_fn = partial(step.loss, recorded=True, cost=DUAL_COST)
     return directional_derivative(loss_fn, params, direction)[1]
 
 
 def along_many(step: Step, params: Params, stacked: Params) -> tuple[Tensor, Tensor]:
-    """Return the loss and the slopes along stacked directions, which records nothing."""
+    """Return the loss and the slopes along stacked directions; nothing is recorded."""
     step.rewind()
     step.forward_evals += 1 + 2 * len(next(iter(stacked.values())))
     return directional_derivatives(step.loss_under_transform, params, stacked)
 
 
 def chosen_chunk(step: Step, params: Params, directions: Directions, fastest: bool) -> int:
-    """Try a vectorised pass at the first batch; the loop where it fails or draws another dropout mask.
+    """Return the chunk: try a vectorized pass at the first batch, and loop if it fails or changes the dropout mask.
 
     Args:
         step: the step.
@@ -49,13 +49,13 @@ def chosen_chunk(step: Step, params: Params, directions: Directions, fastest: bo
     stacked = directions.stack(ks)
     try:
         vectorised, (again, _) = timed(lambda: along_many(step, params, stacked), loss.device, 3 if by_clock else 1)
-    except Exception as error:  # whatever it is, the loop is there
-        rank_zero_info(f"ForwardGradient: directions one by one, since vectorising fails: {first_line(error)}")
+    except Exception as error:  # of any kind: the loop remains
+        rank_zero_info(f"ForwardGradient: directions one by one, since vectorizing fails: {first_line(error)}")
         return 1
     finally:
         step.forward_evals = counted + 1
     if not torch.allclose(again.float(), loss.float(), rtol=1e-3):
-        rank_zero_info("ForwardGradient: directions one by one, since vectorising draws another dropout mask.")
+        rank_zero_info("ForwardGradient: directions one by one, since vectorizing draws another dropout mask.")
         return 1
     if not by_clock:
         return len(ks)

@@ -28,43 +28,45 @@ from lightning_bpfree.training.training_rule import TrainingRule
 
 
 class LotteryTicket(Callback):
-    """Finds sparse trainable initialisations: trains, prunes the weights of the lowest score, rewinds, trains again.
+    """Finds sparse trainable initializations: trains, prunes the weights with the lowest scores, rewinds, trains again.
 
     One fit holds all levels. Level ``i``, from 0, trains epochs ``i * epochs_per_level`` and following. Before the next
-    level, the trained weights are scored, all but the best are pruned, and the rest goes back to the first
-    initialisation bit for bit, buffers included; ``configure_optimizers`` makes optimizers and schedulers anew, and the
-    training rule begins its search again. Pruned weights are exactly zero in every batch and checkpoint, and biases
-    (all parameters of fewer than two dimensions) are never pruned. Works with every rule of this package, and without.
+    level, the trained weights are scored, all but the best are pruned, and the rest is rewound to the first
+    initialization bit for bit, buffers included. ``configure_optimizers`` creates new optimizers and schedulers, and
+    the training rule restarts its search. Pruned weights are exactly zero in every batch and checkpoint, and biases
+    (all parameters of fewer than two dimensions) are never pruned. Works with every rule of this package, and without a
+    rule.
 
     Every finished level leaves a :class:`Ticket` in ``dirpath``: ``level_00.pt``, ``level_01.pt`` and so on.
-    Checkpoints hold the first initialisation, and resume exactly, also between two levels.
+    Checkpoints hold the first initialization, and resume exactly, also between two levels.
 
     The methods of Lange & Sprekeler (2023) by arguments: SNR tickets ``score="snr"``; magnitude tickets
     ``score="magnitude"``; ``random-reinit`` ``score="random", weights="fresh"`` (its masks are drawn anew at every
     level); ``mask-reinit`` ``score="magnitude", weights="fresh"``; ``final-ticket_permute`` ``weights="permuted"``;
     ``final_permute-ticket_permute`` the same with ``permute_masks=True``; SNIP ``score="snip"``.
 
-    A schedule in ``configure_optimizers`` should span one level, and ``trainer.estimated_stepping_batches`` counts all.
-    ``EarlyStopping`` and ``ModelCheckpoint(monitor=...)`` begin anew at every level; the former ends the whole fit.
+    A schedule in ``configure_optimizers`` should span one level; ``trainer.estimated_stepping_batches`` counts all
+    levels. ``EarlyStopping`` and ``ModelCheckpoint(monitor=...)`` restart at every level; the former ends the whole
+    fit.
 
     Args:
         score: ``"snr"``: weight over its deviation in the rule's search, which must keep one for every weight;
-            ``"magnitude"``; ``"random"``; ``"snip"``: |w dL/dw| of the first initialisation over the training set, one
+            ``"magnitude"``; ``"random"``; ``"snip"``: |w dL/dw| of the first initialization over the training set, one
             pass by backprop at the start of the fit.
-        levels: how many, >= 1, the dense one included.
-        keep: the share of weights that a level keeps of those before it, in (0, 1).
+        levels: number of levels, >= 1, including the dense one.
+        keep: share of the previous level's weights that a level keeps, in (0, 1).
         sparsities: the share of pruned weights of every level, in [0, 1) and never falling; replaces levels and keep.
         epochs_per_level: >= 1. The Trainer's ``max_epochs`` must cover all levels; the last one trains on.
         scope: ``"global"``: the lowest scores over all layers together; ``"layer"``: the same share of every layer.
-        weights: ``"init"``: rewind; ``"fresh"``: initialise anew at every level, by ``reset_parameters()`` of the
+        weights: ``"init"``: rewind; ``"fresh"``: initialize again at every level, by ``reset_parameters()`` of the
             module if it has that method, or of its parts; ``"permuted"``: the surviving weights of the first
-            initialisation in random order within each tensor.
+            initialization in random order within each tensor.
         permute_masks: put every mask in random order within its tensor.
         params: shell-style patterns of the parameters that may be pruned; None for all that the rule trains.
         exclude: patterns of parameters that stay dense; None for none.
-        init_from: a ticket, or its file: the first level trains it, and further ones prune on. Sparsities count from
-            dense, and by default go on from the ticket's.
-        dirpath: where tickets go; None takes ``tickets`` in the Trainer's ``default_root_dir``.
+        init_from: a ticket, or its file: the first level trains it, and later levels prune it further. Sparsities count
+            from dense, and by default go on from the ticket's.
+        dirpath: folder for the tickets; None takes ``tickets`` in the Trainer's ``default_root_dir``.
         seed: of random masks, fresh weights and permutations; None takes torch's initial seed of rank 0.
 
     Raises:
@@ -118,7 +120,7 @@ class LotteryTicket(Callback):
         return TicketArguments(**{name: getattr(self, name) for name in TicketArguments.names()})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy of the callback, or a pickle of it, takes along: no parameters of the module."""
+        """Return the state to copy or pickle, without the module's parameters."""
         return {**without_module(self.__dict__), "_slots": {}}
 
     # --- what a run has found ---
@@ -156,7 +158,7 @@ class LotteryTicket(Callback):
     # --- one fit ---
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot work, before anything is trained."""
+        """Refuse unsupported settings before training."""
         if stage != "fit":
             return
         check_attributes(self)  # which may have been set since
@@ -175,7 +177,7 @@ class LotteryTicket(Callback):
             check_has_deviations(self._levels.rule)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the first initialisation, or take that of a ticket; called before a sanity check of validation."""
+        """Keep the first initialization, or take that of a ticket; called before a sanity check of validation."""
         self._streams.watch(pl_module.device)
         self._streams.on_fit_start(trainer)
         self._levels.open(trainer, pl_module)
@@ -212,7 +214,7 @@ class LotteryTicket(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Put exact zeros back, whatever the optimizer has made of them."""
+        """Set pruned weights to exact zeros after the optimizer's step."""
         self._zero({name: slot.parameter for name, slot in self._slots.items()})
         rule = self._levels.rule
         if not self._deviations_seen and isinstance(rule, TrainingRule) and rule.active(trainer.current_epoch):
@@ -232,8 +234,8 @@ class LotteryTicket(Callback):
         """Finish the last level, whose weights stay as they are trained."""
         if self.level < self._levels.plan.levels - 1:
             rank_zero_warn(
-                f"LotteryTicket: the fit ends in level {self.level} of {self._levels.plan.levels}, counted from 0. For "
-                "the others, raise max_epochs, max_steps or what else has stopped it."
+                f"LotteryTicket: the fit ends in level {self.level} of {self._levels.plan.levels}, counted from 0. To "
+                "train the others, raise max_epochs or max_steps, or remove what stopped the fit."
             )
         self._levels.finish(trainer, pl_module)
 
@@ -242,12 +244,12 @@ class LotteryTicket(Callback):
         self._zero({name: slot.parameter for name, slot in self._slots.items()})
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Lift the rule's masks: its next fit may be of a dense module."""
+        """Remove the rule's masks: its next fit may train a dense module."""
         if stage == "fit":
             self._levels.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lift the rule's masks: Lightning calls no teardown hooks after an exception."""
+        """Remove the rule's masks: Lightning calls no teardown hooks after an exception."""
         self._levels.close()
 
     def _collect(self, module: pl.LightningModule) -> None:
@@ -264,7 +266,7 @@ class LotteryTicket(Callback):
     # --- checkpoints ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an exact resume needs: level, masks, first initialisation, finished levels."""
+        """Return the state for an exact resume: level, masks, first initialization, finished levels."""
         state = self._levels.state_dict()
         # A rule saves the streams too, and the same ones.
         return {**state, "streams": self._streams.to_plain()} if state else {}
@@ -277,7 +279,7 @@ class LotteryTicket(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the metrics so far, which Lightning does not bring back after a resume."""
+        """Add the metrics so far, which Lightning does not restore on resume."""
         own = checkpoint.get("callbacks", {}).get(self.state_key)
         if own:
             own["streams"] = self._streams.of_all_ranks(trainer, own["streams"])

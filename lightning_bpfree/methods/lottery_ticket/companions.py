@@ -14,7 +14,7 @@ from lightning_bpfree.training.trainer_attributes import callbacks_of
 
 # By name, for a Trainer from `pytorch_lightning` brings its own classes of the same names.
 _REFUSED = {
-    "StochasticWeightAveraging": "averages weights over levels, and puts pruned ones back at the end",
+    "StochasticWeightAveraging": "averages weights over levels, and restores pruned weights at the end",
     "BaseFinetuning": "unfreezes layers in the first level, and never freezes them again for the others",
 }
 
@@ -25,8 +25,8 @@ def check_companions(trainer: pl.Trainer) -> None:
         for kind in type(callback).__mro__:
             if kind.__name__ in _REFUSED:
                 raise MisconfigurationException(
-                    f"LotteryTicket beside {type(callback).__name__}, which {_REFUSED[kind.__name__]}: leave it out "
-                    "here. Train a finished ticket with it in a fit of its own, after "
+                    f"LotteryTicket with {type(callback).__name__}, which {_REFUSED[kind.__name__]}: remove it "
+                    "here. Train a finished ticket with it in a separate fit, after "
                     "Ticket.load(path).apply_to(module)."
                 )
 
@@ -36,8 +36,8 @@ def check_launcher(trainer: pl.Trainer) -> None:
     launcher = type(trainer.strategy.launcher).__name__
     if launcher == "_MultiProcessingLauncher":
         raise MisconfigurationException(
-            "LotteryTicket: strategy='ddp_spawn' and its like (ddp_fork, ddp_notebook) train in processes whose "
-            "callbacks never come back, so that results would be empty: use strategy='ddp'."
+            "LotteryTicket: strategy='ddp_spawn' and similar ones (ddp_fork, ddp_notebook) train in processes whose "
+            "callbacks are lost, so that results would be empty: use strategy='ddp'."
         )
 
 
@@ -49,7 +49,7 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise MisconfigurationException(
-            f"LotteryTicket cannot write tickets into {folder} ({error}): pass another dirpath=."
+            f"LotteryTicket cannot write tickets into {folder} ({error}): pass another dirpath."
         ) from error
 
 

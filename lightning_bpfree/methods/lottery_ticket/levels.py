@@ -50,7 +50,7 @@ class Levels:
     # --- start ---
 
     def open(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Keep the first initialisation: the module's, or that of a ticket or checkpoint."""
+        """Keep the first initialization: the module's, or that of a ticket or checkpoint."""
         if self._resumed:
             self.masks = None if self.masks is None else self.masks.to(module.device)
             return
@@ -69,8 +69,8 @@ class Levels:
         zeros = [name for name in self.names if not bool(self._init[name].any())]
         if zeros and self.given.score == "magnitude" and self.plan.levels > 1:
             rank_zero_warn(
-                f"LotteryTicket(score='magnitude'): {', '.join(zeros)} begin at zero, so that training may leave their "
-                "weights smaller than all others, to be pruned whole. Leave them dense (exclude=), or take "
+                f"LotteryTicket(score='magnitude'): {', '.join(zeros)} begin at zero, so training may leave their "
+                "weights smaller than all others, and prune them entirely. Exclude them (exclude=), or use "
                 "scope='layer'."
             )
 
@@ -88,9 +88,9 @@ class Levels:
         if not self._resumed:
             if trainer.current_epoch > 0:
                 raise MisconfigurationException(
-                    f"The fit goes on at epoch {trainer.current_epoch} without a state of LotteryTicket, so that the "
-                    "first initialisation is lost. Begin a new fit (from a ticket: init_from=), or resume from a "
-                    "checkpoint that LotteryTicket was part of."
+                    f"The fit continues at epoch {trainer.current_epoch} without a state of LotteryTicket, so the "
+                    "first initialization is lost. Begin a new fit (from a ticket: init_from=), or resume from a "
+                    "checkpoint that was saved with LotteryTicket."
                 )
             self._first(trainer, module)
             restart_averages(trainer, module)
@@ -260,7 +260,7 @@ class Levels:
         """Take a state back."""
         if state["epochs_per_level"] != self.plan.epochs_per_level:
             raise MisconfigurationException(
-                f"LotteryTicket(epochs_per_level={self.plan.epochs_per_level}), and the checkpoint was made with "
+                f"LotteryTicket(epochs_per_level={self.plan.epochs_per_level}), but the checkpoint was saved with "
                 f"{state['epochs_per_level']}: resume with the same number."
             )
         now, level = self._arguments(), state["level"]
@@ -272,7 +272,8 @@ class Levels:
             names = [entry.partition("=")[0] for entry in changed]
             before = ", ".join(f"{name}={state['arguments'].get(name)}" for name in names)
             raise MisconfigurationException(
-                f"LotteryTicket({', '.join(changed)}), and the checkpoint was made with {before}: resume with the same."
+                f"LotteryTicket({', '.join(changed)}), but the checkpoint was saved with {before}: resume with the "
+                "same value."
             )
         self.level, self.seed, self.names = state["level"], state["seed"], state["names"]
         self.masks = None if state["masks"] is None else Masks(state["masks"])

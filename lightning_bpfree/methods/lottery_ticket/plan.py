@@ -68,8 +68,8 @@ class Plan:
         given = list(sparsities)
         if given != sorted(given):
             raise ValueError(
-                f"LotteryTicket: sparsities={given!r}: give the share of pruned weights of every level, in [0, 1), "
-                "none below the one before it."
+                f"LotteryTicket: sparsities={given!r}: give the share of pruned weights for every level, in [0, 1), "
+                "non-decreasing."
             )
         return cls(given, epochs_per_level)
 
@@ -85,8 +85,8 @@ class Plan:
         if max(kept) > masks.kept:
             raise ValueError(
                 f"LotteryTicket: sparsities={list(sparsities)!r}: the ticket of init_from has "
-                f"{masks.sparsity:.6g} of its weights pruned already, and none come back. "
-                "Give sparsities of at least that, or none."
+                f"{masks.sparsity:.6g} of its weights pruned, and pruned weights stay pruned. "
+                "Give sparsities of at least this value, or leave sparsities out."
             )
         if score == "snr" and kept[0] < masks.kept:
             raise ValueError(early_snr(sparsities))
@@ -108,8 +108,8 @@ class Plan:
             return
         if 0 <= given < needed:
             raise MisconfigurationException(
-                f"LotteryTicket trains {self.levels} levels of {self.epochs_per_level} epochs, {needed} in all, and "
-                f"the Trainer stops at max_epochs={given}: set max_epochs={needed}, or take fewer levels."
+                f"LotteryTicket trains {self.levels} levels of {self.epochs_per_level} epochs, {needed} in all, but "
+                f"the Trainer stops at max_epochs={given}: set max_epochs={needed}, or use fewer levels."
             )
         if given != needed:
             more = "without end" if given < 0 else f"to epoch {given}"
@@ -117,10 +117,10 @@ class Plan:
 
 
 def early_snr(sparsities: Sequence[float]) -> str:
-    """Return what is wrong with pruning by deviations before any training."""
+    """Return the error message for pruning by deviations before any training."""
     return (
         f"LotteryTicket: sparsities={list(sparsities)!r} prunes before the first level, when no weight has a "
-        "deviation yet: begin with 0.0 (or the sparsity of the ticket that init_from gives), or take "
+        "deviation yet: begin with 0.0 (or the sparsity of the ticket in init_from), or use "
         "score='magnitude', 'random' or 'snip'."
     )
 
@@ -163,8 +163,8 @@ class TicketArguments:
         sparsities = self.plan.sparsities
         if self.sparsities is not None and (self.levels not in (8, len(sparsities)) or self.keep != 0.8):
             raise ValueError(
-                f"LotteryTicket: levels={self.levels} and keep={self.keep} beside sparsities={list(sparsities)!r}, "
-                "which replace them: leave out the one or the other."
+                f"LotteryTicket: levels={self.levels} and keep={self.keep} with sparsities={list(sparsities)!r}, "
+                "which replaces them: leave out one of the two."
             )
         if self.score == "snr" and sparsities[0] > 0 and self.init_from is None:
             raise ValueError(early_snr(sparsities))
@@ -221,7 +221,7 @@ def prunable_names(
     if not names:
         raise MisconfigurationException(
             f"LotteryTicket(params={params!r}, exclude={exclude!r}) leaves nothing to prune in "
-            f"{type(module).__name__}: only trained parameters of at least two dimensions are pruned, no biases."
+            f"{type(module).__name__}: only trained parameters with at least two dimensions are pruned, not biases."
         )
     return names
 
@@ -232,7 +232,7 @@ def check_selects(
     """Raise ValueError if patterns are given, and select ``names`` that are others than a ticket's ``masked`` ones."""
     if (params is not None or exclude is not None) and set(names) != set(masked):
         raise ValueError(
-            f"params={params!r} and exclude={exclude!r} select {', '.join(names)}, and the ticket of init_from has "
+            f"params={params!r} and exclude={exclude!r} select {', '.join(names)}, but the ticket of init_from has "
             f"masks of {', '.join(masked)}: leave both out."
         )
 

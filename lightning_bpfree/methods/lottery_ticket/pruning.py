@@ -68,7 +68,7 @@ def random_scores(like: Mapping[str, Tensor], seed: int) -> Params:
 
 @checked
 def snip(params: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Params:
-    """Return ``|w dL/dw|``: to first order, what the loss loses with the weight.
+    """Return ``|w dL/dw|``: the change of the loss without the weight, to first order.
 
     Args:
         params: named tensors.
@@ -104,12 +104,12 @@ def top_masks(
 ) -> Masks:
     """Return masks in which the weights of the highest scores survive.
 
-    Counts are exact, and the result is a function of the scores alone: of equal ones, those that come first survive.
+    Counts are exact, and the result is a function of the scores alone: of equal scores, the first survive.
 
     Args:
         scores: named tensors of numbers that are not NaN.
         sparsity: the share of weights that are pruned, pruned ones of earlier levels included, in [0, 1).
-        previous: what they have pruned never comes back.
+        previous: weights pruned there stay pruned.
         scope: ``"global"``: ``round(total (1 - sparsity))`` survive over all tensors together; ``"layer"``: that many
             of each tensor's own.
 
@@ -137,8 +137,8 @@ def top_masks(
     empty = [name for name, kept in masks.counts.items() if kept == 0]
     if empty:
         raise ValueError(
-            f"sparsity={sparsity:.6g} would prune {', '.join(empty)} whole. Prune every layer alike (scope='layer'), "
-            "stop at fewer levels or a lower sparsity, or leave such layers dense (exclude=)."
+            f"sparsity={sparsity:.6g} would prune all of {', '.join(empty)}. Prune all layers alike (scope='layer'), "
+            "use fewer levels or a lower sparsity, or exclude these layers (exclude=)."
         )
     return masks
 
@@ -148,8 +148,8 @@ def _top(scores: Mapping[str, Tensor], sparsity: float, previous: Masks | None) 
     left = count(scores) if previous is None else sum(previous.counts[name] for name in scores)
     if kept > left:
         raise ValueError(
-            f"sparsity={sparsity:.6g} asks for {kept} weights of {', '.join(scores)}, and earlier pruning has left "
-            f"{left}: pruned weights never come back. Give a higher sparsity, or prune in one scope throughout."
+            f"sparsity={sparsity:.6g} asks for {kept} weights of {', '.join(scores)}, but earlier pruning left "
+            f"{left}: pruned weights stay pruned. Give a higher sparsity, or use the same scope for all levels."
         )
     first = next(iter(scores.values())).device
     flat = torch.cat([widen(score).flatten().to(first) for score in scores.values()])

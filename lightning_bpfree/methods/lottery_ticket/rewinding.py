@@ -1,4 +1,4 @@
-"""Setting a module back to its first initialisation, or to a fresh one, in the middle of a fit."""
+"""Setting a module back to its first initialization, or to a fresh one, in the middle of a fit."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def captured(module: nn.Module) -> tuple[Params, Params]:
     lazy = [slot.name for slot in slots if nn.parameter.is_lazy(slot.parameter)]
     if lazy:
         raise MisconfigurationException(
-            f"{', '.join(lazy)} have no shape before the first batch, and LotteryTicket rewinds to the weights before "
-            "it: let the module see one batch before fit, or give its layers their sizes."
+            f"{', '.join(lazy)} have no shape before the first batch, but LotteryTicket rewinds to the weights before "
+            "it: run one batch through the module before fit, or give its layers their sizes."
         )
     return on_cpu({slot.name: slot.parameter for slot in slots}), on_cpu(dict(module.named_buffers()))
 
@@ -64,25 +64,25 @@ def shuffled(params: Mapping[str, Tensor], masks: Masks, seed: int) -> Params:
 
 
 def check_redrawable(module: pl.LightningModule, names: Collection[str]) -> None:
-    """Raise MisconfigurationException if some of the named parameters cannot be initialised anew."""
+    """Raise MisconfigurationException if some of the named parameters cannot be initialized anew."""
     if callable(getattr(module, "reset_parameters", None)):
         return
     lacking = [path or type(module).__name__ for path, part in _owners(module, names) if _reset_of(part) is None]
     if lacking:
         raise MisconfigurationException(
-            f"LotteryTicket(weights='fresh') initialises weights anew, and {', '.join(lacking)}: has parameters and no "
-            f"method reset_parameters(). Give {type(module).__name__} a reset_parameters(self) that initialises all of "
-            "its weights."
+            f"LotteryTicket(weights='fresh') initializes weights again, but {', '.join(lacking)}: has parameters, "
+            f"but no method reset_parameters(). Give {type(module).__name__} a reset_parameters(self) that "
+            "initializes all of its weights."
         )
 
 
 def redraw(module: pl.LightningModule, names: Collection[str], seed: int) -> None:
-    """Initialise the named parameters anew, a function of ``seed`` alone; no other parameter and no stream moves.
+    """Initialize the named parameters anew, a function of ``seed`` alone; no other parameter and no stream moves.
 
     Args:
         module: with a method ``reset_parameters``, or with submodules that have one.
         names: which parameters.
-        seed: of the initialisation.
+        seed: of the initialization.
     """
     slots = list(ParameterSlots(module))
     others = [(slot.parameter, slot.parameter.detach().clone()) for slot in slots if slot.name not in names]
@@ -98,8 +98,8 @@ def redraw(module: pl.LightningModule, names: Collection[str], seed: int) -> Non
     replaced = [slot.name for slot in slots if now.get(slot.name) is not slot.parameter]
     if replaced:
         raise MisconfigurationException(
-            f"reset_parameters() has put other tensors in the place of {', '.join(replaced)}, which the Trainer does "
-            "not know: write into the parameters, as torch.nn.init does."
+            f"reset_parameters() replaced the tensors of {', '.join(replaced)}, which the Trainer does "
+            "not see: write into the parameters in place, as torch.nn.init does."
         )
 
 

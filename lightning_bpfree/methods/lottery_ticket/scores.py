@@ -26,7 +26,7 @@ from lightning_bpfree.training.ranks import mean_over_ranks
 from lightning_bpfree.training.training_rule import TrainingRule
 
 _CURE = (
-    "Use score='magnitude', or a search with a deviation for every weight (SNES, separable CMA-ES, PGPE, DES), such as "
+    "Use score='magnitude', or a search with one deviation per weight (SNES, separable CMA-ES, PGPE, DES), such as "
     "EvolutionStrategy's."
 )
 
@@ -34,7 +34,7 @@ _CURE = (
 def scored(
     score: Score, mean: Params, std: Params | None, previous: Masks | None, *, rule: TrainingRule | None, seed: int
 ) -> Params:
-    """Return the score of every trained weight: signal to noise, magnitude or random; SNIP's is had at the start.
+    """Return the score of every trained weight: signal to noise, magnitude or random (SNIP is computed at the start).
 
     Args:
         score: which.
@@ -69,13 +69,13 @@ def deviations(std: Params | None, names: Collection[str], rule: TrainingRule | 
     name = type(rule).__name__
     if std is None:
         raise MisconfigurationException(
-            f"LotteryTicket(score='snr'): {name} has one deviation for all weights (or none yet), and divided by one "
-            f"number the score is the magnitude. {_CURE}"
+            f"LotteryTicket(score='snr'): {name} has one deviation for all weights (or none yet), so the "
+            f"score is the magnitude. {_CURE}"
         )
     lacking = [weight for weight in names if weight not in std]
     if lacking:
         raise MisconfigurationException(
-            f"LotteryTicket(score='snr'): {name} keeps no deviation of {', '.join(lacking)}: leave them dense by "
+            f"LotteryTicket(score='snr'): {name} keeps no deviation of {', '.join(lacking)}: exclude them by "
             "exclude=, or let the rule train them."
         )
     return {weight: std[weight] for weight in names}
@@ -89,8 +89,8 @@ def warn_of_floor(std: Mapping[str, Tensor], survivors: Mapping[str, Tensor] | N
     share = float((values == values.median()).float().mean())
     if share > 0.5:
         rank_zero_warn(
-            f"LotteryTicket(score='snr'): {share:.0%} of the deviations are {float(values.median()):.3g}, a floor or a "
-            "start that was not left: among these weights the score is the magnitude. Lower the floor, or train a "
+            f"LotteryTicket(score='snr'): {share:.0%} of the deviations are {float(values.median()):.3g}, their lower "
+            "bound or initial value: for these weights the score is the magnitude. Lower sigma_min, or train each "
             "level for longer."
         )
 
@@ -108,7 +108,7 @@ def snip_scores(
     """
     if not module.automatic_optimization:
         raise MisconfigurationException(
-            f"LotteryTicket(score='snip') differentiates the loss that training_step returns, and "
+            f"LotteryTicket(score='snip') differentiates the loss that training_step returns, but "
             f"{type(module).__name__} sets automatic_optimization=False: use another score."
         )
     view = ModuleState(module, None)
@@ -141,7 +141,7 @@ def _mean_gradients(
             continue
         if not loss.requires_grad:
             raise MisconfigurationException(
-                "LotteryTicket(score='snip') needs the gradient once, and this loss has no graph: use "
+                "LotteryTicket(score='snip') needs the gradient once, but this loss has no graph: use "
                 "score='magnitude', or 'snr' with a search that has deviations."
             )
         parameters = [slot.parameter for slot in slots]

@@ -1,4 +1,4 @@
-"""A lottery ticket: an initialisation and a mask, with what training made of them."""
+"""A lottery ticket: an initialization and a mask, with what training made of them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _FORMAT = "lightning_bpfree.Ticket/1"
 @checked_class
 @dataclass
 class Ticket:
-    """A sparse trainable initialisation: load it into a module, and train it by any rule.
+    """A sparse trainable initialization: load it into a module, and train it by any rule.
 
     Tensors lie on the CPU. Names are those of ``module.named_parameters()``; tied weights have one.
 
     Args:
         masks: which weights survive; parameters without a mask are dense.
-        init: all parameters at the very first initialisation, unmasked.
-        level: how often the weights had been pruned before this level was trained, from 0.
+        init: all parameters at the very first initialization, unmasked.
+        level: number of prunings before this level was trained, from 0.
         mean: all parameters at the end of the level; None if it has not been trained.
         std: deviations of the weights in the search distribution at the end of the level, in full shape; or None.
-        buffers: the buffers at the very first initialisation.
+        buffers: the buffers at the very first initialization.
         mean_buffers: the buffers at the end of the level.
         metrics: numbers at the end of the level.
         info: plain values that say where the ticket comes from, such as rule, score and seed.
@@ -101,7 +101,7 @@ class Ticket:
 
         Args:
             module: with the parameters that the ticket names, and no others.
-            weights: ``"init"`` for the first initialisation, ``"mean"`` for the trained weights.
+            weights: ``"init"`` for the first initialization, ``"mean"`` for the trained weights.
 
         Raises:
             ValueError: if names or shapes differ (the message lists them), or the ticket has no trained weights.
@@ -158,8 +158,8 @@ class Ticket:
 
         Args:
             module: with ``weight_orig`` and ``weight_mask`` in place of some weights.
-            init: all parameters at the first initialisation, by plain name (``"0.weight"``); the module's weights are
-                then the trained ones. None takes the module's weights for the initialisation.
+            init: all parameters at the first initialization, by plain name (``"0.weight"``); the module's weights are
+                then the trained ones. None takes the module's weights for the initialization.
             **content: further fields of the ticket, such as ``level``, ``metrics`` and ``info``.
 
         Raises:

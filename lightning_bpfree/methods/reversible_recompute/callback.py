@@ -43,12 +43,12 @@ Stack = ReversibleSequential | ReversibleLayers
 class ReversibleRecompute(Callback):
     """Makes stacks of layers reversible, and recomputes their activations in the backward pass instead of storing them.
 
-    Gradients are those of plain autograd up to rounding: the rule of training does not change, only how activations
-    come back. With ``stacks`` given, layers of known transformers are converted in ``setup``, which **changes the
-    function of the model** and warns of it; :func:`~lightning_bpfree.convert_to_reversible` says how.
-    Without, stacks that are reversible already are found and get the schedule. Names of parameters stay, so checkpoints
-    load with and without; but a model that was trained reversibly computes what it has learned only while it is
-    reversible, so the conversion stays after the fit, until :meth:`undo`.
+    Gradients are those of plain autograd up to rounding: the training rule does not change, only how activations are
+    recovered. With ``stacks`` given, layers of known transformers are converted in ``setup``, which **changes the
+    function of the model** and warns of it; :func:`~lightning_bpfree.convert_to_reversible` says how. Without, stacks
+    that are reversible already are found and get the schedule. Names of parameters stay, so checkpoints load with and
+    without; but a model that was trained reversibly computes what it has learned only while it is reversible, so the
+    conversion stays after the fit, until :meth:`undo`.
 
     Logs, every ``log_every_n_steps`` optimizer steps, ``bpfree/samples_per_second`` (over all ranks, data loading
     included), ``bpfree/peak_memory`` in MiB (allocated on a CUDA device; of the process on the CPU) and, where it was
@@ -62,10 +62,11 @@ class ReversibleRecompute(Callback):
         rewire: for post-norm layers, ``"pre_norm"`` or ``"scaled"``.
         scale: factors of the skips, above 0; None for the default of ``rewire``.
         fusion: how two streams become one; None for the default of ``rewire``.
-        buffer_every: keep the inputs of every so many blocks, at least 1; ``"auto"``: what the scales call for; None.
+        buffer_every: keep the inputs of every n-th block, at least 1; ``"auto"``: chosen by the scales; None for none.
         max_error: largest relative error of recovered inputs, above 0, beyond which training stops with an error.
-        check_every: measure that error in one of so many passes, at least 1.
-        store_last: so many blocks at the top of each stack keep their activations, at least 0: time for memory.
+        check_every: measure that error in every n-th pass, at least 1.
+        store_last: number of blocks at the top of each stack that keep their activations, at least 0; less time for
+            more memory.
 
     Raises:
         ValueError: for arguments out of range.
@@ -118,7 +119,7 @@ class ReversibleRecompute(Callback):
         return {name: getattr(self, name) for name in names}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy of the callback, or a pickle of it, takes along: no module, nor what was done to one."""
+        """Return the state to copy or pickle, without the module and its conversion."""
         return {**without_module(self.__dict__), "conversion": None, "_module": None, "_found": []}
 
     def _check(self) -> None:
@@ -126,8 +127,8 @@ class ReversibleRecompute(Callback):
         given = [f"{name}={v!r}" for name, v in self._options.items() if v != unused.get(name)]
         if self.stacks is None and given:
             raise ValueError(
-                f"ReversibleRecompute: {', '.join(given)} beside stacks=None, which converts nothing: stacks that are "
-                "reversible already keep what they were built with. Name the stacks to convert, or leave it out."
+                f"ReversibleRecompute: {', '.join(given)} with stacks=None, which converts nothing: stacks that are "
+                "already reversible keep their own settings. Name the stacks to convert, or leave it out."
             )
 
     def settings(self) -> dict[str, Any]:
@@ -177,7 +178,7 @@ class ReversibleRecompute(Callback):
         rank_zero_info(f"ReversibleRecompute: schedule={self.schedule!r} for {', '.join(wanted)}.")
 
     def undo(self) -> None:
-        """Put the model back: the layers in their lists, with the weights of now, and the schedules that stacks had."""
+        """Restore the lists of layers, with their present weights, and the previous schedules of stacks."""
         for stack, schedule in self._found:
             stack.schedule = schedule
         if self.conversion is not None:
@@ -187,7 +188,7 @@ class ReversibleRecompute(Callback):
     # --- what it costs ---
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on with the random streams of a checkpoint, before the data loaders draw their order."""
+        """Restore the random streams of a checkpoint, before the data loaders draw their order."""
         self._streams.watch(pl_module.device)
         self._streams.on_fit_start(trainer)
 
@@ -228,7 +229,7 @@ class ReversibleRecompute(Callback):
     # --- checkpoints ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the function of the model depends on, and the random streams."""
+        """Return the settings that determine the model's function, and the random streams."""
         return {**self._function(), "streams": self._streams.to_plain()}
 
     def _function(self) -> dict[str, Any]:
@@ -250,7 +251,7 @@ class ReversibleRecompute(Callback):
         if changed:
             rank_zero_warn(
                 f"The checkpoint was trained by ReversibleRecompute with {', '.join(changed)}: with other settings its "
-                "weights make another function."
+                "weights compute a different function."
             )
 
 

@@ -45,29 +45,29 @@ def convert_to_reversible(
 
     Every stack, an ``nn.ModuleList`` or ``nn.Sequential`` of transformer layers, is replaced by
     :class:`ReversibleLayers` of the same layers: weights and the names of parameters stay, so old checkpoints load.
-    **The function changes**: two streams run where one did, so a trained model must be fine-tuned or trained anew.
+    **The function changes**: two streams run where one did, so a trained model must be fine-tuned or retrained.
 
     Known layers: ``torch.nn.TransformerEncoderLayer``; transformers' ViT, Swin, Hiera, RoBERTa and BERT, GPT-2, and
-    Llama with others of its structure, such as Mistral and Qwen; timm's ViT and Swin blocks. They are recognised by
+    Llama with others of its structure, such as Mistral and Qwen; timm's ViT and Swin blocks. They are recognized by
     their structure, and the branches of the first layer are compared with the layer's own output at the first call.
 
     Args:
         model: the model; a LightningModule is one.
         stacks: names of the stacks, such as ``"encoder.layers"``; ``"all"`` for all stacks of known layers.
         schedule: ``"autograd"``, ``"checkpoint"``, ``"sequential"`` or ``"parallel"``.
-        rewire: what is done with post-norm layers, whose output is a normalisation and no sum: ``"pre_norm"`` puts the
-            normalisations before the branches (train from scratch); ``"scaled"`` keeps each sublayer whole as a branch
-            and scales the skips (near the trained function for small scales).
+        rewire: what is done with post-norm layers, whose output is a normalization instead of a sum: ``"pre_norm"``
+            puts the normalizations before the branches (train from scratch); ``"scaled"`` keeps each sublayer whole as
+            a branch and scales the skips (near the trained function for small scales).
         scale: factors of the skips; a number for both. None: 0.1 for ``"scaled"``, else 1. Recovered inputs lose digits
             by ``1 / (s1 s2)`` a block.
         fusion: how two streams become one: a mode of ``StreamFusion`` that keeps the width. None: ``"second"`` for
             ``"scaled"``, else ``"mean"``.
         branches: ``(f, g)`` for layers of no known family: functions of a layer, its input and keyword arguments, with
-            their normalisation inside and without a skip.
-        buffer_every: keep the inputs of every so many blocks; ``"auto"``: what the scales call for; None for none.
+            their normalization inside and without a skip.
+        buffer_every: keep the inputs of every n-th block; ``"auto"``: chosen by the scales; None for none.
         max_error: largest relative error of recovered inputs; None: 0.01 where skips are scaled, else any.
-        check_every: measure it in one of so many passes, at least 1.
-        store_last: so many blocks at the top keep their activations, at least 0.
+        check_every: measure it in every n-th pass, at least 1.
+        store_last: number of blocks at the top that keep their activations, at least 0.
         warn: whether to warn that the function changes.
 
     Returns:
@@ -83,8 +83,7 @@ def convert_to_reversible(
     scales = scales_of(rewire, scale)
     if branches is not None and rewire is not None:
         raise ValueError(
-            f"convert_to_reversible: rewire={rewire!r} beside branches=(f, g), which are taken as they are: leave "
-            "it out."
+            f"convert_to_reversible: rewire={rewire!r} with branches=(f, g), which are used unchanged: leave it out."
         )
     own = OwnBranches(*branches) if branches is not None else None
     conversion = Conversion()
@@ -109,7 +108,7 @@ def convert_to_reversible(
     if warn:
         warnings.warn(
             f"Made reversible, which CHANGES THE FUNCTION of the model (two streams instead of one, with the same "
-            f"weights): train it anew or fine-tune it.\n{conversion}",
+            f"weights): train it from scratch or fine-tune it.\n{conversion}",
             FunctionChangedWarning,
             stacklevel=2,
         )
@@ -138,7 +137,7 @@ def _paths(model: nn.Module, stacks: str | Iterable[str]) -> list[str]:
     found = convertible(model)
     if not found:
         raise ValueError(
-            f"stacks='all', and {type(model).__name__} has no nn.ModuleList or nn.Sequential of known layers "
+            f"stacks='all', but {type(model).__name__} has no nn.ModuleList or nn.Sequential of known layers "
             f"({', '.join(family.name for family in FAMILIES)}): name the stacks, and give branches=(f, g) for layers "
             "of your own."
         )
@@ -174,7 +173,7 @@ def _find(model: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:
         )
     module = names[path]
     if isinstance(module, ReversibleLayers | ReversibleSequential):
-        raise ValueError(f"stacks names {path!r}, which is reversible already: set its schedule.")
+        raise ValueError(f"stacks names {path!r}, which is already reversible: set its schedule instead.")
     if not isinstance(module, nn.ModuleList | nn.Sequential) or not len(module):
         raise ValueError(
             f"stacks names {path!r}, a {type(module).__name__}; give the nn.ModuleList or nn.Sequential of layers"
@@ -203,17 +202,17 @@ def _family(path: str, stack: Any, rewire: Rewire | None) -> Family:
     post = [family.post_norm(layer) for layer in stack]
     if any(post) and rewire is None:
         raise ValueError(
-            f"{path!r} holds post-norm layers ({family.name}), whose output is a normalisation and no sum that could "
-            "be taken back. Choose rewire='pre_norm' (normalisations before the branches; train from scratch) or "
-            "rewire='scaled' (whole sublayers with scaled skips; near the trained function)."
+            f"{path!r} holds post-norm layers ({family.name}), whose output is a normalization, which cannot be "
+            "inverted. Choose rewire='pre_norm' (normalizations before the branches; train from scratch) or "
+            "rewire='scaled' (whole sublayers with scaled skips; close to the trained function)."
         )
     if not all(post) and rewire is not None:
         raise ValueError(f"rewire={rewire!r} is for post-norm layers; {path!r} holds pre-norm ones: leave it out.")
     kinds = {str(kind): None for layer in stack if (kind := family.attention_kind(layer)) is not None}
     if len(kinds) > 1:
         raise ValueError(
-            f"{path!r} holds layers of several kinds of attention ({', '.join(kinds)}), each of which the model gives "
-            "a mask of its own, and a reversible stack takes one for all its layers: configure one kind, or leave this "
+            f"{path!r} holds layers of several kinds of attention ({', '.join(kinds)}), each with its "
+            "own mask, but a reversible stack takes one mask for all its layers: configure one kind, or leave this "
             "stack out."
         )
     if not any(family.reversible(layer) for layer in stack):

@@ -19,7 +19,7 @@ class Converted(NamedTuple):
         family: what its layers are.
         reversible: how many layers are reversible blocks now.
         ordinary: how many are not, for they change the shape.
-        rewire: what became of normalisations after the skips.
+        rewire: what became of normalizations after the skips.
         scale: factors of the skips.
         fusion: how the streams become one.
         new_parameters: how many were added, by the fusion.
@@ -91,7 +91,7 @@ def _entry(path: str, stack: ReversibleLayers) -> Converted:
 
 
 def _line(entry: Converted) -> str:
-    wiring = {None: "", "pre_norm": ", normalisations moved before the branches", "scaled": ", whole sublayers"}
+    wiring = {None: "", "pre_norm": ", normalizations moved before the branches", "scaled": ", whole sublayers"}
     scale = "" if entry.scale == (1.0, 1.0) else f", skips scaled by {entry.scale[0]:g} and {entry.scale[1]:g}"
     rest = f", {entry.ordinary} ordinary between them" if entry.ordinary else ""
     weights = f"{entry.new_parameters} parameters new" if entry.new_parameters else "all weights reused"

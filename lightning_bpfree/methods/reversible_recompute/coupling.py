@@ -20,7 +20,7 @@ class Coupling(NamedTuple):
     """One reversible block as schedules see it: ``y1 = s1 x1 + f(x2)`` and ``y2 = s2 x2 + g(y1)``.
 
     Args:
-        f: first branch, with its normalisation and without a skip; keeps shape and type.
+        f: first branch, with its normalization and without a skip; keeps shape and type.
         g: second branch, likewise.
         owner: the module that holds the parameters and buffers of both.
         scale: ``(s1, s2)``, above 0.
@@ -123,7 +123,7 @@ class ReversibleBlock(nn.Module):
     """Two streams coupled by two branches: ``y1 = s1 x1 + f(x2)``, ``y2 = s2 x2 + g(y1)``.
 
     Args:
-        f: module from (..., C) to the same shape, with its normalisation inside and without a skip; in a transformer
+        f: module from (..., C) to the same shape, with its normalization inside and without a skip; in a transformer
             the attention.
         g: likewise; in a transformer the feed-forward part.
         scale: factors ``(s1, s2)`` of the skips, above 0. Away from 1, errors of the inverse grow as ``1 / (s1 s2)``

@@ -28,7 +28,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class ReversibleLayers(nn.Module):
-    """Layers of one family as reversible blocks, with the names of parameters that they had in their list.
+    """Layers of one family as reversible blocks, with unchanged parameter names.
 
     It takes the place of an ``nn.ModuleList`` or ``nn.Sequential``. A number gives a layer, untouched. A loop over it,
     or over a slice of it, sees each stretch of reversible layers as one layer: the stretch doubles its input into two
@@ -39,15 +39,15 @@ class ReversibleLayers(nn.Module):
         layers: the layers.
         family: what takes them apart.
         schedule: see :class:`~lightning_bpfree.methods.reversible_recompute.recomputation.Recomputation`.
-        rewire: for post-norm layers: ``"pre_norm"`` puts their normalisations before the branches; ``"scaled"`` keeps
+        rewire: for post-norm layers: ``"pre_norm"`` puts their normalizations before the branches; ``"scaled"`` keeps
             whole sublayers as branches and scales the skips. None for pre-norm layers.
         scale: factors of both skips, above 0.
         fusion: a mode of :class:`StreamFusion` that keeps the width.
-        buffer_every: keep the inputs of every so many blocks; None for none; ``"auto"``: as many as rounding errors,
-            which scales below 1 enlarge, call for.
+        buffer_every: keep the inputs of every n-th block; None for none; ``"auto"``: chosen by the rounding errors,
+            which scales below 1 amplify.
         max_error: largest relative error of recovered inputs; None for any.
-        check_every: measure it in one of so many passes.
-        store_last: so many blocks at the top of each stretch keep their activations.
+        check_every: measure it in every n-th pass.
+        store_last: number of blocks at the top of each stretch that keep their activations.
     """
 
     @checked
@@ -126,7 +126,7 @@ class ReversibleLayers(nn.Module):
 
     @property
     def schedule(self) -> Schedule:
-        """How activations come back; may be set at any time."""
+        """How activations are recovered; may be set at any time."""
         return self.recomputations[0].schedule
 
     @schedule.setter
@@ -189,7 +189,7 @@ class ReversibleLayers(nn.Module):
         self.compared.add(type(layer))
 
     def extra_repr(self) -> str:
-        """Return what was made of the layers."""
+        """Return a summary of the conversion."""
         return f"schedule={self.schedule}, family={self.family.name}, rewire={self.rewire}, scale={self.scale}"
 
 
@@ -220,7 +220,7 @@ class Stretch:
             return values[0]
         raise AttributeError(
             f"{name!r} of layers {self.layers.start} to {self.layers.stop - 1}, which run as one reversible stretch "
-            "and do not have it in common: take each layer by its number, stack[i]."
+            "but have different values of it: access each layer by its number, stack[i]."
         )
 
 

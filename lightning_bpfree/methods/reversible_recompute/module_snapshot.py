@@ -46,8 +46,8 @@ class Inventory:
         self.parameters = list({id(p): p for _, _, p in self.places}.values())
         if any(map(is_lazy, self.parameters)):
             raise RefusedStackError(
-                f"{label} has parameters without a shape (a lazy module?), of which no gradient can be told: run the "
-                "stack once with schedule='autograd', which makes them."
+                f"{label} has parameters without a shape (a lazy module?), which cannot be differentiated: run the "
+                "stack once with schedule='autograd', which creates them."
             )
         self.trainable = [p for p in self.parameters if p.requires_grad]
         self._versions = list(map(version, self.parameters))
@@ -68,7 +68,7 @@ class Inventory:
             before: what :meth:`copies` returned before it.
         """
         now = [version(b) for _, _, b in self.buffers]
-        # Batch normalisation moves its statistics, and ``.data`` a tensor, without a trace in the version. Tables of
+        # Batch normalization moves its statistics, and ``.data`` a tensor, without a trace in the version. Tables of
         # integers are not compared, for on an accelerator that would make the host wait.
         changed = [
             after != then or r.get(key) is not b or (b.is_floating_point() and not torch.equal(b, copy))

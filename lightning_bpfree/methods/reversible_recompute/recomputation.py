@@ -28,7 +28,7 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 class ReconstructionError(RuntimeError):
-    """Inputs that a reversible stack has recovered are too far from the true ones for a gradient to be right."""
+    """The inputs that a reversible stack recovered differ too much from the true ones for a correct gradient."""
 
 
 class Recomputation:
@@ -40,12 +40,12 @@ class Recomputation:
             recovered from its outputs and differentiated, one block after the other; ``"parallel"``: the same, while
             the block below is recovered on a second CUDA stream beside the gradients of a block (PaReprop); on other
             devices the same operators run in the same order on one stream.
-        buffer_every: keep the inputs of every so many blocks, at least 1, and go on from those; None for none.
+        buffer_every: keep the inputs of every n-th block, at least 1, and go on from those; None for none.
         max_error: largest relative error of recovered inputs that is let through, above 0; measured where inputs are
             kept, for which those of the first block are. None: not measured, unless inputs are buffered.
-        check_every: measure in one of so many passes, at least 1.
-        store_last: so many blocks at the top store their activations as under plain autograd, and are not recomputed;
-            at least 0. Takes their memory, and saves their part of the time.
+        check_every: measure in every n-th pass, at least 1.
+        store_last: number of blocks at the top that store their activations as in plain autograd, at least 0. Needs
+            their memory, and saves the time of recomputing them.
 
     Raises:
         ValueError: for arguments out of range.
@@ -68,7 +68,7 @@ class Recomputation:
 
     @property
     def schedule(self) -> Schedule:
-        """How activations come back; may be set between two passes."""
+        """How activations are recovered; may be set between two passes."""
         return self._schedule
 
     @schedule.setter
@@ -121,7 +121,7 @@ class Recomputation:
             raise RefusedStackError(
                 f"schedule={self.schedule!r} within a transform of torch.func (grad, vjp, jvp, vmap) is not possible: "
                 "its backward pass recomputes outside of the transform. Use schedule='autograd', or torch.no_grad() "
-                "where no gradient is wanted."
+                "where no gradient is needed."
             )
         due = self.passes % self.check_every == 0
         self.passes += 1
@@ -178,7 +178,7 @@ def _check_hooks(couplings: Sequence[Coupling]) -> None:
             continue
         message = (
             f"{coupling.label} of a reversible stack has hooks, which are not called: its branches run, not the block. "
-            "Hook modules within it or the whole stack; in transformers, do without output_hidden_states."
+            "Hook modules inside it or the whole stack; in transformers, turn off output_hidden_states."
         )
         if torch.is_grad_enabled():
             raise RefusedStackError(message)
@@ -199,7 +199,7 @@ def _check_context(context: Mapping[str, Any]) -> None:
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(value)):
             raise RefusedStackError(
                 f"{key} holds a tensor that needs a gradient within a {type(value).__name__}, where it would be lost: "
-                "pass that tensor as a keyword argument of its own."
+                "pass that tensor as a separate keyword argument."
             )
 
 

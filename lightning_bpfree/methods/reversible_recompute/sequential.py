@@ -28,10 +28,10 @@ class ReversibleSequential(nn.Module):
         fusion: how two outputs become one: a mode of :class:`StreamFusion`, a module of two tensors, or None for
             ``"mean"`` after ``"duplicate"`` and ``"concat"`` after ``"split"``.
         dim: dimension of the channels.
-        buffer_every: keep the inputs of every so many blocks, at least 1; None for none.
+        buffer_every: keep the inputs of every n-th block, at least 1; None for none.
         max_error: largest relative error of recovered inputs that is let through, above 0; None for any.
-        check_every: measure that error in one of so many passes, at least 1.
-        store_last: so many blocks at the top keep their activations, at least 0: time for memory.
+        check_every: measure that error in every n-th pass, at least 1.
+        store_last: number of blocks at the top that keep their activations, at least 0; less time for more memory.
 
     Raises:
         ValueError: for arguments out of range.
@@ -86,7 +86,7 @@ class ReversibleSequential(nn.Module):
 
     @property
     def schedule(self) -> Schedule:
-        """How activations come back; may be set at any time."""
+        """How activations are recovered; may be set at any time."""
         return self.recomputation.schedule
 
     @schedule.setter

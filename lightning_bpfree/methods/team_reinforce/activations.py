@@ -76,8 +76,8 @@ def find_sites(network: nn.Module, prefix: str, units: Units | None) -> dict[str
     for name, module in chosen.items():
         if any(True for _ in module.parameters()):
             raise RefusedError(
-                f"units: {name} ({type(module).__name__}) has parameters, and would not be trained any more. Name the "
-                f"activation behind it. {_listing(names)}"
+                f"units: {name} ({type(module).__name__}) has parameters, which would no longer be trained. Name the "
+                f"activation after it. {_listing(names)}"
             )
     return {name: module for name, module in names.items() if name in chosen}
 

@@ -56,8 +56,8 @@ class Baselines:
         """Return what a critic expects given ``known``, before it learns from the rewards."""
         if not known.is_floating_point():
             raise RefusedError(
-                f"baseline={self.kind!r}: a critic reads the network's input, and that is {known.dtype}. Use "
-                "baseline='leave_one_out', or network=... to name the part behind the embedding."
+                f"baseline={self.kind!r}: a critic reads the network's input, which is {known.dtype} here. Use "
+                "baseline='leave_one_out', or network=... to name the submodule after the embedding."
             )
         known = known.detach().flatten(1)
         dtype = torch.float64 if known.dtype == torch.float64 else torch.float32
@@ -98,5 +98,7 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     """
     num = len(rewards)
     if num < 2:
-        raise ValueError("leave_one_out: one sample of each input has no other one; give rewards of two or more.")
+        raise ValueError(
+            "leave_one_out: it needs at least two samples of each input; give rewards of shape (M, B) with M >= 2."
+        )
     return (rewards - rewards.mean(0)) * (num / (num - 1))

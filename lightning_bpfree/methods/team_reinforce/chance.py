@@ -1,4 +1,4 @@
-"""A team that acts no better than by chance is told of."""
+"""A warning if a team acts no better than chance."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ChanceCheck:
         if self.at_chance():
             rank_zero_warn(
                 f"TeamReinforce: after an epoch, {float(self.right) / self.draws:.1%} of {self.draws} actions were "
-                f"right, and {1 / self.num_classes:.1%} are by chance. Try another learning rate, more draws of each "
-                "input (num_samples=16), fewer layers of units (units='...'), or credit='weight_max', which tells "
-                "units of their own effect."
+                f"right; chance is {1 / self.num_classes:.1%}. Try another learning rate, more draws of each "
+                "input (num_samples=16), fewer layers of units (units='...'), or credit='weight_max', which gives "
+                "each unit credit for its own effect."
             )

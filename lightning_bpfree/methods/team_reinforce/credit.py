@@ -19,14 +19,14 @@ from lightning_bpfree.methods.team_reinforce.units.stochastic import Gaussian, S
 
 
 class Credit(ABC):
-    """How much of the reward every unit is given."""
+    """Assigns a reward to every unit."""
 
     leaves: ClassVar[bool] = False
-    """Whether values have to collect derivatives by what is above them."""
+    """Whether values need derivatives of the layers above."""
 
     @property
     def backward_cost(self) -> float:
-        """What it costs beside the forward pass of every draw, in forward passes."""
+        """Additional cost per draw, in forward passes."""
         return 1.0
 
     def check(self, units: Sequence[StochasticUnit], output: StochasticUnit | None) -> None:  # noqa: B027  # optional
@@ -55,7 +55,7 @@ def output_signal(last: Layer, advantage: Tensor, by_output: Tensor | None) -> T
 
 
 class GlobalReward(Credit):
-    """Every unit is given the whole reward: REINFORCE, unbiased for any baseline that knows no more than its input.
+    """Every unit gets the whole reward: REINFORCE, unbiased for any baseline that depends only on the unit's input.
 
     References:
         R. J. Williams, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning",
@@ -76,13 +76,13 @@ class GlobalReward(Credit):
 
 
 class TopDown(Credit):
-    """Signals that go down layer by layer, each made of what the layer above says of its input."""
+    """Signals that are passed down layer by layer, each computed by the layer above."""
 
     leaves: ClassVar[bool] = True
 
     @property
     def backward_cost(self) -> float:
-        """What it costs beside the forward pass of every draw, in forward passes."""
+        """Additional cost per draw, in forward passes."""
         return 2.0
 
     @abstractmethod
@@ -140,7 +140,7 @@ class WeightMax(TopDown):
         """Refuse the exact form where the output draws nothing."""
         if self.exact and output is None:
             raise RefusedError(
-                "credit=WeightMax(exact=True): the ratio is one of probabilities of actions, and output=None draws "
+                "credit=WeightMax(exact=True): it needs probabilities of actions, but output=None draws "
                 "none. Use output='softmax', or exact=False."
             )
 
@@ -194,7 +194,7 @@ class StraightThrough(TopDown):
 
 
 class Pathwise(TopDown):
-    """Backprop through the draws of Gaussian units, by reparametrisation: exact, and no local rule."""
+    """Backprop through the draws of Gaussian units, by reparameterization: exact, and no local rule."""
 
     def check(self, units: Sequence[StochasticUnit], output: StochasticUnit | None) -> None:
         """Refuse units whose draws have no derivative."""

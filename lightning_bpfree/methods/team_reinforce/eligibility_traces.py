@@ -68,7 +68,7 @@ class Traces:
                 if not layer.chained:
                     raise RefusedError(
                         f"trace_decay with credit='weight_max': between {layer.name} and the units below must be one "
-                        "nn.Linear and nothing else. Use credit='reward', or leave trace_decay away."
+                        "nn.Linear and nothing else. Use credit='reward', or leave trace_decay out."
                     )
                 reward = torch.einsum("oi,boi->bi", linear.weight.detach().to(eligible.dtype), eligible)
         if done is not None:
@@ -80,8 +80,8 @@ class Traces:
         """Return the traces of a layer's weight, ``(rows, units, inputs)``, and bias, with this step in them."""
         if layer.linear is None or layer.below is None:
             raise RefusedError(
-                f"trace_decay: {layer.name} does not get its potentials straight from an nn.Linear; traces of other "
-                "layers are not kept. Leave trace_decay away."
+                f"trace_decay: {layer.name} does not get its potentials directly from an nn.Linear; traces of other "
+                "layers are not supported. Leave trace_decay out."
             )
         score = layer.score()
         new = {"weight": torch.einsum("bo,bi->boi", score, layer.below.detach().to(score.dtype)), "bias": score}
@@ -91,7 +91,7 @@ class Traces:
             if old is not None and old.shape != what.shape:
                 raise RefusedError(
                     f"trace_decay: a batch of {len(what)} rows after one of {len(old)}: every row is an environment "
-                    "that goes on. Keep their number."
+                    "that continues. Keep the number of rows constant."
                 )
             self.sums[key] = what if old is None else what.add(old.to(what), alpha=self.decay)
         return self.sums[f"{layer.name}/weight"], self.sums[f"{layer.name}/bias"]

@@ -18,10 +18,10 @@ from lightning_bpfree.methods.team_reinforce.units.stochastic import Gaussian, S
 
 
 class MapPropagation(Credit):
-    """Hidden values move to where they are most probable given what was done, before REINFORCE: MAP propagation.
+    """MAP propagation: before REINFORCE, hidden values move to their most probable values given the action.
 
-    With the action held, hidden layers climb the log probability of all draws, all at once from their old values, each
-    by what it and the next layer say. At the maximum the update is that of backprop through the reparametrised network.
+    With the action fixed, all hidden layers ascend the log probability of all draws at once, by the terms of their own
+    and of the next layer. At the maximum the update is that of backprop through the reparameterized network.
 
     Args:
         steps: of the ascent, >= 0; 0 is REINFORCE.
@@ -47,20 +47,22 @@ class MapPropagation(Credit):
         guard: PositiveFloat = 0.1,
     ) -> None:
         if guard != 0.1 and not gate:
-            raise ValueError(f"MapPropagation: guard={guard} is for the gate: leave it out, or pass gate=True.")
+            raise ValueError(f"MapPropagation: guard={guard} needs gate=True: leave guard out, or pass gate=True.")
         self.steps, self.step_size, self.gate, self.guard = steps, step_size, gate, guard
 
     @property
     def backward_cost(self) -> float:
-        """What it costs beside the forward pass of every draw, in forward passes."""
+        """Additional cost per draw, in forward passes."""
         return 1.0 + 2.0 * self.steps
 
     def check(self, units: Sequence[StochasticUnit], output: StochasticUnit | None) -> None:
         """Refuse hidden units without a density to climb, and an output without an action."""
         if not all(isinstance(unit, Gaussian) for unit in units):
-            raise ValueError("credit='map_propagation': hidden values climb a density; use unit='gaussian'.")
+            raise ValueError("credit='map_propagation': hidden values ascend a density; use unit='gaussian'.")
         if output is None:
-            raise ValueError("credit='map_propagation': the action is held while values climb; output=None draws none.")
+            raise ValueError(
+                "credit='map_propagation': it needs an action, but output=None draws none. Use output='softmax'."
+            )
         if self.gate and not isinstance(output, Gaussian):
             raise ValueError("credit=MapPropagation(gate=True): the gate is for regression, output='gaussian'.")
 

@@ -249,7 +249,7 @@ class TeamNetwork(ForwardOverride):
         if layer.potential.dim() != 2:
             raise RefusedError(
                 f"exploration={type(self.exploration).__name__}: {layer.name} has potentials of shape "
-                f"{tuple(layer.potential.shape)}, and lateral weights need (B, n). Name other units, or use "
+                f"{tuple(layer.potential.shape)}, but lateral weights need (B, n). Name other units, or use "
                 "exploration='independent'."
             )
         num = layer.potential.shape[1]

@@ -47,7 +47,7 @@ class Rewards:
         if not isinstance(rewards, Tensor) or rewards.shape not in ((rows,), (rows, 1)):
             what = f"shape {tuple(rewards.shape)}" if isinstance(rewards, Tensor) else type(rewards).__name__
             raise RefusedError(
-                f"reward: found {what}; needed is one number a row of the action, ({rows},): row m * B + b is draw m "
+                f"reward: found {what}; give one number per row of the action, ({rows},): row m * B + b is draw m "
                 f"of sample b, for {work.num_samples} draws of {rows // work.num_samples} samples."
             )
         rewards = rewards.reshape(-1).float() if not rewards.is_floating_point() else rewards.reshape(-1)
@@ -63,7 +63,7 @@ class Rewards:
     def _derivative(self, rewards: Tensor, output: Tensor) -> Tensor:
         if not rewards.requires_grad:
             raise MisconfigurationException(
-                "TeamReinforce(output=None): the last layer learns by the derivative of the reward, and the reward has "
+                "TeamReinforce(output=None): the last layer learns by the derivative of the reward, but the reward has "
                 "no graph to the output. Draw an action, output='softmax', or give a reward that is differentiable."
             )
         return torch.autograd.grad(rewards.sum(), output)[0]
@@ -81,7 +81,7 @@ class Rewards:
         if not callable(own):
             raise MisconfigurationException(
                 f"TeamReinforce(reward='module'): {type(step.module).__name__} has no method reward(batch, action); "
-                "define it, or pass a function of these, reward=...."
+                "define it, or pass such a function as reward=...."
             )
         return own(batch, action)
 
@@ -104,7 +104,7 @@ def _returned(step: Step, key: str) -> Tensor:
     output = step.output
     if not isinstance(output, Mapping) or key not in output:
         raise MisconfigurationException(
-            f"TeamReinforce(reward='step'): the training step has to return a dict with 'loss', 'action' and 'reward'; "
+            f"TeamReinforce(reward='step'): the training step must return a dict with 'loss', 'action' and 'reward'; "
             f"{key!r} is missing."
         )
     value: Tensor = output[key]
@@ -122,7 +122,7 @@ def take_action(step: Step, work: TeamPass) -> None:
         if action.shape != last.potential.shape[:1] or action.is_floating_point():
             raise MisconfigurationException(
                 f"TeamReinforce(reward='step'): the action has shape {tuple(action.shape)} and type {action.dtype}; "
-                f"needed are whole numbers ({len(last.potential)},), one a row of the network's output."
+                f"give whole numbers of shape ({len(last.potential)},), one per row of the network's output."
             )
         value = F.one_hot(action.long(), last.potential.shape[-1]).to(
             torch.promote_types(last.potential.dtype, torch.float32)

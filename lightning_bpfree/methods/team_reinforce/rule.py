@@ -50,12 +50,12 @@ class TeamReinforce(NetworkRule):
     """Trains a network as a team of agents that act at random and learn from one reward for each sample.
 
     Activations of an unmodified network become stochastic units, and an action is drawn from what the network returns.
-    A layer learns from its input, its draw, the mean of it, and the reward: no derivative passes from layer to layer
-    (but for ``credit="ste"`` and ``"pathwise"``, which are backprop and stand here to be compared with).
+    A layer learns from its input, its draw, the mean of it, and the reward: no derivative crosses layers (except with
+    ``credit="ste"`` and ``"pathwise"``, which are backprop and serve as baselines).
 
-    **The loss of the user's training step is no more than logged**: it is the reward that trains the network. It does
-    train parameters outside of the network, such as a critic's. While the rule is active, and after the fit, the
-    network computes with stochastic units; in evaluation it returns what ``evaluation`` says, ``(B, C)``.
+    **The reward trains the network; the loss of the user's training step is only logged.** The loss does train
+    parameters outside of the network, such as a critic's. While the rule is active, and after the fit, the network
+    computes with stochastic units; in evaluation it returns what ``evaluation`` says, ``(B, C)``.
 
     What is biased, by design: ``credit="weight_max"`` (unless exact) and ``"ste"``; ``exploration="boltzmann"`` without
     negative phase in layers above the first, unless the baseline is ``"per_layer"`` or the machine spans the whole
@@ -87,14 +87,14 @@ class TeamReinforce(NetworkRule):
         lateral_lr: learning rate (Adam) of lateral weights; it matters, and is best below the network's.
         critic_lr: learning rate (Adam) of critics.
         learning_rates: factors on the optimizer's learning rate, one for each layer of units and the output's; or one
-            number, by which it falls from layer to layer (0.1: 1, 0.1, 0.01, ...).
+            number, the ratio between successive layers (0.1: 1, 0.1, 0.01, ...).
         evaluation: ``"mean"``: units give their means (mean field); ``"samples"``: the average over draws.
         eval_samples: how many draws that averages.
         labels: takes the labels out of a batch that is no pair (inputs, labels).
         **settings: see :class:`TrainingRule`.
 
     Raises:
-        ValueError: for arguments out of range, or that do not go together.
+        ValueError: for arguments out of range, or that are incompatible.
 
     Examples:
         >>> TeamReinforce(credit="weight_max", num_samples=8).describe()["units"]
@@ -186,7 +186,7 @@ class TeamReinforce(NetworkRule):
         return TeamNetwork(network, parts, self._team, self._lateral, self._own_seed)
 
     def made_of(self) -> Any:
-        """Return the settings that the network's forward pass follows from."""
+        """Return the settings that determine the network's forward pass."""
         return self._team, self.units
 
     def start_over(self) -> None:
@@ -264,7 +264,7 @@ class TeamReinforce(NetworkRule):
         return Estimate(loss.detach(), self._descending(step, loss, found), metrics)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say what to try if a first epoch has taught the team nothing."""
+        """Warn if the team has learned nothing in its first epoch."""
         super().on_train_epoch_end(trainer, pl_module)
         self._chance.report()
 
@@ -278,7 +278,7 @@ class TeamReinforce(NetworkRule):
         """Return named gradients to descend by; what the team does not reach learns from the user's loss."""
         if all(gradient is None for gradient in found):
             raise MisconfigurationException(
-                f"TeamReinforce(params={self.params!r}): none of the trained parameters is in front of the units "
+                f"TeamReinforce(params={self.params!r}): none of the trained parameters feeds the units "
                 f"{', '.join(site.name for site in self._network.sites) if self._network else ''} or the output. "
                 "Select others by params=..., and call the network with gradients enabled (no torch.no_grad)."
             )
@@ -300,7 +300,7 @@ class TeamReinforce(NetworkRule):
     # --- evaluation ---
 
     def predict_as_trained(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Let every evaluation draw the same, and report what means and draws are worth."""
+        """Let every evaluation draw the same, and log the results of means and of draws."""
         super().predict_as_trained(trainer, module)
         if self._network is not None and self._network.installed:
             self._network.generator = None
@@ -309,13 +309,13 @@ class TeamReinforce(NetworkRule):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
     ) -> None:
-        """Log what means and draws are worth."""
+        """Log the results of means and of draws."""
         self._report.log(trainer, pl_module, batch)
 
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
     ) -> None:
-        """Log what means and draws are worth."""
+        """Log the results of means and of draws."""
         self._report.log(trainer, pl_module, batch)
 
     def _end_of_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

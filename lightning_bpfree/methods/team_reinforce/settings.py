@@ -1,4 +1,4 @@
-"""The settings of a team, resolved, and whether they go together."""
+"""The settings of a team, resolved, and checks of their compatibility."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class TeamSettings(NamedTuple):
         """Return the settings that arguments describe.
 
         Raises:
-            ValueError: if they do not go together.
+            ValueError: if they are incompatible.
         """
         several = [given.unit] if isinstance(given.unit, str | StochasticUnit) else list(given.unit)
         units = [unit_named(unit) for unit in several]
@@ -168,8 +168,8 @@ def _check_together(
     if lateral and given.baseline == "none" and not given.negative_phase:
         raise ValueError(
             f"TeamReinforce: exploration={type(exploration).__name__} with baseline='none' and "
-            "negative_phase=False: what is learned would have no more to do with the "
-            "gradient. Choose a baseline, or negative_phase=True."
+            "negative_phase=False: the update would not estimate the gradient. Choose a baseline, or "
+            "negative_phase=True."
         )
     joint = isinstance(exploration, Boltzmann) and exploration.whole_network
     if joint and not isinstance(output, Softmax):

@@ -50,8 +50,8 @@ class TeamPass:
         """Draw, act, and return what the training step sees: the output, averaged over draws, without a graph."""
         if self.layers:
             raise RefusedError(
-                "TeamReinforce: the training step calls its network twice; a reward belongs to one call. Join the "
-                "batches, or name the part that is called once, network=...."
+                "TeamReinforce: the training step calls its network twice; a reward belongs to one call. Concatenate "
+                "the batches, or name the submodule that is called once by network=...."
             )
         copies, self.team, self.labels = self.num_samples, team, call.labels
         self.inputs = inputs.repeat(copies, *[1] * (inputs.dim() - 1)) if copies > 1 else inputs

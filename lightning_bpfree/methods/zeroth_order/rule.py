@@ -45,7 +45,7 @@ def zeroth_order_gradient(
 ) -> tuple[Tensor, Params]:
     """Return the loss and an estimate of its gradient, from evaluations of the loss alone.
 
-    The pure form of :class:`ZerothOrder`, for plain loops and Fabric; the arguments are the same.
+    The functional form of :class:`ZerothOrder`, with the same arguments, for plain loops and Fabric.
 
     Examples:
         >>> loss, grads = zeroth_order_gradient(
@@ -67,9 +67,9 @@ class ZerothOrder(TrainingRule):
     """Trains by random finite differences of the loss (Stein's identity, SPSA, MeZO, BAFFLE's estimator).
 
     The estimate ``mean_k c_k v_k``, with ``c_k`` the difference quotient of the loss along the random direction
-    ``v_k``, is unbiased for the gradient of the loss smoothed over N(0, sigma^2). No derivative is taken: a training
-    step that returns an accuracy, calls NumPy or a simulator trains too. No activation is stored: at any depth, peak
-    memory is that of inference plus one copy of the batch and two of the trained parameters (the moved ones and the
+    ``v_k``, is unbiased for the gradient of the loss smoothed over N(0, sigma^2). No derivative is taken, so the
+    training step may return an accuracy, or call NumPy or a simulator. No activation is stored: at any depth, peak
+    memory is that of inference plus one copy of the batch and two of the trained parameters (the perturbed ones and the
     estimate).
 
     Cost: ``1 + 2 K`` forward passes a batch (central) or ``1 + K`` (forward). The error of the estimate grows with the
@@ -80,8 +80,8 @@ class ZerothOrder(TrainingRule):
         sigma: size of the perturbation, in units of the parameters, > 0; None takes 1e-3, or 1e-2 in half precision.
         scheme: ``"central"`` (error of order sigma^2) or ``"forward"`` (half the evaluations, error of order sigma).
         directions: ``"gaussian"`` or ``"rademacher"`` (random signs: SPSA).
-        orthogonal: orthonormalise the ``K`` directions; pays off where ``K`` is not small against ``d``.
-        normalize: put the directions on the sphere of radius sqrt(d).
+        orthogonal: orthonormalize the ``K`` directions; helps if ``K`` is not small compared with ``d``.
+        normalize: scale the directions to length sqrt(d).
         params: shell-style patterns of the parameters to train; None for all.
         **settings: see :class:`TrainingRule`.
 
@@ -128,11 +128,11 @@ class ZerothOrder(TrainingRule):
         )
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
-        """Choose sigma by the precision of the computation, and refuse one that rounding would swallow."""
+        """Choose sigma by the precision of the computation, and refuse one that is lost in rounding."""
         self._choose_sigma(computed_in(trainer, module))
 
     def computes_in(self, dtype: torch.dtype) -> None:
-        """Choose sigma by what was computed, such as by autocast inside the training step."""
+        """Choose sigma by the precision found, for example of autocast inside the training step."""
         before = self._sigma_used
         self._choose_sigma(dtype)
         if self._sigma_used != before:

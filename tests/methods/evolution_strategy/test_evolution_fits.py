@@ -100,7 +100,9 @@ def test_a_reward_from_outside_torch():
 
 def test_an_objective_that_is_not_there():
     rule = EvolutionStrategy(population_size=4, objective="acc")
-    with pytest.raises(ValueError, match=r"objective='acc' is not in what.*returned \(\['accuracy', 'loss'\]\)"):
+    with pytest.raises(
+        ValueError, match=r"objective='acc' is not in the output of training_step \(\['accuracy', 'loss'\]\)"
+    ):
         fitted(Accuracy(nn.Linear(6, 3)), batches(6), rule)
     with pytest.raises(ValueError, match=r"objective='acc'.*\(Tensor\).*return a dict"):
         fitted(Net(nn.Linear(6, 3)), batches(6), EvolutionStrategy(population_size=4, objective="acc"))
@@ -225,7 +227,7 @@ def test_a_second_fit_begins_anew_and_says_so(caplog):
     fitted(Net(nn.Linear(6, 3)), batches(6), rule)
     with caplog.at_level(logging.INFO):
         fitted(Net(nn.Linear(6, 3)), batches(6), rule)
-    assert "EvolutionStrategy begins anew" in caplog.text
+    assert "EvolutionStrategy starts over" in caplog.text
     assert rule.algorithm.steps == 1
     fitted(Net(nn.Linear(6, 2)), batches(6, classes=2), rule)  # another module: other parameters
 

@@ -186,7 +186,7 @@ def test_routes_by_structure(caplog):
     with caplog.at_level(logging.INFO):
         fitted(Reads(nn.Linear(6, 3)), batches(6), rule)
     assert rule._passes.chosen == 1
-    assert "members one by one, since vectorising fails" in caplog.text
+    assert "members one by one, because vectorizing fails" in caplog.text
     rule = EvolutionStrategy(population_size=16)
     fitted(Net(NETS["cnn"][0]()), NETS["cnn"][1], rule)
     assert rule._passes.chosen == 1
@@ -249,7 +249,7 @@ def test_losses_that_differ_when_vectorised_are_not_believed(caplog):
     rule = EvolutionStrategy(population_size=8)
     with caplog.at_level(logging.INFO):
         fitted(OwnNoise(nn.Linear(6, 3)), batches(6), rule)
-    assert "since vectorised ones have other losses" in caplog.text
+    assert "because vectorized members have different losses" in caplog.text
     assert rule._passes.chosen == 1
 
 
@@ -270,5 +270,5 @@ def test_counts_are_rewards_and_bare_errors_are_no_obstacle():
 def test_masks_of_no_parameter_are_errors():
     rule = EvolutionStrategy("snes", 8)
     fitted(Net(nn.Linear(6, 3)), batches(6), rule)
-    with pytest.raises(ValueError, match=r"there are masks for net\.missing, and no parameters"):
+    with pytest.raises(ValueError, match=r"there are masks for net\.missing, but no parameters"):
         rule.restrict({"net.missing": torch.ones(3, 6) > 0})

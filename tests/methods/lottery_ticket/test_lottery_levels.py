@@ -229,7 +229,7 @@ def test_what_cannot_be_made_fresh_is_named(tmp_path):
             self.net[0].weight = nn.Parameter(torch.randn(6, 6))
 
     module = Replaces(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)))
-    with pytest.raises(MisconfigurationException, match=r"other tensors in the place of net\.0\.weight"):
+    with pytest.raises(MisconfigurationException, match=r"replaced the tensors of net\.0\.weight"):
         fit(tmp_path, LotteryTicket("magnitude", levels=2, keep=0.5, weights="fresh"), module=module)
     attention = nn.MultiheadAttention(6, 2, batch_first=True)
 

@@ -120,7 +120,7 @@ def test_what_a_resume_refuses(tmp_path):
     checkpoint = tmp_path / "epoch=2.ckpt"
     tickets = LotteryTicket("magnitude", levels=6)
     others = ModelCheckpoint(tmp_path / "other")
-    with pytest.raises(MisconfigurationException, match=r"epochs_per_level=1.*made with 2"):
+    with pytest.raises(MisconfigurationException, match=r"epochs_per_level=1.*saved with 2"):
         fit(tmp_path, tickets, others, ckpt_path=checkpoint, enable_checkpointing=True)
     path = tmp_path / "without.ckpt"
     fitted(plain(), loader(), max_epochs=2).save_checkpoint(path)
@@ -154,7 +154,7 @@ def test_resuming_with_other_arguments_is_refused(tmp_path):
     fit(tmp_path, first)
     state = first.state_dict()
     for other, said in (
-        (LotteryTicket("snip", 3, 0.5), r"score=snip.*made with score=magnitude"),
+        (LotteryTicket("snip", 3, 0.5), r"score=snip.*saved with score=magnitude"),
         (LotteryTicket("magnitude", 3, 0.6), r"sparsities=\[0\.0, 0\.4"),
         (LotteryTicket("magnitude", 3, 0.5, params="net.head.*"), r"params=net\.head"),
     ):

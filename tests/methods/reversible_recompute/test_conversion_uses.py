@@ -69,7 +69,7 @@ def test_refused_when_it_is_called():
         change(model)
         with pytest.raises(RuntimeError, match=said):
             run(model.double())
-    with pytest.raises(ValueError, match="'layers', which is reversible already"):
+    with pytest.raises(ValueError, match="'layers', which is already reversible"):
         convert_to_reversible(model, "layers", warn=False)
 
 
@@ -196,7 +196,7 @@ def test_hidden_states_are_refused_and_leave_nothing_behind(first):
         model(wave(2, 1, 16, 16), output_hidden_states=True)
     convert_to_reversible(model, warn=False)
     if not first:
-        with pytest.raises(RuntimeError, match="do without output_hidden_states"):
+        with pytest.raises(RuntimeError, match="turn off output_hidden_states"):
             model(wave(2, 1, 16, 16), output_hidden_states=True)
     run(model).sum().backward()
 

@@ -356,7 +356,7 @@ def test_a_stage_of_one_pooling_layer_has_no_stack():
 @pytest.mark.parametrize(
     ("build", "error", "said"),
     [
-        (lambda: reversible_vit({"hiden_size": 8}), ValueError, "'hiden_size'.*near are hidden_size"),
+        (lambda: reversible_vit({"hiden_size": 8}), ValueError, "'hiden_size'.*similar names: hidden_size"),
         (lambda: reversible_swin(8), TypeError, "config is a int; give a SwinConfig"),
         (lambda: vit(1, fusion="sum"), ValueError, "fusion='sum'"),
         (lambda: swin(1, fusion="concat"), ValueError, "fusion='concat': choose 'mean'"),

@@ -86,7 +86,7 @@ def test_evaluation_converts_too(tmp_path):
 def test_a_checkpoint_of_another_function_is_warned_of(tmp_path):
     trainer = fit(Encoder(), [ReversibleRecompute("all")], tmp_path)
     trainer.save_checkpoint(tmp_path / "mean.ckpt")
-    with pytest.warns(UserWarning, match=r"fusion=None \(now 'max'\).*weights make another function"):
+    with pytest.warns(UserWarning, match=r"fusion=None \(now 'max'\).*weights compute a different function"):
         fit(Encoder(), [ReversibleRecompute("all", fusion="max")], tmp_path, tmp_path / "mean.ckpt", max_epochs=2)
 
 

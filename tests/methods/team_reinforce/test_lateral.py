@@ -235,7 +235,7 @@ def test_a_machine_without_connections_is_the_mean_of_every_layer():
 
 
 def test_a_machine_is_made_of_units_of_two_values():
-    with pytest.raises(ValueError, match=r"whole_network=True\): units are Gaussian.*units of two values"):
+    with pytest.raises(ValueError, match=r"whole_network=True\): units are Gaussian.*units with two values"):
         Machine([MachineLayer(bpf.Gaussian())], bpf.Boltzmann(whole_network=True))
 
 

@@ -42,7 +42,7 @@ from lightning_bpfree.demos.modules import MLP, SmallCNN
         ({"credit": "pathwise"}, "credit='pathwise'.*use credit='ste'"),
         (
             {"credit": "map_propagation", "unit": "gaussian", "output": None, "reward": "loss"},
-            "credit='map_propagation': the action is held.*output=None draws none",
+            "credit='map_propagation': it needs an action.*output=None draws none",
         ),
         ({"credit": bpf.WeightMax(True), "output": None, "reward": "loss"}, "exact=True.*output='softmax', or exact=F"),
         ({"credit": bpf.MapPropagation(gate=True), "unit": "gaussian"}, "gate=True.*output='gaussian'"),
@@ -137,7 +137,7 @@ class Silent(nn.Module):
         (None, {"unit": ["sign"] * 3}, ValueError, r"unit: 3 units for 2 layers.*net\.layers\.1.*give one, or one"),
         (None, {"learning_rates": [1.0, 1.0]}, ValueError, r"learning_rates=\[1\.0, 1\.0\].*each of the 2 layers"),
         (None, {"reward": lambda b, a: a[:5].float()}, ValueError, r"reward: found shape \(5,\).*\(64,\): row m \* B"),
-        (None, {"reward": lambda b, a: 1.0}, ValueError, "reward: found float; needed is one number a row"),
+        (None, {"reward": lambda b, a: 1.0}, ValueError, "reward: found float; give one number per row"),
         (None, {"reward": "module"}, MisconfigurationException, r"has no method reward\(batch, action\)"),
         (
             None,
@@ -201,7 +201,9 @@ def test_a_networks_own_units_are_refused_as_others_are(own, settings, said):
 
 
 def test_a_reward_is_of_one_call():
-    with pytest.raises(ValueError, match=r"calls its network twice.*Join the batches, or name the part that is"):
+    with pytest.raises(
+        ValueError, match=r"calls its network twice.*Concatenate the batches, or name the submodule that is"
+    ):
         fitted(CallsTwice(MLP(6, [8], 3)), loader(), bpf.TeamReinforce())
     with pytest.raises(MisconfigurationException, match=r"never called.*network="):
         fitted(NeverCalls(MLP(6, [8], 3)), loader(), bpf.TeamReinforce())
@@ -227,7 +229,7 @@ def test_a_reward_that_is_no_number_stops_the_run_or_leaves_out_the_batch(settin
     module, states = problem(lr=0.1), []
     module.on_train_batch_start = lambda batch, index: states.append([p.clone() for p in module.parameters()])
     rule = bpf.TeamReinforce(reward=sometimes_nan, **settings)
-    said = r"the reward of row 7 gave nan in batch 1\. No parameter has moved.*on_nonfinite='skip'"
+    said = r"the reward of row 7 gave nan in batch 1\. No parameter has changed.*on_nonfinite='skip'"
     with pytest.raises(RuntimeError, match=said):
         fitted(module, loader(), rule)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), states[1], strict=True))
@@ -266,7 +268,7 @@ def test_an_action_that_does_not_fit_is_refused(action, said):
 
     module = Wrong(network(6, 5, 3), torch.zeros(8))
     rule = bpf.TeamReinforce(reward="step", num_samples=1, baseline="none")
-    with pytest.raises(MisconfigurationException, match=rf"{said}.*needed are whole numbers \(8,\)"):
+    with pytest.raises(MisconfigurationException, match=rf"{said}.*give whole numbers of shape \(8,\)"):
         estimate(rule, module, vectors())
 
 
@@ -305,7 +307,5 @@ def test_parameters_that_no_layer_reaches_are_refused():
             super().__init__(MLP(6, [8], 3), lr=0.1)
             self.other = nn.Linear(6, 3)
 
-    with pytest.raises(
-        MisconfigurationException, match=r"params='other\.\*'\): none of the trained parameters is in fr"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"params='other\.\*'\): none of the trained parameters feeds"):
         fitted(Apart(), loader(), bpf.TeamReinforce(network="net", params="other.*"))

@@ -163,5 +163,5 @@ def test_the_number_of_environments_stays():
     traced("reward", range(1), rule, module)
     x, rewards, _ = online(1)
     module.rewards, module.done = rewards[:3], None
-    with pytest.raises(ValueError, match=r"trace_decay: a batch of 3 rows after one of 4.*Keep their number"):
+    with pytest.raises(ValueError, match=r"trace_decay: a batch of 3 rows after one of 4.*Keep the number of rows"):
         estimate(rule, module, (x[:3],))

@@ -33,9 +33,9 @@ _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
 class LowRankLayers:
     """The linear, convolution and embedding layers of a module whose weights can carry low-rank noise.
 
-    A layer counts if it computes by the standard forward of its kind, and if nothing but this forward uses its weight;
-    that is found out by :meth:`observed`, in one evaluation. Weights of all other layers are to be replaced by those of
-    the members, one matrix for each.
+    A layer qualifies if it uses the standard forward of its class, and if nothing else reads its weight;
+    :meth:`observed` finds this out in one evaluation. The weights of all other layers are replaced by those of the
+    members, one matrix each.
 
     Args:
         slots: the parameters of the module.
@@ -123,7 +123,7 @@ def _forward(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[
 
 
 class _ObservedWeight(Tensor):
-    """A weight that says so when an operation computes something from it."""
+    """A weight that reports when an operation reads it."""
 
     _seen: Callable[[], None]
 

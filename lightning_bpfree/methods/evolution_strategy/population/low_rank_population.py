@@ -1,4 +1,4 @@
-"""Populations whose noise is of low rank: a member costs little more than its samples of inference."""
+"""Populations whose noise is of low rank: a member costs little more than inference on its samples."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LowRankPopulation(Population):
 
     A weight of shape ``(out, ...)`` counts as a matrix with ``out`` rows. Each entry of the noise has mean 0 and
     variance 1, and entries are uncorrelated, as those of full-rank noise; they are not independent. Parameters of one
-    dimension, and matrices too small to gain by it, get full noise.
+    dimension, and matrices too small to benefit, get full-rank noise.
 
     Args:
         params: the mean, named tensors.

@@ -75,7 +75,7 @@ class Noise:
         self._starts: list[list[int]] = self._offsets.tolist()
 
     def row(self, k: int) -> Tensor:
-        """Return vector ``k``, shape ``(dim,)``; not to be written to, for it can be a part of the table."""
+        """Return vector ``k``, shape ``(dim,)``. Do not write to it: it can be a view of the table."""
         if not 0 <= k < self.num:
             raise IndexError(f"vector {k} of {self.num}")
         if self.kind == "independent":

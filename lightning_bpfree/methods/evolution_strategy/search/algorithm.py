@@ -20,7 +20,7 @@ LARGEST_STD = 1e6  # a coordinate without effect on the fitness may let its devi
 
 
 class Weights(NamedTuple):
-    """What a member's fitness is worth: weights of the noise, and of its squares.
+    """Weights of the members: of their noise, and of its squares.
 
     Args:
         first: shape ``(N,)``.
@@ -32,27 +32,26 @@ class Weights(NamedTuple):
 
 
 class SearchAlgorithm(ABC):
-    """A normal distribution around the parameters that learns from the fitness of samples; everything minimises.
+    """A normal distribution around the parameters that learns from the fitness of samples; smaller is better.
 
-    :meth:`ask` samples a population, :meth:`tell` turns its fitness into a search gradient for the mean and takes note
-    of what it says of the standard deviation, :meth:`step` moves the standard deviation. The mean is the caller's: an
-    optimizer moves it along the search gradient, and plain gradient descent with the learning rate 1 does what the
-    literature writes as the update of the mean, unless a docstring says otherwise.
+    :meth:`ask` samples a population. :meth:`tell` turns its fitness into a search gradient for the mean, and records
+    statistics for the standard deviation, which :meth:`step` updates. The caller moves the mean, by an optimizer. Plain
+    gradient descent with learning rate 1 gives the update in the literature, unless a docstring says otherwise.
 
-    Subclasses say how fitness becomes weights, how the weighted sum of noise becomes a gradient, and how the deviation
-    adapts. Sums of noise are all that they see, so that noise need not be stored.
+    Subclasses define how fitness becomes weights, how the weighted sum of noise becomes a gradient, and how the
+    deviation adapts. They only see sums of noise, so that noise need not be stored.
 
     Args:
         sigma: standard deviation at the start, > 0, in units of the parameters.
         sigma_decay: factor on the standard deviation after each step, in (0, 1].
-        sigma_min: what the standard deviation does not fall below, >= 0.
+        sigma_min: lower bound of the standard deviation, >= 0.
 
     Raises:
         ValueError: for arguments out of range.
     """
 
     per_coordinate: ClassVar[bool] = True
-    """Whether every coordinate has a standard deviation of its own."""
+    """Whether every coordinate has its own standard deviation."""
     mirrored: ClassVar[bool] = False
     """Whether populations are mirrored unless asked otherwise."""
     vectors: ClassVar[tuple[str, ...]] = ("_std",)
@@ -67,7 +66,7 @@ class SearchAlgorithm(ABC):
         self.restart()
 
     def check(self) -> None:
-        """Raise ValueError for settings that do not go together."""
+        """Raise ValueError for incompatible settings."""
         if self.sigma_min > self.sigma:
             raise ValueError(
                 f"{type(self).__name__}: sigma_min={self.sigma_min!r}: give a floor from 0 to sigma={self.sigma!r}."
@@ -90,12 +89,12 @@ class SearchAlgorithm(ABC):
 
     @property
     def ranks_fitness(self) -> bool:
-        """Whether only the order of the fitness counts, so that an infinite one is just the worst."""
+        """Whether only the order of the fitness matters, so that an infinite value is allowed."""
         return True
 
     @abstractmethod
     def weights(self, fitness: Tensor) -> Weights:
-        """Return the weights of the members, for fitness of shape ``(N,)``, small being good."""
+        """Return the weights of the members, for fitness of shape ``(N,)``; smaller is better."""
 
     @abstractmethod
     def gradient(self, first: Tensor) -> Tensor:
@@ -146,13 +145,13 @@ class SearchAlgorithm(ABC):
             params: the mean, named tensors.
             size: number of members.
             seed: of the noise; another one for each generation.
-            mirrored: whether members come in pairs of opposite noise; None for the algorithm's habit.
+            mirrored: whether members come in pairs of opposite noise; None for the algorithm's default.
             rank: of the noise of weights; None for full rank. Needs an algorithm with one standard deviation.
             masks: name -> boolean tensor, False where a coordinate is pruned: zero, and not searched.
             noise: ``"table"`` or ``"independent"``, see :class:`Noise`.
 
         Raises:
-            ValueError: if the arguments do not go together.
+            ValueError: if the arguments are incompatible.
         """
         mirrored = self.mirrored if mirrored is None else mirrored
         self._size = size
@@ -165,14 +164,14 @@ class SearchAlgorithm(ABC):
         return population
 
     def check_low_rank(self, masks: Mapping[str, Tensor] | None = None) -> None:
-        """Raise ValueError if noise of low rank does not go with the algorithm or with masks."""
+        """Raise ValueError if the algorithm or masks do not support low-rank noise."""
         if self.per_coordinate:
             raise ValueError(
-                f"rank with {type(self).__name__}: a standard deviation of each weight's own makes noise of full rank. "
+                f"rank with {type(self).__name__}: one standard deviation per weight needs noise of full rank. "
                 "Use OpenAIES, or rank=None."
             )
         if masks is not None:
-            raise ValueError("rank with masks: masked noise is not of low rank. Use rank=None.")
+            raise ValueError("rank with masks: masked noise does not have low rank. Use rank=None.")
 
     def _std_of(self, population: FullRankPopulation) -> Tensor | float:
         if not self.per_coordinate:
@@ -184,7 +183,7 @@ class SearchAlgorithm(ABC):
         return self._std
 
     def _rearrange(self, layout: dict[str, int]) -> None:
-        """Keep what was learned of parameters that are still searched; others begin anew."""
+        """Keep the state of parameters that are still searched; others start again."""
         before, self.layout = self.layout, layout
         if before is None or before == layout:
             return
@@ -202,11 +201,11 @@ class SearchAlgorithm(ABC):
     def tell(self, population: Population, fitness: Tensor) -> Params:
         """Return the search gradient of the mean as named tensors; pruned coordinates have none.
 
-        Told of several populations before the next :meth:`step`, the algorithm learns from the mean of what they say.
+        If called for several populations before the next :meth:`step`, the algorithm averages over them.
 
         Args:
             population: from :meth:`ask`, with no :meth:`step` in between.
-            fitness: one number a member, shape ``(N,)``; small is good.
+            fitness: one number per member, shape ``(N,)``; smaller is better.
         """
         weights = self.weights(fitness)
         moments = population.moments(weights.first, weights.second)
@@ -217,7 +216,7 @@ class SearchAlgorithm(ABC):
         return population.unflatten(self.gradient(moments[0]))
 
     def step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Adapt the standard deviation to what was told since the last step; nothing happens if nothing was.
+        """Adapt the standard deviation to the fitness told since the last step; do nothing if there was none.
 
         Args:
             reduce: takes the mean of a tensor over ranks whose populations were measured on different data.
@@ -240,10 +239,10 @@ class SearchAlgorithm(ABC):
     # --- checkpoints ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was learned, in tensors and numbers; what is told after it does not change it."""
+        """Return the learned state, in tensors and numbers; later calls of :meth:`tell` do not change it."""
         return {"std": None if self._std is None else self._std.clone(), "steps": self._steps, "layout": self.layout}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
         self.restart()
         self._std, self._steps, self.layout = state["std"], state["steps"], state["layout"]

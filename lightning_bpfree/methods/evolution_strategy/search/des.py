@@ -20,7 +20,7 @@ class DES(SearchAlgorithm):
         temperature: steepness of the weights over ranks, > 0.
         sigma_lr: share of the way to the better members' deviation in one step, in (0, 1].
         sigma_decay: factor on the deviations after each step, in (0, 1].
-        sigma_min: what the deviations do not fall below, >= 0.
+        sigma_min: lower bound of the deviations, >= 0.
 
     Raises:
         ValueError: for arguments out of range.
@@ -48,12 +48,12 @@ class DES(SearchAlgorithm):
 
     def weights(self, fitness: Tensor) -> Weights:
         """Return the softmax weights of the ranks, for the noise and for its squares."""
-        centred = torch.linspace(-0.5, 0.5, len(fitness), dtype=torch.float64, device=fitness.device)
-        weights = ranked(fitness, torch.softmax(-20 * torch.sigmoid(self.temperature * centred), 0))
+        centered = torch.linspace(-0.5, 0.5, len(fitness), dtype=torch.float64, device=fitness.device)
+        weights = ranked(fitness, torch.softmax(-20 * torch.sigmoid(self.temperature * centered), 0))
         return Weights(weights, weights)
 
     def gradient(self, first: Tensor) -> Tensor:
-        """Return the way from the weighted mean of the members to the mean."""
+        """Return the difference of the mean and the weighted mean of the members."""
         return -self.std * first
 
     def adapt(self, std: Tensor, first: Tensor, second: Tensor, told: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""From the fitness of a population to weights of its members; everything minimises."""
+"""From the fitness of a population to weights of its members; smaller is better."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Shaping = Literal["centered_rank", "z_score", "raw"]
 
 
 def ranked(fitness: Tensor, by_rank: Tensor) -> Tensor:
-    """Return one weight a member, given the weights of the ranks, best (smallest fitness) first.
+    """Return one weight per member, given the weights of the ranks, best (smallest fitness) first.
 
-    Members of equal fitness share the mean of the weights of the ranks that they take up, so that their order does not
-    matter: losses of classes or rewards tie often.
+    Members of equal fitness get the mean of the weights of their ranks, so that their order does not matter; rewards
+    and error counts often tie.
 
     Args:
         fitness: shape ``(N,)``; infinity is the worst rank.
@@ -35,11 +35,11 @@ def ranked(fitness: Tensor, by_rank: Tensor) -> Tensor:
 
 @checked
 def shaped(fitness: Tensor, shaping: Shaping) -> Tensor:
-    """Return fitness on a common scale, shape ``(N,)``; small stays good.
+    """Return fitness on a common scale, shape ``(N,)``; smaller is better.
 
     Args:
         fitness: shape ``(N,)``.
-        shaping: ``"centered_rank"``: ranks, evenly spaced over [-1/2, 1/2]: blind to any monotone map of the fitness.
+        shaping: ``"centered_rank"``: ranks, evenly spaced over [-1/2, 1/2]: invariant to monotone maps of the fitness.
             ``"z_score"``: mean 0, standard deviation 1. ``"raw"``: as it is.
 
     Raises:

@@ -15,13 +15,13 @@ class OpenAIES(SearchAlgorithm):
     """Descends ``sum_i f_i z_i / (N sigma)``, an estimate of the gradient of ``E f(mean + sigma z)``.
 
     With ``shaping="raw"`` and mirrored members the estimate is unbiased. Its usual optimizer is Adam with a learning
-    rate of about 0.01; ``SGD(lr=1)`` would take the bare step.
+    rate of about 0.01; ``SGD(lr=1)`` takes the plain step.
 
     Args:
         sigma: standard deviation of the noise, > 0.
         shaping: ``"centered_rank"``, ``"z_score"`` or ``"raw"``, see :func:`shaped`.
         sigma_decay: factor on sigma after each step of the optimizer, in (0, 1].
-        sigma_min: what sigma does not fall below, >= 0.
+        sigma_min: lower bound of sigma, >= 0.
 
     Raises:
         ValueError: for arguments out of range.

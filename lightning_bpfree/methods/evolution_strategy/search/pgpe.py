@@ -31,8 +31,8 @@ class PGPE(SearchAlgorithm):
         sigma_lr: learning rate of the deviation, > 0.
         max_change: largest relative change of a deviation in one step, in (0, 1).
         sigma_decay: factor on the deviation after each step, in (0, 1].
-        sigma_min: what the deviation does not fall below, >= 0. Once all stand on this floor, nothing of the curvature
-            is left in them: mind that before you prune by signal-to-noise.
+        sigma_min: lower bound of the deviation, >= 0. Deviations at this bound carry no information about curvature,
+            which matters if you prune by signal-to-noise.
 
     Raises:
         ValueError: for arguments out of range.

@@ -17,14 +17,14 @@ from lightning_bpfree.methods.evolution_strategy.search.fitness_shaping import r
 class SepCMAES(SearchAlgorithm):
     """Adapts a diagonal covariance and a step size from the better part of the population and its path over time.
 
-    ``SGD(lr=1)`` gives the classical update of the mean. Members are not mirrored by habit: opposite noise cancels in
-    the path, and the step size would shrink too fast.
+    ``SGD(lr=1)`` gives the classical update of the mean. Members are not mirrored by default: opposite noise cancels in
+    the path, so the step size would shrink too fast.
 
     Args:
         sigma: step size at the start, > 0.
-        elite_ratio: share of the population that counts, in (0, 1].
+        elite_ratio: share of the population in the elite, in (0, 1].
         sigma_decay: factor on the step size after each step, in (0, 1].
-        sigma_min: what a standard deviation does not fall below, >= 0.
+        sigma_min: lower bound of each standard deviation, >= 0.
 
     Raises:
         ValueError: for arguments out of range.
@@ -68,7 +68,7 @@ class SepCMAES(SearchAlgorithm):
         return torch.cat([positive / positive.sum(), torch.zeros(num - elite, dtype=torch.float64)])
 
     def gradient(self, first: Tensor) -> Tensor:
-        """Return the way from the weighted mean of the elite to the mean."""
+        """Return the difference of the mean and the weighted mean of the elite."""
         return -self.std * first
 
     def adapt(self, std: Tensor, first: Tensor, second: Tensor, told: float) -> Tensor:
@@ -99,13 +99,13 @@ class SepCMAES(SearchAlgorithm):
         return covariance.sqrt() * (self._step_size / self.sigma_decay)  # the base class multiplies by the decay
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was learned, in tensors and numbers."""
+        """Return the learned state, in tensors and numbers."""
         step_size = self.sigma if self._step_size is None else self._step_size
         paths = {"path_sigma": self._path_sigma, "path_c": self._path_c, "step_size": step_size}
         return {**super().state_dict(), **paths}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
         super().load_state_dict(state)
         self._path_sigma, self._path_c = state["path_sigma"], state["path_c"]
         self._step_size = state["step_size"]

@@ -20,10 +20,10 @@ class SNES(SearchAlgorithm):
     Args:
         sigma: standard deviation at the start, > 0.
         temperature: None for the classical utilities, ``max(0, ln(N/2 + 1) - ln rank)`` scaled to add up to 1, less
-            1/N. A number T > 0 takes a softmax of ``-T`` times the centred rank instead, without the 1/N.
+            1/N. A number T > 0 takes a softmax of ``-T`` times the centered rank instead, without the 1/N.
         sigma_lr: learning rate of the logarithm of the deviations; None for ``(3 + ln d) / (5 sqrt d)``.
         sigma_decay: factor on the deviations after each step, in (0, 1].
-        sigma_min: what the deviations do not fall below, >= 0.
+        sigma_min: lower bound of the deviations, >= 0.
 
     Raises:
         ValueError: for arguments out of range.
@@ -68,7 +68,7 @@ class SNES(SearchAlgorithm):
         return torch.softmax(-self.temperature * (ranks / (num - 1) - 0.5), 0)
 
     def gradient(self, first: Tensor) -> Tensor:
-        """Return the natural gradient of the mean, turned round."""
+        """Return the negative natural gradient of the mean."""
         return -self.std * first
 
     def adapt(self, std: Tensor, first: Tensor, second: Tensor, told: float) -> Tensor:

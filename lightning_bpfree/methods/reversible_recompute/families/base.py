@@ -15,7 +15,7 @@ CACHES = frozenset({"cache", "past_key_values", "past_key_value"})  # of keys an
 
 
 class Family:
-    """Layers made of an attention and a feed-forward branch, each with a skip and a normalisation.
+    """Layers made of an attention and a feed-forward branch, each with a skip and a normalization.
 
     A family knows its layers by their structure rather than by their class, so that no library is imported for it. What
     it takes apart is compared with the layer's own output before it is used.
@@ -36,7 +36,7 @@ class Family:
         return True
 
     def post_norm(self, layer: nn.Module) -> bool:
-        """Return whether normalisations come after the skips."""
+        """Return whether normalizations come after the skips."""
         return False
 
     def attention_kind(self, layer: nn.Module) -> str | None:
@@ -60,20 +60,20 @@ class Family:
         if arguments.pop("output_attentions", False):
             raise RefusedStackError(
                 "output_attentions=True: a reversible stack keeps no attention weights. Hook the attention modules, or "
-                "ask the model before its conversion."
+                "query the model before its conversion."
             )
         return x, arguments
 
     def attention(self, layer: Any, x: Tensor, **context: Any) -> Tensor:
-        """Return the attention branch of a normalised input, without its skip."""
+        """Return the attention branch of a normalized input, without its skip."""
         raise NotImplementedError
 
     def feed_forward(self, layer: Any, x: Tensor) -> Tensor:
-        """Return the feed-forward branch of a normalised input, without its skip."""
+        """Return the feed-forward branch of a normalized input, without its skip."""
         raise NotImplementedError
 
     def norms(self, layer: Any) -> tuple[nn.Module, nn.Module]:
-        """Return the normalisations of the attention and of the feed-forward branch."""
+        """Return the normalizations of the attention and of the feed-forward branch."""
         first, second = self.norm_names
         return getattr(layer, first), getattr(layer, second)
 
@@ -84,20 +84,20 @@ class Family:
         return (self.whole_attention, self.whole_feed_forward) if rewire == "scaled" else (self.first, self.second)
 
     def first(self, layer: nn.Module, x: Tensor, **context: Any) -> Tensor:
-        """Return the attention of the normalised input."""
+        """Return the attention of the normalized input."""
         return self.attention(layer, self.norms(layer)[0](x), **context)
 
     def second(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Return the feed-forward branch of the normalised input."""
+        """Return the feed-forward branch of the normalized input."""
         return self.feed_forward(layer, self.norms(layer)[1](x))
 
     def whole_attention(self, layer: nn.Module, x: Tensor, **context: Any) -> Tensor:
-        """Return the attention sublayer of a post-norm layer, with its skip and normalisation."""
+        """Return the attention sublayer of a post-norm layer, with its skip and normalization."""
         out: Tensor = self.norms(layer)[0](x + self.attention(layer, x, **context))
         return out
 
     def whole_feed_forward(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Return the feed-forward sublayer of a post-norm layer, with its skip and normalisation."""
+        """Return the feed-forward sublayer of a post-norm layer, with its skip and normalization."""
         out: Tensor = self.norms(layer)[1](x + self.feed_forward(layer, x))
         return out
 
@@ -119,7 +119,7 @@ class OwnBranches(Family):
     """Layers whose branches the caller gives.
 
     Args:
-        f: function of a layer, a tensor and keyword arguments, with its normalisation inside and without its skip.
+        f: function of a layer, a tensor and keyword arguments, with its normalization inside and without its skip.
         g: likewise.
     """
 
@@ -141,5 +141,5 @@ class OwnBranches(Family):
             RefusedStackError: always.
         """
         raise RefusedStackError(
-            "fusion='concat_linear' needs the width of the layers, which branches=(f, g) do not tell: use another one."
+            "fusion='concat_linear' needs the width of the layers, unknown with branches=(f, g): use another fusion."
         )

@@ -79,7 +79,7 @@ class TransformersBert(TextFamily):
 
 
 class TransformersPreNormBert(TransformersBert):
-    """Layers of transformers' RoBERTa-PreLayerNorm: those of RoBERTa, with normalisations before the branches."""
+    """Layers of transformers' RoBERTa-PreLayerNorm: those of RoBERTa, with normalizations before the branches."""
 
     name = "transformers RoBERTa-PreLayerNorm layer"
 
@@ -132,7 +132,7 @@ class TransformersLlama(TransformersGPT2):
     norm_names = ("input_layernorm", "post_attention_layernorm")
 
     def matches(self, layer: Any) -> bool:
-        """Return whether the layer has the structure, two normalisations, and no experts."""
+        """Return whether the layer has the structure, two normalizations, and no experts."""
         return super().matches(layer) and not any(
             hasattr(layer, name) or hasattr(layer.mlp, name)
             for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm", "experts", "gate")

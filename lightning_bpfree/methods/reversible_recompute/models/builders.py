@@ -31,11 +31,11 @@ class Recompute(TypedDict, total=False):
 
     Args:
         schedule: ``"autograd"``, ``"checkpoint"``, ``"sequential"`` (default) or ``"parallel"``.
-        buffer_every: keep the inputs of every so many blocks; ``"auto"`` (default): what the scales of the skips call
-            for; None for none.
+        buffer_every: keep the inputs of every n-th block; ``"auto"`` (default): chosen by the scales of the skips; None
+            for none.
         max_error: largest relative error of recovered inputs, above 0; None for any.
-        check_every: measure it in one of so many passes, at least 1.
-        store_last: so many blocks at the top of each stack keep their activations, at least 0.
+        check_every: measure it in every n-th pass, at least 1.
+        store_last: number of blocks at the top of each stack that keep their activations, at least 0.
     """
 
     schedule: Schedule
@@ -52,16 +52,15 @@ def reversible_vit(config: Any = None, *, fusion: Fusion = "concat", **recompute
     Args:
         config: a ``transformers.ViTConfig``, or its keyword arguments in a dict; None for its defaults.
         fusion: how two streams become one after the last layer: ``"concat"``, the paper's choice: the final
-            normalisation and the classifier take twice the channels; or a mode of
+            normalization and the classifier take twice the channels; or a mode of
             :class:`~lightning_bpfree.StreamFusion` that keeps them.
         **recompute: see :class:`Recompute`.
 
     Returns:
-        A ``transformers.ViTForImageClassification``. Its class token stays, on which the classifier looks; the paper's
-        models have none.
+        A ``transformers.ViTForImageClassification``. The classifier uses the class token; the paper's models have none.
 
     Raises:
-        ImportError: if transformers is not there.
+        ImportError: if transformers is not installed.
         TypeError: for a config of another kind, or an unknown option.
         ValueError: for an unknown keyword of a config, or an option out of range.
 
@@ -117,7 +116,7 @@ def reversible_swin(
         A ``transformers.SwinForImageClassification``.
 
     Raises:
-        ImportError: if transformers is not there.
+        ImportError: if transformers is not installed.
         TypeError: for a config of another kind, or an unknown option.
         ValueError: for an unknown keyword of a config, or an option out of range.
 
@@ -159,7 +158,7 @@ def reversible_hiera(
         A ``transformers.HieraForImageClassification``.
 
     Raises:
-        ImportError: if transformers is not there.
+        ImportError: if transformers is not installed.
         TypeError: for a config of another kind, or an unknown option.
         ValueError: for an unknown keyword of a config, or an option out of range.
 
@@ -195,8 +194,8 @@ def reversible_roberta(
 ) -> nn.Module:
     """Build RoBERTa with reversible layers: Rev-RoBERTa.
 
-    RoBERTa's normalisations come after the skips, which nothing could be taken back from; the paper does not say what
-    became of them. Here they come before the branches, of equal parameters.
+    RoBERTa applies its normalizations after the skips, which cannot be inverted; the paper does not say how it changed
+    them. Here they are applied before the branches, with the same parameters.
 
     Args:
         config: a ``transformers.RobertaConfig``, or its keyword arguments in a dict; None for its defaults.
@@ -213,7 +212,7 @@ def reversible_roberta(
         A ``transformers.RobertaForMaskedLM``, ``RobertaForSequenceClassification`` or ``RobertaForCausalLM``.
 
     Raises:
-        ImportError: if transformers is not there.
+        ImportError: if transformers is not installed.
         TypeError: for a config of another kind, or an unknown option.
         ValueError: for an unknown keyword of a config or head, or an option out of range.
 
@@ -239,7 +238,7 @@ def reversible_roberta(
 
 @checked
 def set_schedule(model: nn.Module, schedule: Schedule) -> int:
-    """Set how activations come back in all reversible stacks of a model; may be done between two passes.
+    """Set how all reversible stacks of a model recover their activations; may be called between two passes.
 
     Args:
         model: any module; a LightningModule is one.
@@ -287,10 +286,12 @@ def _config(kind: Any, config: Any) -> Any:
         )
     default = kind()
     for key in config or {}:
-        # A config takes any keyword and keeps it, misspelt ones too.
+        # A config takes any keyword and keeps it, misspelled ones too.
         if not hasattr(default, key) and key != "attn_implementation":
             near = difflib.get_close_matches(key, vars(default), cutoff=0.0)
-            raise ValueError(f"config has {key!r}, which {kind.__name__} does not know; near are {', '.join(near)}.")
+            raise ValueError(
+                f"config has {key!r}, which {kind.__name__} does not know; similar names: {', '.join(near)}."
+            )
     return kind(**(config or {}))
 
 

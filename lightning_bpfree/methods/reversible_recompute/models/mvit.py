@@ -26,7 +26,7 @@ from lightning_bpfree.methods.reversible_recompute.stream_fusion import Fusion, 
 
 
 class AttentionBranch(nn.Module):
-    """Normalisation, pooling attention and stochastic depth, without a skip; the grid stays."""
+    """Normalization, pooling attention and stochastic depth, without a skip; the grid stays."""
 
     def __init__(self, dim: int, heads: int, kv_stride: int, dropout: float, drop_path: float) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class AttentionBranch(nn.Module):
 
 
 class FeedForwardBranch(nn.Sequential):
-    """Normalisation, two linear layers with GELU and dropout, and stochastic depth, without a skip."""
+    """Normalization, two linear layers with GELU and dropout, and stochastic depth, without a skip."""
 
     def __init__(self, dim: int, mlp_ratio: float, dropout: float, drop_path: float = 0.0) -> None:
         hidden = max(1, round(dim * mlp_ratio))
@@ -130,10 +130,10 @@ class ReversibleMViT(nn.Module):
             the first block.
         fusion: how two streams become one between stages, a mode of :class:`StreamFusion`. After ``"concat"`` the
             transition takes 2C channels and keeps them.
-        last_fusion: the same after the last stage; after ``"concat"`` the final normalisation and the head take 2C.
+        last_fusion: the same after the last stage; after ``"concat"`` the final normalization and the head take 2C.
         schedule: ``"autograd"``, ``"checkpoint"``, ``"sequential"`` or ``"parallel"``.
-        buffer_every: keep the inputs of every so many blocks of a stage, at least 1; None for none.
-        store_last: so many blocks at the top of every stage keep their activations, at least 0.
+        buffer_every: keep the inputs of every n-th block of a stage, at least 1; None for none.
+        store_last: number of blocks at the top of every stage that keep their activations, at least 0.
 
     Raises:
         ValueError: for arguments out of range, or images of another shape.
@@ -208,7 +208,7 @@ class ReversibleMViT(nn.Module):
 
     @property
     def schedule(self) -> Schedule:
-        """How the activations of all stages come back; may be set at any time."""
+        """How the activations of all stages are recovered; may be set at any time."""
         return self._reversible()[0].schedule
 
     @schedule.setter

@@ -9,7 +9,7 @@ Grid = tuple[int, int]
 
 
 class TokenPool(nn.Module):
-    """Pools tokens over their grid by a depthwise strided convolution, and normalises each.
+    """Pools tokens over their grid by a depthwise strided convolution, and normalizes each.
 
     The same weights serve all heads. A stride of 1 keeps the grid and still convolves.
 
@@ -35,7 +35,7 @@ class TokenPool(nn.Module):
     def __init__(self, channels: int, stride: int = 1, kernel: int = 3) -> None:
         super().__init__()
         if kernel < 1 or kernel % 2 == 0:
-            raise ValueError(f"kernel={kernel}: give an odd number of at least 1, so that kernels have a centre.")
+            raise ValueError(f"kernel={kernel}: give an odd number of at least 1, so that kernels have a center.")
         if stride < 1:
             raise ValueError(f"stride={stride}: give a number of tokens of at least 1.")
         self.conv = nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False)
@@ -122,7 +122,7 @@ class PoolingAttention(nn.Module):
         if x.dim() != 3 or x.shape[1] != grid[0] * grid[1]:
             raise ValueError(
                 f"x is {tuple(x.shape)} and grid={tuple(grid)}: give tokens (B, H * W, C) and their grid (H, W); a "
-                "class token has no place in it."
+                "class token is not supported."
             )
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, grid_out = self.pool_q(q, grid)

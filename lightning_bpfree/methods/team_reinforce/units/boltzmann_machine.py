@@ -36,7 +36,7 @@ class Machine:
 
     Args:
         layers: from the first hidden layer to the output.
-        settings: number of sweeps, and colours of the lateral weights.
+        settings: number of sweeps, and colors of the lateral weights.
 
     Raises:
         ValueError: for units that a Boltzmann machine has no energy for.
@@ -46,8 +46,8 @@ class Machine:
         for layer in layers:
             if not isinstance(layer.unit, Bernoulli | Softmax):
                 raise ValueError(
-                    f"Boltzmann(whole_network=True): units are {type(layer.unit).__name__}; the machine is made of "
-                    "units of two values, and one softmax output."
+                    f"Boltzmann(whole_network=True): units are {type(layer.unit).__name__}; the machine needs "
+                    "units with two values, and one softmax output."
                 )
         self.layers, self.settings = list(layers), settings
 

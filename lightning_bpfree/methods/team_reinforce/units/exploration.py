@@ -37,7 +37,7 @@ class Exploration(ABC):
         """Raise ValueError if such units cannot draw in this way."""
         if self.has_lateral_weights and not isinstance(unit, Bernoulli):
             raise ValueError(
-                f"exploration={type(self).__name__}: lateral weights are defined between units of two values, and "
+                f"exploration={type(self).__name__}: lateral weights are defined between units with two values, but "
                 f"unit is {type(unit).__name__}. Use unit='bernoulli' or 'sign', or exploration='independent'."
             )
 

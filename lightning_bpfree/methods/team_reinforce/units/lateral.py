@@ -32,15 +32,15 @@ class Boltzmann(Exploration):
     """A Boltzmann machine in every layer: symmetric lateral weights, drawn by Gibbs sweeps from the independent draw.
 
     With potentials ``x``, lateral weights ``U`` and values 0 and 1, ``P(h | x)`` is proportional to
-    ``exp((h.x + h.U h / 2) / temperature)``. The units have colours, and weights connect units of different colours
-    only, so that all units of a colour draw at once and the sweep is a valid Gibbs sampler.
+    ``exp((h.x + h.U h / 2) / temperature)``. The units have colors, and weights connect units of different colors
+    only, so that all units of a color draw at once and the sweep is a valid Gibbs sampler.
 
     Without the negative phase, what is learned is reward-modulated Hebb, advantage times the product of two
     activities: exact if the advantage is a reward minus its mean **given the layer's input**, biased otherwise.
 
     Args:
-        sweeps: Gibbs sweeps over all colours, >= 1.
-        colors: number of colours, >= 2: 2 makes the lateral weights bipartite; as many as units, all-to-all.
+        sweeps: Gibbs sweeps over all colors, >= 1.
+        colors: number of colors, >= 2: 2 makes the lateral weights bipartite; as many as units, all-to-all.
         whole_network: one machine over all hidden units and the output, drawn jointly given the input; then a baseline
             that knows the input alone is enough for every weight. Needs one ``nn.Linear`` between layers of units.
 
@@ -55,7 +55,7 @@ class Boltzmann(Exploration):
 
     References:
         S. Chung, "Structural Credit Assignment with Coordinated Exploration", 2023, arXiv 2307.13256 (a reconstruction
-        from the abstract: the sampler, the colours and the baseline are ours).
+        from the abstract: the sampler, the colors and the baseline are ours).
     """
 
     @checked
@@ -63,12 +63,12 @@ class Boltzmann(Exploration):
         self.sweeps, self.colors, self.whole_network = sweeps, colors, whole_network
 
     def groups(self, num_units: int) -> list[slice]:
-        """Return the units of every colour."""
+        """Return the units of every color."""
         edges = [num_units * c // self.colors for c in range(self.colors + 1)]
         return [slice(a, b) for a, b in pairwise(edges) if b > a]
 
     def connected(self, gradient: Tensor) -> Tensor:
-        """Return a symmetric matrix that is 0 between units of one colour: what lateral weights may change by."""
+        """Return a symmetric matrix that is 0 between units of one color: what lateral weights may change by."""
         symmetric = (gradient + gradient.T) / 2
         for group in self.groups(len(gradient)):
             symmetric[group, group] = 0.0

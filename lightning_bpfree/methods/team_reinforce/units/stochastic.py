@@ -18,7 +18,7 @@ class StochasticUnit(nn.Module, ABC):
     """A layer of units that draw their values given potentials ``(B, ...)``, each unit an agent with a policy.
 
     As a module in a network it returns a draw in training and the mean in evaluation. Under plain backprop, gradients
-    pass by the derivative of the mean: exact for :class:`Gaussian` (reparametrisation), the straight-through estimator
+    pass by the derivative of the mean: exact for :class:`Gaussian` (reparameterization), the straight-through estimator
     for the others. :class:`~lightning_bpfree.TeamReinforce` trains such networks by a reward instead.
 
     Args:
@@ -95,7 +95,7 @@ def _per_row(terms: Tensor) -> Tensor:
 
 
 class Bernoulli(StochasticUnit):
-    """Units of two values, the upper one with probability ``sigmoid(potential / temperature)``.
+    """Units with two values; the upper one has probability ``sigmoid(potential / temperature)``.
 
     Args:
         values: ``"zero_one"`` or ``"plus_minus_one"``.
