@@ -8,6 +8,7 @@ from diffusion_problems import STABLE_DIFFUSION, Tanh, TextNet, gradients, log_s
 from tiny_diffusion import prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_bpfree.core.uncounted import uncounted
 from lightning_bpfree.methods.diffusion_adjoint.sampler import DiffusionSampler
 
 
@@ -149,17 +150,42 @@ def test_only_what_is_trained_is_differentiated():
         assert not sampler(torch.randn(2, 3, dtype=torch.double)).requires_grad
 
 
-def test_evaluations_are_counted():
+@pytest.mark.parametrize(("micro_batch", "kept"), [(None, 2), (2, 0)])
+def test_evaluations_are_counted(micro_batch, kept):
     net, noise = TextNet(), torch.randn(4, 4, 8, 8)
     given = {"prompt_embeds": prompts(4), "no_prompt_embeds": torch.randn(1, 5, 8)}
     counts = {}
     for gradient in ("direct", "exact_adjoint", "adjoint", "checkpoint"):
         sampler = DiffusionSampler(
-            net, STABLE_DIFFUSION, num_steps=3, gradient=gradient, guidance_scale=2.0, micro_batch=2
+            net, STABLE_DIFFUSION, num_steps=3, gradient=gradient, guidance_scale=2.0, micro_batch=micro_batch
         )
         gradients(sampler, noise, **given)
         counts[gradient] = sampler.network_evals
-    assert counts == {"direct": 6, "exact_adjoint": 12, "adjoint": 12, "checkpoint": 12}
+    # Three steps with and without the prompt, and again; the graph of the last is kept where the batch is in one part.
+    assert counts == {"direct": 6, "exact_adjoint": 12 - kept, "adjoint": 12, "checkpoint": 12}
+
+
+def test_uncounted_evaluations_are_not_counted():
+    sampler, noise = DiffusionSampler(Tanh(), STABLE_DIFFUSION, num_steps=3), torch.randn(2, 3, dtype=torch.double)
+    with uncounted():
+        sampler(noise).sum().backward()
+    assert sampler.network_evals == 0
+    sampler(noise).sum().backward()
+    assert sampler.network_evals == 5
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+@pytest.mark.parametrize("gradient", ["exact_adjoint", "truncated"])
+def test_a_second_backward_pass_has_the_gradient_of_the_first(gradient, num_steps):
+    # The first takes the kept graph of the last evaluation, the second evaluates it again. The conditioning has a graph
+    # behind it, so that the kept graph ends at a leaf of its own.
+    net, c = Tanh(dropout=0.5), torch.randn(2, 3, dtype=torch.double, requires_grad=True)
+    sampler = DiffusionSampler(net, log_spaced(), num_steps=num_steps, gradient=gradient)
+    out = sampler(torch.randn(2, 3, dtype=torch.double), {"c": c * 2.0}).sum()
+    first = torch.autograd.grad(out, [c, *net.parameters()], retain_graph=True)
+    second = torch.autograd.grad(out, [c, *net.parameters()])
+    assert all(bool(grad.any()) for grad in first)
+    assert all(map(torch.equal, first, second))
 
 
 def test_forward_mode_goes_through_a_solve_without_a_graph():
