@@ -122,6 +122,39 @@ def test_the_adjoint_with_dropout_uses_the_masks_of_its_steps():
     assert torch.equal(net.second.weight.grad[0] != 0, kept[0][0])
 
 
+def test_the_adjoint_of_two_stages_uses_the_masks_of_their_places():
+    net, masks = Tanh(dropout=0.5), []
+    net.drop.register_forward_hook(lambda module, args, out: masks.append(out != 0))
+    sampler = DiffusionSampler(net, log_spaced(), num_steps=1, solver="heun", gradient="adjoint")
+    sampler(torch.randn(4, 3, dtype=torch.double)).sum().backward()
+    at_start, at_end, back_at_end, back_at_start = masks
+    assert not torch.equal(at_start, at_end)
+    assert torch.equal(back_at_end, at_end)
+    assert torch.equal(back_at_start, at_start)
+
+
+class TwoBiases(torch.nn.Module):
+    """Both biases have one tensor as their gradient, which is the cotangent itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (torch.nn.Parameter(torch.ones(2, 3, dtype=torch.double)) for _ in range(2))
+
+    def forward(self, x, time):
+        return torch.tanh(x).detach() + self.first + self.second
+
+
+@pytest.mark.parametrize("gradient", ["exact_adjoint", "adjoint"])
+def test_gradients_that_share_a_tensor_are_summed_apart(gradient):
+    noise, net = torch.randn(2, 3, dtype=torch.double), TwoBiases()
+    true, found = (
+        gradients(DiffusionSampler(net, log_spaced(), num_steps=3, gradient=kind), noise)
+        for kind in ("direct", gradient)
+    )
+    # The field is a constant plus the parameters, whose derivative is 1 at every place: the adjoint has no bias.
+    assert relative(found[-1], true[-1]) < 1e-10  # equal mathematics in float64
+
+
 @pytest.mark.parametrize("gradient", ["exact_adjoint", "adjoint"])
 def test_second_derivatives_are_refused(gradient):
     noise = torch.randn(2, 3, dtype=torch.double, requires_grad=True)

@@ -147,6 +147,29 @@ def test_the_kl_of_two_gaussians_is_an_integral():
     torch.testing.assert_close(found, (length * 0.09)[0].to(found), rtol=1e-5, atol=0.0)
 
 
+def test_the_kl_of_two_flows_is_that_of_their_noises():
+    from contextlib import contextmanager
+
+    from lightning_bpfree.methods.diffusion_adjoint.priors import kl
+
+    schedule = bpf.FlowMatching()
+    ours, theirs = (
+        bpf.DiffusionSampler(lambda x, time, c=c: torch.full_like(x, c), schedule, "flow_prediction", num_steps=4)
+        for c in (0.5, 0.2)
+    )
+
+    @contextmanager
+    def frozen():
+        yield theirs
+
+    draw = torch.rand((), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    low, high = (torch.tensor((1 - s) / s, dtype=torch.float64).log() for s in (0.75, 0.25))  # the inner nodes
+    alpha = torch.sigmoid(low + (high - low) * draw)  # alpha / (1 - alpha) is the signal-to-noise ratio
+    found = kl(ours, torch.randn(2, 3), {}, frozen, torch.Generator().manual_seed(7))
+    # The noise is x + alpha v, so that noises differ by alpha times what velocities do.
+    torch.testing.assert_close(found.double(), (high - low) * (alpha * 0.3).square(), rtol=1e-5, atol=0.0)
+
+
 def test_rewards_that_are_not_finite_leave_parameters_intact():
     calls = []
 
@@ -175,6 +198,7 @@ def test_rewards_by_prompt_and_metrics_of_torchmetrics():
     module = model("lora", TotalVariation(), judges={"brightness": bright})
     trainer = fitted(module, None)
     assert {"val_reward", "val_brightness", "train_reward"} <= set(trainer.callback_metrics)
+    assert module.reward.update_count == 1  # a reward is of one batch, and holds no graph of those before
 
     with pytest.raises(ValueError, match=r"returned shape \(4, 3\) for 4 images"):
         fitted(model("lora", lambda images: images.mean((2, 3))), None, limit_val_batches=0)
