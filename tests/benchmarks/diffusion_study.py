@@ -5,7 +5,7 @@
 ``--model`` is what ``bpfree fit -c papers/adjoint_dpm_pretrain`` has written. Every run is its recipe with an overlay:
 the same steps and the same noise for all gradients of a seed; ``exact_adjoint`` and ``adjoint`` cost the same. Each
 gradient of each task has the learning rate of a grid around the recipe's that reached the highest test reward with a
-seed of its own (``TUNING_SEED``). Figures are test metrics before and after, on noise that training does not draw (but
+seed of its own (``TUNING_SEED``) in half of the steps; the evolution strategy has its recipe's. Figures are test metrics before and after, on noise that training does not draw (but
 for ``noise``, where the optimised noise itself is judged), and the reward of each training step. Images of the first
 seed go to ``--images``. ``--part i/n`` runs every n-th of the missing runs, so that a long study can be made in pieces.
 """
@@ -57,7 +57,7 @@ class Curve(Callback):
 
 
 def built(task: str, overlay: str, seed: int, model: Path, folder: str, factor: float = 1.0) -> ConfigCLI:
-    """The recipe's module and Trainer, with a factor of its learning rate."""
+    """The recipe's module and Trainer, with a factor of its learning rate; half as many epochs to tune that."""
     files = [
         f"papers/adjoint_dpm_{task}",
         *([f"papers/adjoint_dpm_{task}/{overlay}"] if overlay != "exact_adjoint" else []),
@@ -72,6 +72,8 @@ def built(task: str, overlay: str, seed: int, model: Path, folder: str, factor: 
         arguments += [f"--model.init_args.{name}", str(value)]
     cli = ConfigCLI(with_paths(arguments), run=False)
     cli.model.lr *= factor  # read when the fit makes its optimizer
+    if seed == TUNING_SEED:
+        cli.trainer.fit_loop.max_epochs //= 2
     return cli
 
 
@@ -100,6 +102,8 @@ def one_run(task: str, gradient: str, seed: int, factor: float, chosen: argparse
 def best(tuning: list[dict[str, Any]], task: str, gradient: str) -> float:
     """The factor of the learning rate with the highest reward of the grid; NaN counts as the lowest."""
     of = [row for row in tuning if (row["task"], row["gradient"]) == (task, gradient)]
+    if not of:
+        return 1.0
     return float(max(of, key=lambda row: -math.inf if math.isnan(row["reward"]) else row["reward"])["factor"])
 
 
@@ -154,15 +158,12 @@ def rules_of(task: str, chosen: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def bias_of(task: str, chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """The continuous adjoint of the first step, compared with the exact one, over steps of the sampler."""
+def bias_of(task: str, steps: int, chosen: argparse.Namespace) -> dict[str, Any]:
+    """The continuous adjoint of the first step, compared with the exact one, at a number of steps of the sampler."""
     module, trained = first_step(task, chosen)
-    rows = []
-    for steps in BIAS_STEPS:
-        found, true = (gradient_by(module, trained, rule, steps)[1] for rule in ("adjoint", "exact_adjoint"))
-        rows.append({"task": task, "steps": steps, **compared(found, true)})
-        print(rows[-1], flush=True)
-    return rows
+    found, true = (gradient_by(module, trained, rule, steps)[1] for rule in ("adjoint", "exact_adjoint"))
+    print(row := {"task": task, "steps": steps, **compared(found, true)}, flush=True)
+    return row
 
 
 def compared(found: torch.Tensor, true: torch.Tensor) -> dict[str, float]:
@@ -223,9 +224,11 @@ def main() -> None:
     kept = json.loads(chosen.out.read_text(encoding="utf-8")) if chosen.out.exists() else {}
     found = {name: list(kept.get(name, [])) for name in ("tuning", "rules", "bias", "runs")}
     for task in chosen.only:
-        for name, measure in (("rules", rules_of), ("bias", bias_of)):
-            if not any(row["task"] == task for row in found[name]):
-                found[name] += measure(task, chosen)
+        if not any(row["task"] == task for row in found["rules"]):
+            found["rules"] += rules_of(task, chosen)
+        for steps in BIAS_STEPS:
+            if not any((row["task"], row["steps"]) == (task, steps) for row in found["bias"]):
+                found["bias"].append(bias_of(task, steps, chosen))
                 save(chosen, found)
     part, parts = map(int, chosen.part.split("/"))
     pairs = [(task, gradient) for task in chosen.only for gradient in TASKS[task]]
@@ -239,7 +242,7 @@ def train(task: str, gradient: str, found: dict[str, list[dict[str, Any]]], chos
     def missing(rows: list[dict[str, Any]], name: str, value: float) -> bool:
         return not any((row["task"], row["gradient"], row[name]) == (task, gradient, value) for row in rows)
 
-    for factor in GRID:
+    for factor in () if gradient == "evolution_strategy" else GRID:
         if missing(found["tuning"], "factor", factor):
             run = one_run(task, gradient, TUNING_SEED, factor, chosen)
             row = {name: run[name] for name in ("task", "gradient", "seed", "lr", "factor")}

@@ -112,9 +112,8 @@ class Sums:
                 self.sums[index] = total
 
     def results(self) -> list[Tensor | None]:
-        """Return the sums in the tensors' types; None where nothing arrived."""
-        pairs = zip(self.sums, self.leaves, strict=True)
-        return [None if total is None else total.to(leaf.dtype) for total, leaf in pairs]
+        """Return the sums, which autograd casts to the tensors' types; None where nothing arrived."""
+        return self.sums
 
 
 class Evaluated(NamedTuple):
