@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_bpfree.core.uncounted import uncounted
 from lightning_bpfree.methods.diffusion_adjoint.sampler import DiffusionSampler
+from lightning_bpfree.methods.diffusion_adjoint.schedules import FlowMatching
 
 
 def saved_bytes(sampler, noise, conditioning):
@@ -94,6 +95,26 @@ def test_half_precision_networks_have_a_state_in_single_precision():
     assert out.dtype == torch.float32
     assert noise.grad.dtype == torch.bfloat16
     assert {p.grad.dtype for p in net.parameters()} == {torch.bfloat16}
+
+
+class Constant(torch.nn.Module):
+    """A velocity that is a parameter in half precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.velocity = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+
+    def forward(self, x, time):
+        return self.velocity.expand_as(x)
+
+
+@pytest.mark.parametrize("gradient", ["exact_adjoint", "adjoint"])
+def test_gradients_in_half_precision_are_summed_in_single_precision(gradient):
+    net, steps = Constant(), 500
+    sampler = DiffusionSampler(net, FlowMatching(), "flow_prediction", num_steps=steps, gradient=gradient)
+    sampler(torch.zeros(1, 1)).sum().backward()
+    # Each step adds 1/500. Added up in bfloat16, whose numbers from 1/2 on are 1/256 apart, they would end at 1/2.
+    torch.testing.assert_close(net.velocity.grad, torch.tensor([-1.0], dtype=torch.bfloat16), rtol=0.01, atol=0.0)
 
 
 @pytest.mark.parametrize("gradient", ["exact_adjoint", "checkpoint"])
