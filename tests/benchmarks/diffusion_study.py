@@ -248,9 +248,12 @@ def train(task: str, gradient: str, found: dict[str, list[dict[str, Any]]], chos
             row = {name: run[name] for name in ("task", "gradient", "seed", "lr", "factor")}
             found["tuning"].append({**row, "reward": run["after"]["test_reward"]})
             save(chosen, found)
+    factor = best(found["tuning"], task, gradient)
+    kept = [row for row in found["runs"] if (row["task"], row["gradient"]) != (task, gradient)]
+    found["runs"] = [*kept, *(row for row in found["runs"] if row not in kept and row["factor"] == factor)]
     for seed in chosen.seeds:
         if missing(found["runs"], "seed", seed):
-            found["runs"].append(one_run(task, gradient, seed, best(found["tuning"], task, gradient), chosen))
+            found["runs"].append(one_run(task, gradient, seed, factor, chosen))
             save(chosen, found)
 
 
