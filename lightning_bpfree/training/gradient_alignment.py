@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lightning_bpfree.core.arguments import PositiveInt, check_attributes, checked
 from lightning_bpfree.core.params import Params, dot, norm
+from lightning_bpfree.core.replay.uncounted import uncounted
 from lightning_bpfree.core.step import Estimate, Step
-from lightning_bpfree.core.uncounted import uncounted
 from lightning_bpfree.training.ranks import mean_over_ranks
 from lightning_bpfree.training.trainer_attributes import callbacks_of, log_every_n_steps
 from lightning_bpfree.training.training_rule import TrainingRule

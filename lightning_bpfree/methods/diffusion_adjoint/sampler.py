@@ -12,7 +12,7 @@ from torch.func import functional_call
 from typing_extensions import Unpack  # torch needs it too
 
 from lightning_bpfree.core.arguments import Fraction, NonNegativeFloat, PositiveInt, check, checked
-from lightning_bpfree.core.uncounted import counts
+from lightning_bpfree.core.replay.uncounted import counts
 from lightning_bpfree.methods.diffusion_adjoint.evaluations import Solve
 from lightning_bpfree.methods.diffusion_adjoint.fields import Conditioning, Denoiser, GuidedField, Prediction
 from lightning_bpfree.methods.diffusion_adjoint.gradients import Gradient, solved

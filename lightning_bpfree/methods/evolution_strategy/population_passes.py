@@ -15,8 +15,8 @@ from torch.func import vmap
 
 from lightning_bpfree.core.forward_ad import plain_attention
 from lightning_bpfree.core.params import Params
+from lightning_bpfree.core.replay.uncounted import uncounted
 from lightning_bpfree.core.step import SkipBatchError, Step
-from lightning_bpfree.core.uncounted import uncounted
 from lightning_bpfree.core.vectorizing import first_line, timed, vectorises_badly
 from lightning_bpfree.methods.evolution_strategy.population.low_rank_layers import LowRankLayers
 from lightning_bpfree.methods.evolution_strategy.population.low_rank_population import Factors, LowRankPopulation

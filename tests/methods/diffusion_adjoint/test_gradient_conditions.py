@@ -8,7 +8,7 @@ from diffusion_problems import STABLE_DIFFUSION, Tanh, TextNet, gradients, log_s
 from tiny_diffusion import prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_bpfree.core.uncounted import uncounted
+from lightning_bpfree.core.replay.uncounted import uncounted
 from lightning_bpfree.methods.diffusion_adjoint.sampler import DiffusionSampler
 from lightning_bpfree.methods.diffusion_adjoint.schedules import FlowMatching
 
