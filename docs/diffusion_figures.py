@@ -195,7 +195,8 @@ def bias_table(found):
     cells = {(row["task"], row["steps"]): row for row in found["bias"]}
     lines = ["| application | " + " | ".join(f"{n} steps" for n in steps) + " |", "| --- |" + " ---: |" * len(steps)]
     for task in dict.fromkeys(row["task"] for row in found["bias"]):
-        numbers = [f"{cells[task, n]['cosine']:.3f} ({cells[task, n]['error']:.2f})" for n in steps]
+        rows = [cells.get((task, n)) for n in steps]
+        numbers = ["–" if row is None else f"{row['cosine']:.3f} ({row['error']:.2f})" for row in rows]
         lines.append(f"| {TASKS[task]} | {' | '.join(numbers)} |")
     return "\n".join([*lines, "", provenance(found)])
 

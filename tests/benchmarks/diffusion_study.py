@@ -216,6 +216,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--part", default="1/1", help="i/n: every n-th of the runs that are missing")
+    parser.add_argument(
+        "--no-tuning", action="store_true", help="learning rates of the recipes, where none is tuned yet"
+    )
+    parser.add_argument("--no-gradients", action="store_true", help="compare no gradients of first steps")
     parser.add_argument("--no-runs", action="store_true", help="compare gradients alone")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -223,7 +227,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     kept = json.loads(chosen.out.read_text(encoding="utf-8")) if chosen.out.exists() else {}
     found = {name: list(kept.get(name, [])) for name in ("tuning", "rules", "bias", "runs")}
-    for task in chosen.only:
+    for task in [] if chosen.no_gradients else chosen.only:
         if not any(row["task"] == task for row in found["rules"]):
             found["rules"] += rules_of(task, chosen)
         for steps in BIAS_STEPS:
@@ -242,7 +246,7 @@ def train(task: str, gradient: str, found: dict[str, list[dict[str, Any]]], chos
     def missing(rows: list[dict[str, Any]], name: str, value: float) -> bool:
         return not any((row["task"], row["gradient"], row[name]) == (task, gradient, value) for row in rows)
 
-    for factor in () if gradient == "evolution_strategy" else GRID:
+    for factor in () if gradient == "evolution_strategy" or chosen.no_tuning else GRID:
         if missing(found["tuning"], "factor", factor):
             run = one_run(task, gradient, TUNING_SEED, factor, chosen)
             row = {name: run[name] for name in ("task", "gradient", "seed", "lr", "factor")}
