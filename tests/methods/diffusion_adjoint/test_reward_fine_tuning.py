@@ -9,6 +9,7 @@ from tiny_diffusion import image_pipeline, prompts, stable_diffusion
 from torchmetrics.image import TotalVariation
 
 import lightning_bpfree as bpf
+from lightning_bpfree.methods.diffusion_adjoint.trained_parts import add_lora, without_lora
 
 WIDE = {"class_embed_type": "identity"}
 OPTIMIZE = ["noise", "prompt_embeds", "weights", "lora"]
@@ -84,6 +85,47 @@ def test_resuming_is_exact(optimize, settings, tmp_path):
         assert torch.equal(value, other), name
     if rest.averages is not None:
         assert all(map(torch.equal, whole.averages.buffers(), rest.averages.buffers()))
+
+
+def test_a_checkpoint_brings_its_noise(tmp_path):
+    module = plain(seed=5)
+    fitted(module, None, max_epochs=1).save_checkpoint(tmp_path / "one.ckpt")
+    other = plain(seed=6)
+    fitted(other, None, max_epochs=1, ckpt_path=tmp_path / "one.ckpt")
+    assert other.seed == 5
+    assert torch.equal(other._noise(torch.arange(4), "val"), module._noise(torch.arange(4), "val"))
+
+
+@pytest.mark.parametrize("fixed_noise", [False, True])
+def test_training_noise_is_new_in_each_epoch_unless_fixed(fixed_noise):
+    module, seen = plain(fixed_noise=fixed_noise), []
+    module.on_train_epoch_start = lambda: seen.append(module._noise(torch.arange(4), "train"))
+    fitted(module, None, max_epochs=2, limit_val_batches=0)
+    assert torch.equal(*seen) == fixed_noise
+
+
+def test_averages_move_with_the_optimizer_and_validate():
+    module = plain(ema_decay=0.5, batches_per_epoch=4)
+    moved = []
+    module.averages.update = lambda: moved.append(module.global_step)
+    trainer = fitted(module, None, max_epochs=1, accumulate_grad_batches=2)
+    assert moved == [1, 2]
+    with torch.no_grad(), module.averages.in_place():  # which have not moved, unlike the weights
+        reward = bright(module(torch.arange(4), "val")).mean()
+    torch.testing.assert_close(trainer.callback_metrics["val_reward"], reward, rtol=1e-5, atol=0.0)
+    with torch.no_grad():
+        assert not torch.isclose(reward, bright(module(torch.arange(4), "val")).mean(), rtol=1e-5)
+
+
+def test_computing_without_a_lora_leaves_what_needs_a_gradient():
+    network = image_pipeline().unet
+    add_lora(network, 2, ["to_q"])
+    frozen = next(parameter for name, parameter in network.named_parameters() if "lora_A" in name)
+    frozen.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
+    with without_lora(network):
+        pass
+    assert {name: parameter.requires_grad for name, parameter in network.named_parameters()} == before
 
 
 def test_checkpoints_hold_what_is_trained_alone(tmp_path):
