@@ -97,6 +97,19 @@ def test_half_precision_networks_have_a_state_in_single_precision():
     assert {p.grad.dtype for p in net.parameters()} == {torch.bfloat16}
 
 
+def test_a_shared_parameter_gets_its_gradient_once():
+    net = torch.nn.Module()
+    net.first, net.second = (torch.nn.Linear(3, 3, dtype=torch.double) for _ in range(2))
+    net.second.weight = net.first.weight
+    net.forward = lambda x, time: net.second(torch.tanh(net.first(x)))
+    noise = torch.randn(4, 3, dtype=torch.double)
+    true, found = (
+        gradients(DiffusionSampler(net, log_spaced(), num_steps=3, gradient=kind), noise)
+        for kind in ("direct", "exact_adjoint")
+    )
+    assert relative(found[-1], true[-1]) < 1e-10  # equal mathematics in float64
+
+
 class Constant(torch.nn.Module):
     """A velocity that is a parameter in half precision."""
 

@@ -212,17 +212,20 @@ def test_the_kl_of_two_flows_is_that_of_their_noises():
     torch.testing.assert_close(found.double(), (high - low) * (alpha * 0.3).square(), rtol=1e-5, atol=0.0)
 
 
-def test_rewards_that_are_not_finite_leave_parameters_intact():
+@pytest.mark.parametrize(("bad", "count"), [([float("nan")] * 4, 4), ([float("inf"), 1.0, 1.0, 1.0], 1)])
+def test_rewards_that_are_not_finite_leave_parameters_intact(bad, count):
     calls = []
 
     def spoiled(images):
         calls.append(len(images))
-        return bright(images) * (float("nan") if len(calls) > 1 else 1.0)
+        return bright(images) * torch.tensor(bad if len(calls) > 1 else [1.0] * 4)
 
     module = plain(reward=spoiled)
     after_first = {}
     module.on_train_batch_end = lambda *_: after_first.update(trained(module))
-    with pytest.raises(RuntimeError, match=r"reward spoiled gave NaN or infinity for 4 of 4 values\. No parameter"):
+    with pytest.raises(
+        RuntimeError, match=rf"reward spoiled gave NaN or infinity for {count} of 4 values\. No parameter"
+    ):
         fitted(module, None, bpf.DiffusionAdjoint(), limit_val_batches=0, num_sanity_val_steps=0)
     assert after_first
     assert all(torch.equal(value, after_first[name]) for name, value in trained(module).items())
