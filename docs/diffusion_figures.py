@@ -29,6 +29,7 @@ COLORS = {
     "truncated": "tab:purple",
     "evolution_strategy": "tab:brown",
 }
+WIDTHS = {"exact_adjoint": 6, "adjoint": 3.5, "checkpoint": 1.2}
 TASKS = {"noise": "initial noise", "embedding": "conditioning embedding", "weights": "LoRA weights"}
 PANELS = {**TASKS, "printed": "LoRA, a reward without a derivative"}
 UNITS = {
@@ -68,7 +69,9 @@ def over_steps(found):
     for axes, quantity, label in ((left, "memory", "MiB alive at most"), (right, "time", "time over direct")):
         for kind, line in points(found, quantity).items():
             style = "--" if kind == "torchdiffeq" else "-"
-            axes.plot(*zip(*line, strict=True), style, marker="o", markersize=3, label=kind, color=COLORS[kind])
+            width = WIDTHS.get(kind, 1.5)  # lines that coincide are all seen
+            drawn = {"marker": "o", "markersize": 3, "color": COLORS[kind], "linewidth": width}
+            axes.plot(*zip(*line, strict=True), style, label=kind, **drawn)
         axes.set(xlabel="steps of the sampler", ylabel=label, xscale="log")
         axes.set_xticks([5, 20, 50, 100], ["5", "20", "50", "100"])
         axes.minorticks_off()
@@ -119,7 +122,8 @@ def rewards(found):
                 axes.plot(curve, color=COLORS[gradient], linewidth=0.6, alpha=0.5)
             mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
             axes.plot(mean, color=COLORS[gradient], linewidth=2, label=gradient)
-        axes.set(xlabel="training step", title=PANELS[name], ylabel=UNITS[of[0]["task"]])
+        axes.set(xlabel="training step", ylabel=UNITS[of[0]["task"]])
+        axes.set_title(PANELS[name], fontsize=10)
         axes.grid(color="0.9")
         axes.legend(fontsize=8)
     return drawing
@@ -203,6 +207,8 @@ def bias_table(found):
 
 def rates(found):
     """The table of the learning rates that were tried."""
+    if not found["tuning"]:
+        return "Not measured yet."
     lines = ["| application | gradient | learning rate: test reward | chosen |", "| --- | --- | --- | ---: |"]
     for task, gradient in dict.fromkeys((row["task"], row["gradient"]) for row in found["tuning"]):
         of = [row for row in found["tuning"] if (row["task"], row["gradient"]) == (task, gradient)]
