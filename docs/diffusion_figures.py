@@ -4,7 +4,7 @@
 
 Figures come from ``diffusion_benchmarks.json`` and ``adjoint_dpm.json``; ``--images`` is the folder of images that the
 study wrote, for the figure of samples, which is left alone without. Tables of ``adjoint_dpm.json`` stand between
-``<!-- adjoint_dpm:NAME -->`` and ``<!-- /adjoint_dpm -->``, NAME being ``outcomes`` or ``gradients``.
+``<!-- adjoint_dpm:NAME -->`` and ``<!-- /adjoint_dpm -->``; NAME is ``outcomes``, ``gradients``, ``bias`` or ``rates``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ COLORS = {
     "truncated": "tab:purple",
     "evolution_strategy": "tab:brown",
 }
+WIDTHS = {"exact_adjoint": 6, "adjoint": 3.5, "checkpoint": 1.2}
 TASKS = {"noise": "initial noise", "embedding": "conditioning embedding", "weights": "LoRA weights"}
+PANELS = {**TASKS, "printed": "LoRA, a reward without a derivative"}
 UNITS = {
     "noise": "margin of the wrong class",
     "embedding": "minus squared error",
@@ -37,13 +39,15 @@ UNITS = {
 }
 
 
-def loaded(name):
-    path = RESULTS / f"{name}.json"
-    return (
-        (json.loads(path.read_text(encoding="utf-8")), hashlib.sha256(path.read_bytes()).hexdigest())
-        if path.exists()
-        else (None, "")
-    )
+BIAS_BY = {"noise": "noise", "conditioning": "embedding", "weights": "weights"}  # of the study's tasks
+
+
+def loaded(*names):
+    """Return the contents of files, None for those that do not exist, and a hash of all."""
+    paths = [RESULTS / f"{name}.json" for name in names]
+    texts = [path.read_bytes() if path.exists() else None for path in paths]
+    digest = hashlib.sha256(b"".join(text or b"" for text in texts)).hexdigest()
+    return [text and json.loads(text) for text in texts], digest
 
 
 def points(found, quantity):
@@ -65,7 +69,9 @@ def over_steps(found):
     for axes, quantity, label in ((left, "memory", "MiB alive at most"), (right, "time", "time over direct")):
         for kind, line in points(found, quantity).items():
             style = "--" if kind == "torchdiffeq" else "-"
-            axes.plot(*zip(*line, strict=True), style, marker="o", markersize=3, label=kind, color=COLORS[kind])
+            width = WIDTHS.get(kind, 1.5)  # lines that coincide are all seen
+            drawn = {"marker": "o", "markersize": 3, "color": COLORS[kind], "linewidth": width}
+            axes.plot(*zip(*line, strict=True), style, label=kind, **drawn)
         axes.set(xlabel="steps of the sampler", ylabel=label, xscale="log")
         axes.set_xticks([5, 20, 50, 100], ["5", "20", "50", "100"])
         axes.minorticks_off()
@@ -77,7 +83,7 @@ def over_steps(found):
     return drawing
 
 
-def bias(found):
+def bias(found, study):
     """The continuous adjoint's distance from the gradient of the solver, against steps."""
     from matplotlib.figure import Figure
 
@@ -90,6 +96,8 @@ def bias(found):
     for axes, (by, solvers) in zip(drawing.subplots(1, len(lines), sharey=True), lines.items(), strict=True):
         for solver, line in solvers.items():
             axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=solver)
+        trained = [(row["steps"], row["error"]) for row in study["bias"] if row["task"] == BIAS_BY[by]]
+        axes.plot(*zip(*trained, strict=True), "--", marker="s", markersize=3, color="0.3", label="euler, digits")
         axes.set(xscale="log", yscale="log", xlabel="steps of the sampler", title=f"by {by}")
         axes.set_xticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
         axes.minorticks_off()
@@ -103,20 +111,27 @@ def rewards(found):
     """The reward of every training step: each seed a thin line, their mean a thick one."""
     from matplotlib.figure import Figure
 
-    tasks = [task for task in TASKS if any(run["task"] == task for run in found["runs"])]
-    drawing = Figure(figsize=(3.6 * len(tasks), 3.6), layout="constrained", dpi=150)
-    for axes, task in zip(drawing.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        of = [run for run in found["runs"] if run["task"] == task and run["gradient"] != "evolution_strategy"]
+    panels = {task: [run for run in found["runs"] if (run["task"], printed(run)) == (task, False)] for task in TASKS}
+    panels["printed"] = [run for run in found["runs"] if printed(run)]
+    panels = {name: runs for name, runs in panels.items() if runs}
+    drawing = Figure(figsize=(3.6 * len(panels), 3.6), layout="constrained", dpi=150)
+    for axes, (name, of) in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for gradient in dict.fromkeys(run["gradient"] for run in of):
             curves = [smooth(run["rewards"]) for run in of if run["gradient"] == gradient]
             for curve in curves:
                 axes.plot(curve, color=COLORS[gradient], linewidth=0.6, alpha=0.5)
             mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
             axes.plot(mean, color=COLORS[gradient], linewidth=2, label=gradient)
-        axes.set(xlabel="training step", title=TASKS[task], ylabel=UNITS[task])
+        axes.set(xlabel="training step", ylabel=UNITS[of[0]["task"]])
+        axes.set_title(PANELS[name], fontsize=10)
         axes.grid(color="0.9")
         axes.legend(fontsize=8)
     return drawing
+
+
+def printed(run):
+    """Return whether a run raised the reward without a derivative."""
+    return run["gradient"] == "evolution_strategy"
 
 
 def smooth(values, width=5):
@@ -130,17 +145,20 @@ def samples(folder):
     from matplotlib.image import imread
 
     columns = {"before": "exact_adjoint_before", "exact_adjoint": "exact_adjoint_after", "adjoint": "adjoint_after"}
-    drawing = Figure(figsize=(8.4, 8.0), layout="constrained", dpi=130)
-    for row, task in zip(drawing.subplots(len(TASKS), len(columns)), TASKS, strict=True):
-        for axes, (title, name) in zip(row, columns.items(), strict=True):
+    further = {"noise": None, "embedding": "truncated", "weights": "evolution_strategy"}
+    drawing = Figure(figsize=(10.4, 7.4), layout="constrained", dpi=130)
+    for row, task in zip(drawing.subplots(len(TASKS), len(columns) + 1), TASKS, strict=True):
+        other = further[task]
+        shown = {**columns, **({other: f"{other}_after"} if other else {})}
+        for axes in row:
+            axes.set_axis_off()
+        for axes, (title, name) in zip(row, shown.items(), strict=False):
             path = folder / f"adjoint_dpm_{task}_{name}.png"
-            axes.set_xticks([])
-            axes.set_yticks([])
             if path.exists():
                 axes.imshow(imread(path), cmap="gray")
             else:
                 axes.annotate("not run", (0.5, 0.5), ha="center")
-            axes.set_title(f"{TASKS[task]}: {title}", fontsize=9)
+            axes.set_title(f"{TASKS[task]}: {title}", fontsize=8)
     return drawing
 
 
@@ -175,11 +193,36 @@ def provenance(found):
     return f"`{found['command']}`, {found['date'][:10]}, {found['device']}; {versions}."
 
 
-TABLES = {"outcomes": outcomes, "gradients": gradient_table}
+def bias_table(found):
+    """The table of the adjoint's gradient against the exact one, over steps."""
+    steps = sorted({row["steps"] for row in found["bias"]})
+    cells = {(row["task"], row["steps"]): row for row in found["bias"]}
+    lines = ["| application | " + " | ".join(f"{n} steps" for n in steps) + " |", "| --- |" + " ---: |" * len(steps)]
+    for task in dict.fromkeys(row["task"] for row in found["bias"]):
+        rows = [cells.get((task, n)) for n in steps]
+        numbers = ["–" if row is None else f"{row['cosine']:.3f} ({row['error']:.2f})" for row in rows]
+        lines.append(f"| {TASKS[task]} | {' | '.join(numbers)} |")
+    return "\n".join([*lines, "", provenance(found)])
+
+
+def rates(found):
+    """The table of the learning rates that were tried."""
+    if not found["tuning"]:
+        return "Not measured yet."
+    lines = ["| application | gradient | learning rate: test reward | chosen |", "| --- | --- | --- | ---: |"]
+    for task, gradient in dict.fromkeys((row["task"], row["gradient"]) for row in found["tuning"]):
+        of = [row for row in found["tuning"] if (row["task"], row["gradient"]) == (task, gradient)]
+        tried = ", ".join(f"{row['lr']:.2g}: {row['reward']:.4f}" for row in of)
+        best = max(of, key=lambda row: row["reward"])["lr"]
+        lines.append(f"| {TASKS[task]} | `{gradient}` | {tried} | {best:.2g} |")
+    return "\n".join([*lines, "", provenance(found)])
+
+
+TABLES = {"outcomes": outcomes, "gradients": gradient_table, "bias": bias_table, "rates": rates}
 FIGURES = {
-    "diffusion_steps": ("diffusion_benchmarks", over_steps),
-    "diffusion_bias": ("diffusion_benchmarks", bias),
-    "adjoint_dpm_rewards": ("adjoint_dpm", rewards),
+    "diffusion_steps": (("diffusion_benchmarks",), over_steps),
+    "diffusion_bias": (("diffusion_benchmarks", "adjoint_dpm"), bias),
+    "adjoint_dpm_rewards": (("adjoint_dpm",), rewards),
 }
 
 
@@ -189,14 +232,14 @@ def main(arguments=None):
     parser.add_argument("--check", action="store_true", help="write nothing; fail if something is out of date")
     parser.add_argument("--images", type=Path, help="folder of the study's images")
     chosen, stale = parser.parse_args(arguments), []
-    for name, (source, draw) in FIGURES.items():
-        found, digest = loaded(source)
+    for name, (sources, draw) in FIGURES.items():
+        found, digest = loaded(*sources)
         path = IMAGES / f"{name}.png"
-        if found is not None and (not path.exists() or digest.encode() not in path.read_bytes()):
+        if all(found) and (not path.exists() or digest.encode() not in path.read_bytes()):
             stale.append(path)
             if not chosen.check:
-                draw(found).savefig(path, metadata={"Source": digest, "Software": None})
-    found, _ = loaded("adjoint_dpm")
+                draw(*found).savefig(path, metadata={"Source": digest, "Software": None})
+    (found,), _ = loaded("adjoint_dpm")
     for page in sorted(DOCS.rglob("*.md")) if found is not None else ():
         old = page.read_text(encoding="utf-8")
         new = PART.sub(lambda part: f"{part[1]}\n{TABLES[part['name']](found)}\n\n{part[3]}", old)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_bpfree.core.arguments import PositiveInt, check_attributes, checked
 from lightning_bpfree.core.params import Params, dot, norm
+from lightning_bpfree.core.replay.uncounted import uncounted
 from lightning_bpfree.core.step import Estimate, Step
 from lightning_bpfree.training.ranks import mean_over_ranks
 from lightning_bpfree.training.trainer_attributes import callbacks_of, log_every_n_steps
@@ -97,7 +98,7 @@ class GradientAlignment(Callback):
         own = estimate.gradients is None
         guess = _differentiated(estimate.loss, parameters, names) if own else estimate.resolved()
         evals = step.forward_evals
-        with torch.enable_grad():
+        with torch.enable_grad(), uncounted():
             loss = step.loss(recorded=False)
             if not loss.requires_grad:
                 raise MisconfigurationException(

@@ -25,6 +25,7 @@ from lightning_bpfree.core.replay.random_streams import RandomStreams
 from lightning_bpfree.core.replay.rehearsal import Writes, needs_graph, uninitialized
 from lightning_bpfree.core.replay.replay import Replay
 from lightning_bpfree.core.replay.tensor_copies import TensorCopies, buffer_places
+from lightning_bpfree.core.replay.uncounted import uncounted
 
 _LOUD: tuple[str, ...] = ("log", "log_dict")
 _SMALL = 1 << 20  # bytes of a tensor that is copied for each evaluation, whether or not a step is known to write to it
@@ -233,7 +234,7 @@ class ModuleState:
         def evaluated() -> None:
             args, kwargs = batch.watched()
             replay.rewind()
-            with self.buffers.copies(), self.quiet():
+            with self.buffers.copies(), self.quiet(), uncounted():
                 evaluate(*args, **kwargs)
 
         replay = Replay([self.streams, held, *self._iterators()], self.buffers)

@@ -3,9 +3,11 @@
     python tests/benchmarks/diffusion_study.py --model runs/digit_diffusion --out docs/results/adjoint_dpm.json
 
 ``--model`` is what ``bpfree fit -c papers/adjoint_dpm_pretrain`` has written. Every run is its recipe with an overlay:
-the same steps, the same learning rate, the same noise for all gradients of a seed; ``exact_adjoint`` and ``adjoint``
-cost the same. Figures are test metrics before and after, on noise that training does not draw (but for ``noise``, where
-the optimised noise itself is judged), and the reward of each training step. Images of seed 0 go to ``--images``.
+the same steps and the same noise for all gradients of a seed; ``exact_adjoint`` and ``adjoint`` cost the same. Each
+gradient of each task has the learning rate of a grid around the recipe's that reached the highest test reward with a
+seed of its own (``TUNING_SEED``) in half of the steps; the evolution strategy has its recipe's. Figures are test metrics before and after, on noise that training does not draw (but
+for ``noise``, where the optimised noise itself is judged), and the reward of each training step. Images of the first
+seed go to ``--images``. ``--part i/n`` runs every n-th of the missing runs, so that a long study can be made in pieces.
 """
 
 from __future__ import annotations
@@ -36,9 +38,11 @@ from lightning_bpfree.methods.diffusion_adjoint.image_grids import image_grid
 TASKS = {
     "noise": ("exact_adjoint", "adjoint"),
     "embedding": ("exact_adjoint", "adjoint", "truncated"),
-    "weights": ("exact_adjoint", "adjoint", "evolution_strategy"),
+    "weights": ("exact_adjoint", "adjoint", "truncated", "evolution_strategy"),
 }
+GRID, TUNING_SEED = (1 / 3, 1.0, 3.0), 100  # factors of the recipe's learning rate
 RULES = ("direct", "exact_adjoint", "adjoint", "checkpoint", "truncated")
+STEPS, BIAS_STEPS = 10, (10, 20, 50, 100)  # of the recipes' callbacks; where the adjoint is compared
 SHOWN = 20  # images
 
 
@@ -52,8 +56,8 @@ class Curve(Callback):
         self.rewards.append(round(float(trainer.callback_metrics["train_reward"]), 5))
 
 
-def built(task: str, overlay: str, seed: int, model: Path, folder: str) -> ConfigCLI:
-    """The recipe's module and Trainer."""
+def built(task: str, overlay: str, seed: int, model: Path, folder: str, factor: float = 1.0) -> ConfigCLI:
+    """The recipe's module and Trainer, with a factor of its learning rate; half as many epochs to tune that."""
     files = [
         f"papers/adjoint_dpm_{task}",
         *([f"papers/adjoint_dpm_{task}/{overlay}"] if overlay != "exact_adjoint" else []),
@@ -66,13 +70,17 @@ def built(task: str, overlay: str, seed: int, model: Path, folder: str) -> Confi
     arguments += ["--trainer.enable_checkpointing", "false", "--trainer.limit_val_batches", "0"]
     for name, value in own.items():
         arguments += [f"--model.init_args.{name}", str(value)]
-    return ConfigCLI(with_paths(arguments), run=False)
+    cli = ConfigCLI(with_paths(arguments), run=False)
+    cli.model.lr *= factor  # read when the fit makes its optimizer
+    if seed == TUNING_SEED:
+        cli.trainer.fit_loop.max_epochs //= 2
+    return cli
 
 
-def one_run(task: str, gradient: str, seed: int, chosen: argparse.Namespace) -> dict[str, Any]:
+def one_run(task: str, gradient: str, seed: int, factor: float, chosen: argparse.Namespace) -> dict[str, Any]:
     """Metrics before and after, and the curve."""
     with tempfile.TemporaryDirectory() as folder:
-        cli = built(task, gradient, seed, chosen.model, folder)
+        cli = built(task, gradient, seed, chosen.model, folder, factor)
         module, trainer, curve = cli.model, cli.trainer, Curve()
         trainer.callbacks.append(curve)
         before = trainer.test(module, verbose=False)[0]
@@ -82,13 +90,21 @@ def one_run(task: str, gradient: str, seed: int, chosen: argparse.Namespace) -> 
         seconds = time.process_time() - start
         after = trainer.test(module, verbose=False)[0]
         pictures.append(show(module))
-    if seed == chosen.seeds[0] and chosen.images:
+    if seed == chosen.seeds[0] and chosen.images:  # those of the tuning are not shown
         chosen.images.mkdir(parents=True, exist_ok=True)
         for when, picture in zip(("before", "after"), pictures, strict=True):
             picture.save(chosen.images / f"adjoint_dpm_{task}_{gradient}_{when}.png")
-    found = {"task": task, "gradient": gradient, "seed": seed, "before": before, "after": after}
-    print(task, gradient, seed, f"{seconds:.0f} s", before, after, flush=True)
-    return {**found, "seconds": seconds, "rewards": curve.rewards}
+    found = {"task": task, "gradient": gradient, "seed": seed, "lr": float(f"{module.lr:.3g}"), "factor": factor}
+    print(task, gradient, seed, module.lr, f"{seconds:.0f} s", before, after, flush=True)
+    return {**found, "before": before, "after": after, "seconds": seconds, "rewards": curve.rewards}
+
+
+def best(tuning: list[dict[str, Any]], task: str, gradient: str) -> float:
+    """The factor of the learning rate with the highest reward of the grid; NaN counts as the lowest."""
+    of = [row for row in tuning if (row["task"], row["gradient"]) == (task, gradient)]
+    if not of:
+        return 1.0
+    return float(max(of, key=lambda row: -math.inf if math.isnan(row["reward"]) else row["reward"])["factor"])
 
 
 def show(module: RewardFineTuning) -> Any:
@@ -98,47 +114,62 @@ def show(module: RewardFineTuning) -> Any:
         return image_grid(module(torch.arange(rows), "test"))
 
 
-def rules_of(task: str, chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """The gradients of the first step, compared with autograd's, and what they take."""
+def first_step(task: str, chosen: argparse.Namespace) -> tuple[RewardFineTuning, list[Any]]:
+    """A recipe's module where training begins, and what it trains."""
     with tempfile.TemporaryDirectory() as folder:
         module = built(task, "exact_adjoint", chosen.seeds[0], chosen.model, folder).model
     module.log = lambda *_, **__: None
     module.prior = None  # beside the reward's gradient
-    steps = 10  # as the recipes' callbacks say
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trained:  # off the point where half of a LoRA has no gradient
-        parameter.data += 0.02 * torch.randn(
-            parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
-        )
-    index, true, rows = torch.arange(module.batch_size), torch.zeros(()), []
-    base = 0.0
+        draws = torch.Generator().manual_seed(parameter.numel())
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=draws)
+    return module, trained
+
+
+def gradient_by(module: RewardFineTuning, trained: list[Any], rule: str, steps: int) -> tuple[Any, torch.Tensor]:
+    """A function that makes the gradient of the first step, and that gradient."""
+    settings = module.sampler.settings._replace(gradient=rule, num_steps=steps)
+    index = torch.arange(module.batch_size)
+
+    def step() -> None:
+        with module.sampler.using(settings):
+            module.training_step(index, 0).backward()
+
+    module.zero_grad()
+    step()
+    return step, torch.cat([parameter.grad.flatten() for parameter in trained]).double()
+
+
+def rules_of(task: str, chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """The gradients of the first step, compared with autograd's, and what they take."""
+    module, trained = first_step(task, chosen)
+    true, rows, base = torch.zeros(()), list[dict[str, Any]](), 0.0
     for rule in RULES:
         if rule == "truncated" and task == "noise":
             continue
-        settings = module.sampler.settings._replace(gradient=rule, num_steps=steps)
-
-        def step(settings: Any = settings) -> None:
-            with module.sampler.using(settings):
-                module.training_step(index, 0).backward()
-
-        module.zero_grad()
-        step()
-        found = torch.cat([p.grad.flatten() for p in trained])
+        step, found = gradient_by(module, trained, rule, STEPS)
         true = found if rule == "direct" else true
         seconds = min(timed(step) for _ in range(3))
         base = seconds if rule == "direct" else base
-        rows.append(
-            {
-                "task": task,
-                "gradient": rule,
-                "cosine": float(torch.cosine_similarity(found.double(), true.double(), 0)),
-                "error": float((found - true).norm() / true.norm()),
-                "time": seconds / base,
-                "peak_mib": peak_bytes(step) / 2**20,
-            }
-        )
+        costs = {"time": seconds / base, "peak_mib": peak_bytes(step) / 2**20}
+        rows.append({"task": task, "gradient": rule, **compared(found, true), **costs})
         print(rows[-1], flush=True)
     return rows
+
+
+def bias_of(task: str, steps: int, chosen: argparse.Namespace) -> dict[str, Any]:
+    """The continuous adjoint of the first step, compared with the exact one, at a number of steps of the sampler."""
+    module, trained = first_step(task, chosen)
+    found, true = (gradient_by(module, trained, rule, steps)[1] for rule in ("adjoint", "exact_adjoint"))
+    print(row := {"task": task, "steps": steps, **compared(found, true)}, flush=True)
+    return row
+
+
+def compared(found: torch.Tensor, true: torch.Tensor) -> dict[str, float]:
+    """Cosine and relative error."""
+    cosine = float(torch.cosine_similarity(found, true, 0))
+    return {"cosine": cosine, "error": float((found - true).norm() / true.norm())}
 
 
 def timed(step: Any) -> float:
@@ -184,37 +215,64 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder for images of the first seed")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--part", default="1/1", help="i/n: every n-th of the runs that are missing")
+    parser.add_argument(
+        "--no-tuning", action="store_true", help="learning rates of the recipes, where none is tuned yet"
+    )
+    parser.add_argument("--no-gradients", action="store_true", help="compare no gradients of first steps")
+    parser.add_argument("--no-runs", action="store_true", help="compare gradients alone")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    kept = json.loads(chosen.out.read_text(encoding="utf-8")) if chosen.out.exists() else {"runs": [], "rules": []}
-    runs, rules = list(kept["runs"]), list(kept["rules"])
-    for task in chosen.only:
-        if not any(row["task"] == task for row in rules):
-            rules += rules_of(task, chosen)
-        for gradient in TASKS[task]:
-            for seed in chosen.seeds:
-                if not any((r["task"], r["gradient"], r["seed"]) == (task, gradient, seed) for r in runs):
-                    runs.append(one_run(task, gradient, seed, chosen))
-                    save(chosen, runs, rules)
-    save(chosen, runs, rules)
+    kept = json.loads(chosen.out.read_text(encoding="utf-8")) if chosen.out.exists() else {}
+    found = {name: list(kept.get(name, [])) for name in ("tuning", "rules", "bias", "runs")}
+    for task in [] if chosen.no_gradients else chosen.only:
+        if not any(row["task"] == task for row in found["rules"]):
+            found["rules"] += rules_of(task, chosen)
+        for steps in BIAS_STEPS:
+            if not any((row["task"], row["steps"]) == (task, steps) for row in found["bias"]):
+                found["bias"].append(bias_of(task, steps, chosen))
+                save(chosen, found)
+    part, parts = map(int, chosen.part.split("/"))
+    pairs = [(task, gradient) for task in chosen.only for gradient in TASKS[task]]
+    for task, gradient in [] if chosen.no_runs else pairs[part - 1 :: parts]:
+        train(task, gradient, found, chosen)
 
 
-def save(chosen: argparse.Namespace, runs: list[dict[str, Any]], rules: list[dict[str, Any]]) -> None:
+def train(task: str, gradient: str, found: dict[str, list[dict[str, Any]]], chosen: argparse.Namespace) -> None:
+    """Tune the learning rate of a gradient, then run the seeds; what is there already is kept."""
+
+    def missing(rows: list[dict[str, Any]], name: str, value: float) -> bool:
+        return not any((row["task"], row["gradient"], row[name]) == (task, gradient, value) for row in rows)
+
+    for factor in () if gradient == "evolution_strategy" or chosen.no_tuning else GRID:
+        if missing(found["tuning"], "factor", factor):
+            run = one_run(task, gradient, TUNING_SEED, factor, chosen)
+            row = {name: run[name] for name in ("task", "gradient", "seed", "lr", "factor")}
+            found["tuning"].append({**row, "reward": run["after"]["test_reward"]})
+            save(chosen, found)
+    factor = best(found["tuning"], task, gradient)
+    kept = [row for row in found["runs"] if (row["task"], row["gradient"]) != (task, gradient)]
+    found["runs"] = [*kept, *(row for row in found["runs"] if row not in kept and row["factor"] == factor)]
+    for seed in chosen.seeds:
+        if missing(found["runs"], "seed", seed):
+            found["runs"].append(one_run(task, gradient, seed, factor, chosen))
+            save(chosen, found)
+
+
+def save(chosen: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> None:
     """Write what there is so far."""
     names = ("torch", "lightning", "diffusers", "peft", "scikit-learn")
-    found = {
+    about = {
         "command": "python tests/benchmarks/diffusion_study.py --model runs/digit_diffusion --out docs/results/adjoint_dpm.json",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}},
         "device": "cpu, 1 thread",
         "seeds": chosen.seeds,
-        "summary": summary(runs),
-        "rules": rules,
-        "runs": runs,
+        "summary": summary(found["runs"]),
     }
-    chosen.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    chosen.out.write_text(json.dumps({**about, **found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

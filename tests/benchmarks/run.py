@@ -377,10 +377,14 @@ def run_parts(
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--only", nargs="*", choices=list(parts), default=list(parts))
+    parser.add_argument("--keep", action="store_true", help="rows of the file that no chosen part makes stay in it")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = [made for name in chosen.only for made in parts[name]()]
+    if chosen.keep and chosen.out is not None and chosen.out.exists():
+        before = json.loads(chosen.out.read_text(encoding="utf-8"))["rows"]
+        rows = list({str(made["name"]): made for made in [*before, *rows]}.values())
     write(rows, command, chosen.out, **versions)
     missed = [str(made["name"]) for made in rows if made["reached"] is False]
     print(f"missed: {', '.join(missed) or 'none'}")

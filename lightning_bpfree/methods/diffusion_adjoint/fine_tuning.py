@@ -26,10 +26,10 @@ from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.diffusion_adjoint.image_grids import save_grid
 from lightning_bpfree.methods.diffusion_adjoint.pipeline_sampler import PipelineSampler, load_pipeline
 from lightning_bpfree.methods.diffusion_adjoint.plans import Solver
-from lightning_bpfree.methods.diffusion_adjoint.priors import Prior, kl, l2
+from lightning_bpfree.methods.diffusion_adjoint.priors import Prior, check_prior, kl, l2
 from lightning_bpfree.methods.diffusion_adjoint.prompt_table import Embeddings, check_table, encoded, rows
 from lightning_bpfree.methods.diffusion_adjoint.rewards import check_finite, name_of, scored
-from lightning_bpfree.methods.diffusion_adjoint.sampler import DiffusionSampler
+from lightning_bpfree.methods.diffusion_adjoint.sampler import DiffusionSampler, Settings
 from lightning_bpfree.methods.diffusion_adjoint.trained_parts import (
     Averages,
     Optimize,
@@ -133,34 +133,45 @@ class RewardFineTuning(pl.LightningModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if prior == "kl" and optimize in ("noise", "prompt_embeds"):
-            raise ValueError(f"prior='kl' compares networks, and optimize={optimize!r} changes none: use prior='l2'.")
+        check_prior(prior, optimize)
         self.strict_loading = False  # checkpoints hold what is trained
         self.reward, self.optimize, self.judges = reward, optimize, dict(judges or {})
         self.batch_size, self.batches_per_epoch, self.val_samples = batch_size, batches_per_epoch, val_samples
         self.lr, self.optimizer_name, self.prior, self.prior_weight = lr, optimizer, prior, prior_weight
         self.keep_norm, self.fixed_noise, self.image_every = keep_norm, fixed_noise, image_every
         self.seed = torch.initial_seed() if seed is None else seed
+        self._take(pipeline, Settings(num_steps, solver, guidance_scale=guidance_scale))
+        self._encode(prompts, negative_prompt, embeddings)
+        self._open(lora_rank, lora_targets)
+        self._watch(ema_decay)
+
+    def _take(self, pipeline: Any, settings: Settings) -> None:
+        """Take network, schedule and decoder of a pipeline, without gradients by their weights."""
         pipe = load_pipeline(pipeline) if isinstance(pipeline, str) or hasattr(pipeline, "__fspath__") else pipeline
-        self._source = PipelineSampler(pipe, num_steps=num_steps, solver=solver, guidance_scale=guidance_scale)
+        self._source = PipelineSampler(pipe, **settings._asdict())
         self.sampler: DiffusionSampler = self._source.sampler
         # Under names of its own, so that Lightning moves it; a text encoder has done its part.
         self.decoder = getattr(pipe, "vae", None)
         for part in (self.sampler, self.decoder):
             if part is not None:
                 part.requires_grad_(False).train()
+
+    def _encode(self, prompts: Sequence[str] | None, negative_prompt: str, embeddings: Embeddings | None) -> None:
+        """Keep the conditioning of all prompts, and of the empty one, as buffers."""
         table, without = encoded(self._source.family, prompts, negative_prompt, embeddings)
-        check_table(table, self._source.family, optimize == "prompt_embeds")
+        check_table(table, self._source.family, self.optimize == "prompt_embeds")
         self._names = {"prompt": list(table), "negative": list(without)}
         for kind, part_of in {"prompt": table, "negative": without}.items():
             for name, tensor in part_of.items():
                 self.register_buffer(f"{kind}_{name}", tensor, persistent=False)
         self.num_prompts = max((len(value) for value in table.values()), default=1)
-        self._open(lora_rank, lora_targets)
+
+    def _watch(self, ema_decay: float | None) -> None:
+        """Average what is trained, and hold the rewards and judges that are modules."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         self.averages = None if ema_decay is None else Averages(trained, ema_decay)
-        self._scores = nn.ModuleList(s for s in (reward, *self.judges.values()) if isinstance(s, nn.Module))
-        self._scores.requires_grad_(False).train()
+        scores = (score for score in (self.reward, *self.judges.values()) if isinstance(score, nn.Module))
+        self._scores = nn.ModuleList(scores).requires_grad_(False).train()
         self._averaged_at = 0
 
     def _open(self, lora_rank: int, lora_targets: Sequence[str]) -> None:

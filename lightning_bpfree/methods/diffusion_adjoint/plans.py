@@ -77,9 +77,14 @@ class Plan(NamedTuple):
         return len(self.nodes) - 1
 
     @property
+    def evaluations(self) -> list[Evaluate]:
+        """Evaluations of the field, in their order."""
+        return [operation for operation in self.operations if isinstance(operation, Evaluate)]
+
+    @property
     def num_evaluations(self) -> int:
-        """Evaluations of the field."""
-        return sum(isinstance(operation, Evaluate) for operation in self.operations)
+        """How many evaluations of the field there are."""
+        return len(self.evaluations)
 
 
 def plan(solver: str, schedule: Schedule, num_steps: int) -> Plan:

@@ -13,8 +13,15 @@ from torch import Tensor
 from lightning_bpfree.methods.diffusion_adjoint.fields import Conditioning
 from lightning_bpfree.methods.diffusion_adjoint.sampler import DiffusionSampler
 from lightning_bpfree.methods.diffusion_adjoint.schedules import FlowMatching, Node
+from lightning_bpfree.methods.diffusion_adjoint.trained_parts import Optimize
 
 Prior = Literal["l2", "kl"]
+
+
+def check_prior(prior: Prior | None, optimize: Optimize) -> None:
+    """Raise ValueError for a prior that compares networks, where none is trained."""
+    if prior == "kl" and optimize in ("noise", "prompt_embeds"):
+        raise ValueError(f"prior='kl' compares networks, and optimize={optimize!r} changes none: use prior='l2'.")
 
 
 def l2(values: Sequence[Tensor], origins: Sequence[Tensor | None]) -> Tensor:

@@ -12,8 +12,10 @@ from torch.func import functional_call
 from typing_extensions import Unpack  # torch needs it too
 
 from lightning_bpfree.core.arguments import Fraction, NonNegativeFloat, PositiveInt, check, checked
+from lightning_bpfree.core.replay.uncounted import counts
+from lightning_bpfree.methods.diffusion_adjoint.evaluations import Solve
 from lightning_bpfree.methods.diffusion_adjoint.fields import Conditioning, Denoiser, GuidedField, Prediction
-from lightning_bpfree.methods.diffusion_adjoint.gradients import Gradient, Solve, solved
+from lightning_bpfree.methods.diffusion_adjoint.gradients import Gradient, solved
 from lightning_bpfree.methods.diffusion_adjoint.plans import TABLEAUS, Evaluate, Plan, Solver, plan
 from lightning_bpfree.methods.diffusion_adjoint.schedules import Node, Schedule
 
@@ -41,7 +43,8 @@ class Settings(NamedTuple):
         guidance_scale: of classifier-free guidance, at least 0; 1 for none.
         guidance_rescale: in [0, 1]; how far standard deviations are put back.
         last_steps: steps that ``"truncated"`` differentiates, at least 1.
-        micro_batch: samples that are solved, and differentiated, at a time, at least 1; None for all.
+        micro_batch: samples that are solved, and differentiated, at a time, at least 1. None for all: then the exact
+            adjoint keeps the activations of the last evaluation instead of evaluating it twice.
         split_guidance: evaluate with and without the prompt one after the other.
     """
 
@@ -122,7 +125,10 @@ class DiffusionSampler(nn.Module):
 
     @property
     def network_evals(self) -> float:
-        """Evaluations of the network a sample so far, forwards, and again on the way back; guidance takes two."""
+        """Evaluations of the network a sample so far, forwards, and again on the way back; guidance takes two.
+
+        Rehearsals of a training rule and measurements, which are no part of its cost, are not counted.
+        """
         return self._counter.count
 
     @contextlib.contextmanager
@@ -199,7 +205,9 @@ class DiffusionSampler(nn.Module):
             )
         start, end = solve.nodes[0], solve.nodes[-1]
         y = noise.to(torch.promote_types(noise.dtype, torch.float32)) / start.scale
-        task = Solve(solve, self.schedule, field, settings.solver, last_steps)
+        # Parts of a batch would each hold a graph until the backward pass.
+        keep_last = settings.micro_batch is None
+        task = Solve(solve, self.schedule, field, settings.solver, last_steps, keep_last)
         y = solved(task, settings.gradient, y, field.tensors)
         return y if end.scale == 1.0 else y * end.scale
 
@@ -284,7 +292,8 @@ class _Inputs:
         counter = sampler._counter
 
         def count(rows: int) -> None:
-            counter.count += rows / batch
+            if counts():
+                counter.count += rows / batch
 
         self.guided = GuidedField(
             self.denoiser,

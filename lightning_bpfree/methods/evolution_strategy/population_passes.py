@@ -15,6 +15,7 @@ from torch.func import vmap
 
 from lightning_bpfree.core.forward_ad import plain_attention
 from lightning_bpfree.core.params import Params
+from lightning_bpfree.core.replay.uncounted import uncounted
 from lightning_bpfree.core.step import SkipBatchError, Step
 from lightning_bpfree.core.vectorizing import first_line, timed, vectorises_badly
 from lightning_bpfree.methods.evolution_strategy.population.low_rank_layers import LowRankLayers
@@ -152,6 +153,7 @@ class PopulationPasses:
                 )
         return self._layers
 
+    @uncounted()
     def _choice(self, step: Step, population: Population) -> int:
         if isinstance(self.chunk_size, int):
             if self.chunk_size > 1 and not self._asked_for_agrees(step, population):

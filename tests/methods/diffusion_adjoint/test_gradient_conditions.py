@@ -8,7 +8,9 @@ from diffusion_problems import STABLE_DIFFUSION, Tanh, TextNet, gradients, log_s
 from tiny_diffusion import prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_bpfree.core.replay.uncounted import uncounted
 from lightning_bpfree.methods.diffusion_adjoint.sampler import DiffusionSampler
+from lightning_bpfree.methods.diffusion_adjoint.schedules import FlowMatching
 
 
 def saved_bytes(sampler, noise, conditioning):
@@ -95,6 +97,39 @@ def test_half_precision_networks_have_a_state_in_single_precision():
     assert {p.grad.dtype for p in net.parameters()} == {torch.bfloat16}
 
 
+def test_a_shared_parameter_gets_its_gradient_once():
+    net = torch.nn.Module()
+    net.first, net.second = (torch.nn.Linear(3, 3, dtype=torch.double) for _ in range(2))
+    net.second.weight = net.first.weight
+    net.forward = lambda x, time: net.second(torch.tanh(net.first(x)))
+    noise = torch.randn(4, 3, dtype=torch.double)
+    true, found = (
+        gradients(DiffusionSampler(net, log_spaced(), num_steps=3, gradient=kind), noise)
+        for kind in ("direct", "exact_adjoint")
+    )
+    assert relative(found[-1], true[-1]) < 1e-10  # equal mathematics in float64
+
+
+class Constant(torch.nn.Module):
+    """A velocity that is a parameter in half precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.velocity = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+
+    def forward(self, x, time):
+        return self.velocity.expand_as(x)
+
+
+@pytest.mark.parametrize("gradient", ["exact_adjoint", "adjoint"])
+def test_gradients_in_half_precision_are_summed_in_single_precision(gradient):
+    net, steps = Constant(), 500
+    sampler = DiffusionSampler(net, FlowMatching(), "flow_prediction", num_steps=steps, gradient=gradient)
+    (0.75 * sampler(torch.zeros(1, 1))).sum().backward()
+    # Each step adds 0.0015. Added up in bfloat16, whose numbers from 0.5 on are 0.0039 apart, they would end at 0.5.
+    torch.testing.assert_close(net.velocity.grad, torch.tensor([-0.75], dtype=torch.bfloat16), rtol=0.01, atol=0.0)
+
+
 @pytest.mark.parametrize("gradient", ["exact_adjoint", "checkpoint"])
 def test_dropout_is_the_same_on_the_way_back(gradient):
     net, noise = Tanh(dropout=0.5), torch.randn(8, 3, dtype=torch.double)
@@ -119,6 +154,39 @@ def test_the_adjoint_with_dropout_uses_the_masks_of_its_steps():
     sampler(torch.randn(1, 3, dtype=torch.double)).sum().backward()
     assert torch.equal(kept[0], kept[1])
     assert torch.equal(net.second.weight.grad[0] != 0, kept[0][0])
+
+
+def test_the_adjoint_of_two_stages_uses_the_masks_of_their_places():
+    net, masks = Tanh(dropout=0.5), []
+    net.drop.register_forward_hook(lambda module, args, out: masks.append(out != 0))
+    sampler = DiffusionSampler(net, log_spaced(), num_steps=1, solver="heun", gradient="adjoint")
+    sampler(torch.randn(4, 3, dtype=torch.double)).sum().backward()
+    at_start, at_end, back_at_end, back_at_start = masks
+    assert not torch.equal(at_start, at_end)
+    assert torch.equal(back_at_end, at_end)
+    assert torch.equal(back_at_start, at_start)
+
+
+class TwoBiases(torch.nn.Module):
+    """Both biases have one tensor as their gradient, which is the cotangent itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (torch.nn.Parameter(torch.ones(2, 3, dtype=torch.double)) for _ in range(2))
+
+    def forward(self, x, time):
+        return torch.tanh(x).detach() + self.first + self.second
+
+
+@pytest.mark.parametrize("gradient", ["exact_adjoint", "adjoint"])
+def test_gradients_that_share_a_tensor_are_summed_apart(gradient):
+    noise, net = torch.randn(2, 3, dtype=torch.double), TwoBiases()
+    true, found = (
+        gradients(DiffusionSampler(net, log_spaced(), num_steps=3, gradient=kind), noise)
+        for kind in ("direct", gradient)
+    )
+    # The field is a constant plus the parameters, whose derivative is 1 at every place: the adjoint has no bias.
+    assert relative(found[-1], true[-1]) < 1e-10  # equal mathematics in float64
 
 
 @pytest.mark.parametrize("gradient", ["exact_adjoint", "adjoint"])
@@ -149,17 +217,42 @@ def test_only_what_is_trained_is_differentiated():
         assert not sampler(torch.randn(2, 3, dtype=torch.double)).requires_grad
 
 
-def test_evaluations_are_counted():
+@pytest.mark.parametrize(("micro_batch", "kept"), [(None, 2), (2, 0)])
+def test_evaluations_are_counted(micro_batch, kept):
     net, noise = TextNet(), torch.randn(4, 4, 8, 8)
     given = {"prompt_embeds": prompts(4), "no_prompt_embeds": torch.randn(1, 5, 8)}
     counts = {}
     for gradient in ("direct", "exact_adjoint", "adjoint", "checkpoint"):
         sampler = DiffusionSampler(
-            net, STABLE_DIFFUSION, num_steps=3, gradient=gradient, guidance_scale=2.0, micro_batch=2
+            net, STABLE_DIFFUSION, num_steps=3, gradient=gradient, guidance_scale=2.0, micro_batch=micro_batch
         )
         gradients(sampler, noise, **given)
         counts[gradient] = sampler.network_evals
-    assert counts == {"direct": 6, "exact_adjoint": 12, "adjoint": 12, "checkpoint": 12}
+    # Three steps with and without the prompt, and again; the graph of the last is kept where the batch is in one part.
+    assert counts == {"direct": 6, "exact_adjoint": 12 - kept, "adjoint": 12, "checkpoint": 12}
+
+
+def test_uncounted_evaluations_are_not_counted():
+    sampler, noise = DiffusionSampler(Tanh(), STABLE_DIFFUSION, num_steps=3), torch.randn(2, 3, dtype=torch.double)
+    with uncounted():
+        sampler(noise).sum().backward()
+    assert sampler.network_evals == 0
+    sampler(noise).sum().backward()
+    assert sampler.network_evals == 5
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+@pytest.mark.parametrize("gradient", ["exact_adjoint", "truncated"])
+def test_a_second_backward_pass_has_the_gradient_of_the_first(gradient, num_steps):
+    # The first takes the kept graph of the last evaluation, the second evaluates it again. The conditioning has a graph
+    # behind it, so that the kept graph ends at a leaf of its own.
+    net, c = Tanh(dropout=0.5), torch.randn(2, 3, dtype=torch.double, requires_grad=True)
+    sampler = DiffusionSampler(net, log_spaced(), num_steps=num_steps, gradient=gradient)
+    out = sampler(torch.randn(2, 3, dtype=torch.double), {"c": c * 2.0}).sum()
+    first = torch.autograd.grad(out, [c, *net.parameters()], retain_graph=True)
+    second = torch.autograd.grad(out, [c, *net.parameters()])
+    assert all(bool(grad.any()) for grad in first)
+    assert all(map(torch.equal, first, second))
 
 
 def test_forward_mode_goes_through_a_solve_without_a_graph():

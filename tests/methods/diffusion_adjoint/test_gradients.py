@@ -91,6 +91,16 @@ def test_truncated_is_backprop_through_the_last_steps(solver):
     assert relative(found[2], torch.cat([p.grad.flatten() for p in net.parameters()])) < EXACT
 
 
+def test_truncated_over_all_steps_gives_weights_all_and_noise_nothing():
+    net, noise = Tanh(), torch.randn(5, 3, dtype=torch.double)
+    found = {
+        gradient: gradients(DiffusionSampler(net, log_spaced(), num_steps=3, gradient=gradient, last_steps=3), noise)
+        for gradient in ("exact_adjoint", "truncated")
+    }
+    assert [len(found[gradient]) for gradient in found] == [3, 2]  # the sample, noise, weights
+    assert torch.equal(found["exact_adjoint"][2], found["truncated"][1])
+
+
 @pytest.mark.parametrize("schedule", [log_spaced(), FlowMatching()], ids=["vp", "flow"])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_gradcheck(solver, schedule):

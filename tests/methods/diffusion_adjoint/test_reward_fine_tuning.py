@@ -9,6 +9,7 @@ from tiny_diffusion import image_pipeline, prompts, stable_diffusion
 from torchmetrics.image import TotalVariation
 
 import lightning_bpfree as bpf
+from lightning_bpfree.methods.diffusion_adjoint.trained_parts import add_lora, without_lora
 
 WIDE = {"class_embed_type": "identity"}
 OPTIMIZE = ["noise", "prompt_embeds", "weights", "lora"]
@@ -86,6 +87,47 @@ def test_resuming_is_exact(optimize, settings, tmp_path):
         assert all(map(torch.equal, whole.averages.buffers(), rest.averages.buffers()))
 
 
+def test_a_checkpoint_brings_its_noise(tmp_path):
+    module = plain(seed=5)
+    fitted(module, None, max_epochs=1).save_checkpoint(tmp_path / "one.ckpt")
+    other = plain(seed=6)
+    fitted(other, None, max_epochs=1, ckpt_path=tmp_path / "one.ckpt")
+    assert other.seed == 5
+    assert torch.equal(other._noise(torch.arange(4), "val"), module._noise(torch.arange(4), "val"))
+
+
+@pytest.mark.parametrize("fixed_noise", [False, True])
+def test_training_noise_is_new_in_each_epoch_unless_fixed(fixed_noise):
+    module, seen = plain(fixed_noise=fixed_noise), []
+    module.on_train_epoch_start = lambda: seen.append(module._noise(torch.arange(4), "train"))
+    fitted(module, None, max_epochs=2, limit_val_batches=0)
+    assert torch.equal(*seen) == fixed_noise
+
+
+def test_averages_move_with_the_optimizer_and_validate():
+    module = plain(ema_decay=0.5, batches_per_epoch=4)
+    moved = []
+    module.averages.update = lambda: moved.append(module.global_step)
+    trainer = fitted(module, None, max_epochs=1, accumulate_grad_batches=2)
+    assert moved == [1, 2]
+    with torch.no_grad(), module.averages.in_place():  # which have not moved, unlike the weights
+        reward = bright(module(torch.arange(4), "val")).mean()
+    torch.testing.assert_close(trainer.callback_metrics["val_reward"], reward, rtol=1e-5, atol=0.0)
+    with torch.no_grad():
+        assert not torch.isclose(reward, bright(module(torch.arange(4), "val")).mean(), rtol=1e-5)
+
+
+def test_computing_without_a_lora_leaves_what_needs_a_gradient():
+    network = image_pipeline().unet
+    add_lora(network, 2, ["to_q"])
+    frozen = next(parameter for name, parameter in network.named_parameters() if "lora_A" in name)
+    frozen.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
+    with without_lora(network):
+        pass
+    assert {name: parameter.requires_grad for name, parameter in network.named_parameters()} == before
+
+
 def test_checkpoints_hold_what_is_trained_alone(tmp_path):
     module = model("lora", ema_decay=0.9)
     fitted(module, None, max_epochs=1).save_checkpoint(tmp_path / "one.ckpt")
@@ -147,17 +189,43 @@ def test_the_kl_of_two_gaussians_is_an_integral():
     torch.testing.assert_close(found, (length * 0.09)[0].to(found), rtol=1e-5, atol=0.0)
 
 
-def test_rewards_that_are_not_finite_leave_parameters_intact():
+def test_the_kl_of_two_flows_is_that_of_their_noises():
+    from contextlib import contextmanager
+
+    from lightning_bpfree.methods.diffusion_adjoint.priors import kl
+
+    schedule = bpf.FlowMatching()
+    ours, theirs = (
+        bpf.DiffusionSampler(lambda x, time, c=c: torch.full_like(x, c), schedule, "flow_prediction", num_steps=4)
+        for c in (0.5, 0.2)
+    )
+
+    @contextmanager
+    def frozen():
+        yield theirs
+
+    draw = torch.rand((), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    low, high = (torch.tensor((1 - s) / s, dtype=torch.float64).log() for s in (0.75, 0.25))  # the inner nodes
+    alpha = torch.sigmoid(low + (high - low) * draw)  # alpha / (1 - alpha) is the signal-to-noise ratio
+    found = kl(ours, torch.randn(2, 3), {}, frozen, torch.Generator().manual_seed(7))
+    # The noise is x + alpha v, so that noises differ by alpha times what velocities do.
+    torch.testing.assert_close(found.double(), (high - low) * (alpha * 0.3).square(), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize(("bad", "count"), [([float("nan")] * 4, 4), ([float("inf"), 1.0, 1.0, 1.0], 1)])
+def test_rewards_that_are_not_finite_leave_parameters_intact(bad, count):
     calls = []
 
     def spoiled(images):
         calls.append(len(images))
-        return bright(images) * (float("nan") if len(calls) > 1 else 1.0)
+        return bright(images) * torch.tensor(bad if len(calls) > 1 else [1.0] * 4)
 
     module = plain(reward=spoiled)
     after_first = {}
     module.on_train_batch_end = lambda *_: after_first.update(trained(module))
-    with pytest.raises(RuntimeError, match=r"reward spoiled gave NaN or infinity for 4 of 4 values\. No parameter"):
+    with pytest.raises(
+        RuntimeError, match=rf"reward spoiled gave NaN or infinity for {count} of 4 values\. No parameter"
+    ):
         fitted(module, None, bpf.DiffusionAdjoint(), limit_val_batches=0, num_sanity_val_steps=0)
     assert after_first
     assert all(torch.equal(value, after_first[name]) for name, value in trained(module).items())
@@ -175,6 +243,7 @@ def test_rewards_by_prompt_and_metrics_of_torchmetrics():
     module = model("lora", TotalVariation(), judges={"brightness": bright})
     trainer = fitted(module, None)
     assert {"val_reward", "val_brightness", "train_reward"} <= set(trainer.callback_metrics)
+    assert module.reward.update_count == 1  # a reward is of one batch, and holds no graph of those before
 
     with pytest.raises(ValueError, match=r"returned shape \(4, 3\) for 4 images"):
         fitted(model("lora", lambda images: images.mean((2, 3))), None, limit_val_batches=0)
@@ -195,10 +264,11 @@ def test_rewards_without_a_derivative(rule):
     trainer = fitted(module, None, RULES[rule](), bpf.DiffusionAdjoint(), max_epochs=4, limit_val_batches=0)
     with torch.no_grad():
         assert white(module(torch.arange(8))).mean() > before
-    # Every evaluation of the rule is counted, also those that leave no trace in the module. Of the 4 * 2 batches, the
-    # first and the fourth are rehearsed: one evaluation more. Each evaluation is two steps of the sampler.
+    # Every evaluation of the rule is counted, also those that leave no trace in the module; rehearsals are not, as in
+    # the rule's own count. Each evaluation is two steps of the sampler.
     evaluations = {"zeroth_order": 9, "evolution_strategy": 5}[rule]
-    assert trainer.callback_metrics["bpfree/network_evals"] == 2 * (4 * 2 * evaluations + 2)
+    assert trainer.callback_metrics["bpfree/network_evals"] == 2 * (4 * 2 * evaluations)
+    assert trainer.callback_metrics["bpfree/forward_evals"] == 4 * 2 * evaluations
 
 
 def test_backprop_refuses_a_reward_without_a_derivative():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from diffusers import DPMSolverMultistepScheduler
 from diffusion_problems import STABLE_DIFFUSION, Gaussian, TextNet, log_spaced, relative
 from tiny_diffusion import ddim_scheduler, prompts
 
-from lightning_bpfree.methods.diffusion_adjoint.plans import SOLVERS, plan
+from lightning_bpfree.methods.diffusion_adjoint.plans import SOLVERS, plan, run
 from lightning_bpfree.methods.diffusion_adjoint.sampler import DiffusionSampler
 from lightning_bpfree.methods.diffusion_adjoint.schedules import DiscreteVP, FlowMatching, LinearVP
 
@@ -182,6 +183,20 @@ def test_one_step_of_a_shifted_flow():
     nodes = FlowMatching(shift=3.0).grid(1)
     assert [node.rho for node in nodes] == [1.0, 0.0]
     assert [round(node.rho, 6) for node in FlowMatching(shift=3.0).grid(2)] == [1.0, 0.75, 0.0]
+
+
+@pytest.mark.parametrize(("solver", "held"), [("euler", 0), ("rk4", 3), ("dpmpp_2m", 0)])
+def test_slopes_go_when_nothing_needs_them(solver, held):
+    alive, most = [], []
+
+    def evaluate(at, y):
+        most.append(sum(slope() is not None for slope in alive))
+        slope = torch.ones_like(y)
+        alive.append(weakref.ref(slope))
+        return slope
+
+    run(plan(solver, STABLE_DIFFUSION, 4), evaluate, torch.zeros(2))
+    assert max(most) == held
 
 
 @pytest.mark.parametrize(
