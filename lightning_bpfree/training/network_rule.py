@@ -240,12 +240,10 @@ class NetworkRule(TrainingRule):
         super().on_train_epoch_start(trainer, pl_module)
         self._take_turn(trainer, pl_module)
 
-    def run_step(
-        self, trainer: pl.Trainer, module: pl.LightningModule, original: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    def run(self, trainer: pl.Trainer, module: pl.LightningModule, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what Lightning gets for one batch; errors of the network's parts name the rule."""
         with refusing(type(self).__name__):
-            return super().run_step(trainer, module, original, *args, **kwargs)
+            return super().run(trainer, module, original, *args, **kwargs)
 
     def _note_override(self, module: nn.Module) -> None:
         """Note whether something stood in for the forward pass before the fit, which is to be so if the fit fails."""

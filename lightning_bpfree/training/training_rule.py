@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -191,35 +190,7 @@ class TrainingRule(Callback, ABC):
         self._begin_anew(trainer, pl_module)
         rules = callbacks_of(trainer, TrainingRule)
         check_fit(self, [type(rule).__name__ for rule in rules], trainer, pl_module)
-        self._swap = StepSwap(trainer, pl_module, self, partial(self.run_step, trainer, pl_module))
-
-    def hand_over(self) -> None:
-        """Stop replacing the training step in this fit: another callback does, and calls :meth:`run_step`."""
-        if self._swap is not None:
-            self._swap.undo()
-
-    def twin(self, seed: int) -> TrainingRule:
-        """Return a copy of the rule in the middle of its fit, for other weights that take turns in the same module.
-
-        The copy shares what refers to the module. All else is its own: search states, auxiliary modules, counters. It
-        is no callback of the Trainer: the caller evaluates its step by :meth:`run_step` and passes hooks on to it.
-
-        Args:
-            seed: of the copy's random directions.
-
-        Raises:
-            RuntimeError: outside of a fit.
-        """
-        if self._swap is None:
-            raise RuntimeError(f"{type(self).__name__}.twin: the rule is in no fit.")
-        module = self._swap.module
-        shared: list[Any] = [*module.modules(), *module.parameters(), *module.buffers()]
-        clone = copy.copy(self)
-        own = {name: value for name, value in clone.__dict__.items() if name not in self.of_a_fit}
-        clone.__dict__.update(copy.deepcopy(own, {id(part): part for part in shared}))
-        clone.__dict__.update({name: self.__dict__[name] for name in self.of_a_fit if name in self.__dict__})
-        clone.record.seed = seed
-        return clone
+        self._swap = StepSwap(trainer, pl_module, self, partial(self.run, trainer, pl_module))
 
     def _begin_anew(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Forget an earlier fit, unless a state was loaded for this one or the same Trainer goes on with its epochs."""
@@ -312,9 +283,7 @@ class TrainingRule(Callback, ABC):
         self.record.batches += 1
         self._streams.on_train_batch_start(trainer, batch_idx)
 
-    def run_step(
-        self, trainer: pl.Trainer, module: pl.LightningModule, original: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    def run(self, trainer: pl.Trainer, module: pl.LightningModule, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what Lightning gets for one batch: the output of the training step, with the estimate behind its loss.
 
         Args:

@@ -92,6 +92,7 @@ def test_parameter_groups_by_dimension_tied_and_frozen_weights(route):
 def test_bootstrap_samples(route):
     ensemble = bpf.DeepEnsemble(3, route=route, seed=3, bootstrap=True)
     _, _, before, after = train(Small, ensemble, **FULL)
+    assert len({tuple(bootstrap_rows(48, seed).tolist()) for seed in ensemble.seeds}) == 3, "samples differ"
     for member, (start, end) in enumerate(zip(before, after, strict=True)):
         seed = ensemble.seeds[member]
         sample = Subset(tensors(), bootstrap_rows(48, seed).tolist())

@@ -1,4 +1,4 @@
-"""A twin of a rule trains other weights in the same fit; a rule that hands its step over is evaluated by somebody else."""
+"""A twin of a rule trains other weights in the same fit, with a record and a seed of its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 from problems import Problem, fitted, loader
 
 import lightning_bpfree as bpf
+from lightning_bpfree.methods.deep_ensemble.rule_copies import twin_of
 
 
 class Made(bpf.Backprop):
@@ -17,7 +18,7 @@ class Made(bpf.Backprop):
 
     def on_train_start(self, trainer, pl_module) -> None:
         super().on_train_start(trainer, pl_module)
-        self.twin_of_mine = self.twin(seed=5)
+        self.twin_of_mine = twin_of(self, pl_module, seed=5)
         assert self.twin_of_mine.original_step == self.original_step
 
 
@@ -32,20 +33,5 @@ def test_a_twin_has_a_record_and_a_seed_of_its_own():
 
 
 def test_a_twin_is_made_inside_of_a_fit_only():
-    with pytest.raises(RuntimeError, match="twin: the rule is in no fit"):
-        bpf.Backprop().twin(seed=0)
-
-
-class HandsOver(bpf.ZerothOrder):
-    """Lets the training step go before the first batch."""
-
-    def on_train_start(self, trainer, pl_module) -> None:
-        super().on_train_start(trainer, pl_module)
-        self.hand_over()
-
-
-def test_a_rule_that_hands_over_evaluates_nothing_by_itself():
-    rule = HandsOver()
-    fitted(Problem(), loader(), rule)
-    assert rule.record.batches > 0
-    assert rule.record.forward_evals == 0
+    with pytest.raises(RuntimeError, match="Backprop is in no fit"):
+        twin_of(bpf.Backprop(), Problem(), seed=0)
