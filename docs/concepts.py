@@ -72,6 +72,7 @@ def _change_rows(runs):
 def _image_rows(found):
     head = [
         "images: way, target",
+        "above 0.9",
         "reached",
         "L2",
         "has it by the rule",
@@ -83,7 +84,7 @@ def _image_rows(found):
     for name in ("digits", "fashion"):
         for way in found[name][0]["ways"]:
             parts = [run["ways"][way] for run in found[name]]
-            names = ("reached", "l2", "true_by_rule", "seen_by_judge", "autoencoder_error_ratio", "same_class")
+            names = ("above", "reached", "l2", "true_by_rule", "seen_by_judge", "autoencoder_error_ratio", "same_class")
             rows.append([f"{name}: {way}", *(over_seeds([p[n] for p in parts]) for n in names)])
     return head, rows
 
