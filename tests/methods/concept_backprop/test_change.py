@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_bpfree.methods.concept_backprop.callback import ConceptBackprop
 from lightning_bpfree.methods.concept_backprop.change import ChangeSettings, change_concept
+from lightning_bpfree.methods.concept_backprop.concepts import Concept
 from lightning_bpfree.methods.concept_backprop.discrete import CategoryChange, TokenChange
 from lightning_bpfree.methods.concept_backprop.flips import flip_concept, single_changes, token_changes
 from lightning_bpfree.methods.concept_backprop.parameterizations import AdditiveChange, GridChange, LatentChange
@@ -224,6 +226,41 @@ def test_rules_of_a_board_are_never_broken():
     assert legal(change.changed[change.reached]).all()
     change = flip_concept(net, kept, probe, lambda board: single_changes(board, legal))
     assert legal(change.changed).all()
+
+
+def gap(batch):
+    """By how much a board has more pieces of the second kind than of the third, or fewer."""
+    count = batch.flatten(2).sum(2)
+    return (count[:, 1] - count[:, 2]).abs()
+
+
+def even(batch):
+    return gap(batch) < 0.5
+
+
+def test_a_penalty_leads_the_search_to_what_exists():
+    """One piece of the second kind brings the probe to its target; the rule asks for one of the third beside it."""
+    found, _, net = boards(200)
+    weight = torch.zeros(3, 4)
+    weight[1] = torch.tensor([6.0, 5.5, 1.0, 0.5])
+    probe = probe_of(weight.flatten(), -3.0)  # logit 3 or 2.5, and log(9) = 2.2 is the target
+    kept = found[even(found) & (probe.score(net(found)) < 0.5)]
+    settings = ChangeSettings(target=0.9, distance_weight=0.0, sparsity=0.3, lr=0.1)
+    shared = {"parameterization": CategoryChange(), "legal": even}
+    without = change_concept(net, kept, probe, settings, **shared)
+    led = change_concept(net, kept, probe, settings, validity=gap, validity_weight=3.0, **shared)
+    assert even(led.changed[led.reached]).all()
+    assert led.reached.all()
+    assert without.reached.float().mean() < 0.5
+
+    rules = {"validity": gap, "validity_weight": 3.0, "legal": even}
+    concept = Concept("one", lambda x, y: x[:, 1, 0].sum(1) >= 1)
+    analysis = ConceptBackprop(
+        concept, "0", change=settings, parameterization=CategoryChange(), sensitivity=False, pictures=False, **rules
+    )
+    change = analysis.analyze(net, [(found[even(found)], found)]).changes["one"]
+    assert even(change.changed[change.reached]).all()
+    assert change.reached.float().mean() >= 0.9
 
 
 def test_tokens_change_by_both_searches_and_only_as_allowed():
