@@ -73,7 +73,7 @@ def run_images(seed, name):
     known = ~samples.labels[concept.name].isnan()
     rows = candidates(probe, samples.features[layer], UP, len(x))
     absent = (probe.score(samples.features[layer]) < 0.1) & known & (samples.labels[concept.name] == 0)
-    chosen = x[rows[absent[rows]][:64]]
+    chosen = x[rows[absent[rows]][:48]]
     other = Autoencoder(size, latent=latent, epochs=60 if name == "digits" else 20, seed=seed + 500)
     other.fit(train_x)  # the judge; the one that changes images is another
     usual = float((other(x) - x).square().flatten(1).mean(1).median().detach())
@@ -92,6 +92,8 @@ def run_images(seed, name):
         "latent, 0.999, rate 0.2": (decoded, probe, 0.999, 0.2),
         "latent, 0.99, weak penalty": (decoded, weak, 0.99, 0.05),
     }
+    if name == "fashion":  # a step takes long there, and the lower target changes nothing in what is seen
+        ways = {way: how for way, how in ways.items() if way not in ("additive, 0.9", "grid, 0.9")}
     real = x[known & (samples.labels[concept.name] == 1)]
     result = {
         "layer": layer,

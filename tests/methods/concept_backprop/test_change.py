@@ -228,6 +228,18 @@ def test_rules_of_a_board_are_never_broken():
     assert legal(change.changed).all()
 
 
+def test_the_best_legal_change_is_kept_where_the_search_leaves_what_is_legal():
+    net, x, probe = linear()
+
+    def near(batch):
+        return (batch - x).norm(dim=1) <= 0.2
+
+    change = change_concept(net, x, probe, ChangeSettings(loss="bce", target=0.9, distance_weight=0.0), legal=near)
+    assert near(change.changed).all()
+    assert (change.after > change.before).all()
+    assert not change.reached.any()  # the target is farther away
+
+
 def gap(batch):
     """By how much a board has more pieces of the second kind than of the third, or fewer."""
     count = batch.flatten(2).sum(2)
@@ -253,7 +265,13 @@ def test_a_penalty_leads_the_search_to_what_exists():
     assert led.reached.all()
     assert without.reached.float().mean() < 0.5
 
-    rules = {"validity": gap, "validity_weight": 3.0, "legal": even}
+    asked = []
+
+    def heard(batch):
+        asked.append(len(batch))
+        return gap(batch)
+
+    rules = {"validity": heard, "validity_weight": 3.0, "legal": even}
     concept = Concept("one", lambda x, y: x[:, 1, 0].sum(1) >= 1)
     analysis = ConceptBackprop(
         concept, "0", change=settings, parameterization=CategoryChange(), sensitivity=False, pictures=False, **rules
@@ -261,6 +279,7 @@ def test_a_penalty_leads_the_search_to_what_exists():
     change = analysis.analyze(net, [(found[even(found)], found)]).changes["one"]
     assert even(change.changed[change.reached]).all()
     assert change.reached.float().mean() >= 0.9
+    assert len(asked) == settings.steps + 1, "the callback hands the penalty on"
 
 
 def test_tokens_change_by_both_searches_and_only_as_allowed():
