@@ -124,6 +124,6 @@ def run_images(seed, name):
         row["autoencoder_error_ratio"] = float(error) / usual
         row["same_class"] = float((change.outputs_before.argmax(1) == change.outputs_after.argmax(1)).float().mean())
         result["ways"][way] = row
-        if way in ("additive, 0.99", "grid, 0.99", "latent, 0.99"):
+        if way in ("additive, 0.99", "grid, 0.99", "latent, 0.999, rate 0.2"):
             result["pictures"][way] = listed(change.changed[:6])
     return result

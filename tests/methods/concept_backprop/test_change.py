@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_bpfree.methods.concept_backprop.callback import ConceptBackprop
-from lightning_bpfree.methods.concept_backprop.change import ChangeSettings, change_concept
+from lightning_bpfree.methods.concept_backprop.change import ChangeSettings, change_concept, distances
 from lightning_bpfree.methods.concept_backprop.concepts import Concept
 from lightning_bpfree.methods.concept_backprop.discrete import CategoryChange, TokenChange
 from lightning_bpfree.methods.concept_backprop.flips import flip_concept, single_changes, token_changes
@@ -164,6 +164,15 @@ def test_a_grid_makes_smooth_changes():
     coarse = nn.functional.interpolate(change.delta, (3, 3), mode="bilinear", align_corners=True)  # corners of the grid
     again = nn.functional.interpolate(coarse, (13, 13), mode="bilinear", align_corners=True)
     torch.testing.assert_close(change.delta, again, rtol=1e-10, atol=1e-10)
+
+
+def test_distances_are_each_samples_own():
+    found = distances(torch.tensor([[3.0, -4.0], [0.0, 1.0]]), torch.zeros(2, 2))
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "l1": [7.0, 1.0], "l2": [5.0, 1.0], "linf": [4.0, 1.0], "l0": [2.0, 1.0],
+    }  # fmt: skip
+    tokens = distances(torch.tensor([[1, 2, 3], [1, 5, 6]]), torch.tensor([[1, 2, 3], [1, 2, 3]]))
+    assert tokens["l0"].tolist() == [0.0, 2.0]
 
 
 # --- boards and tokens ---
