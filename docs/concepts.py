@@ -209,19 +209,20 @@ def _plausibility(found):
 
 
 def _pictures(found):
-    ways = ("before", "additive, 0.99", "grid, 0.99", "latent, 0.99")
+    ways = ("before", "additive, 0.99", "grid, 0.99", "latent")
     drawing = _figure(9.6, 4.0)
     panels = drawing.subplots(len(ways), 12, squeeze=False)
     for block, name in enumerate(("digits", "fashion")):
         run = found[name][0]
         for i, way in enumerate(ways):
-            for j, pixels in enumerate(run["pictures"][way][:6]):
+            own = way if way in run["pictures"] else list(run["pictures"])[-1]  # the highest target in latents
+            for j, pixels in enumerate(run["pictures"][own][:6]):
                 axes = panels[i, 6 * block + j]
                 axes.imshow(torch.tensor(pixels).view(run["size"][1:]).numpy(), cmap="gray")
                 axes.set_xticks([])
                 axes.set_yticks([])
     for i, way in enumerate(ways):
-        panels[i, 0].set_ylabel(way, fontsize=8)
+        panels[i, 0].set_ylabel(way.replace(", ", "\n"), fontsize=8)
     return drawing
 
 

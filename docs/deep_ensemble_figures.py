@@ -65,29 +65,33 @@ def tables(found):
     return figure
 
 
-def least(found, way, members, key):
-    """Return the least of a quantity over repeats."""
-    return min(run[key] for run in found["runs"] if run["way"] == way and run["members"] == members)
+def ratios(found, way, members):
+    """Return, by repeat, the time of an epoch over that of one network in Lightning."""
+    one = {run["repeat"]: run["seconds"] for run in found["runs"] if run["way"] == "one"}
+    own = [run for run in found["runs"] if run["way"] == way and run["members"] == members]
+    return [run["seconds"] / one[run["repeat"]] for run in own]
 
 
 def times(found):
-    """Draw CPU time of an epoch and memory by the number of members."""
+    """Draw the time of an epoch, and memory, by the number of members."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    one = least(found, "one", 1, "cpu_seconds")
     for way, color in COLORS.items():
         counts = sorted({run["members"] for run in found["runs"] if run["way"] == way})
         if not counts:
             continue
         label = LABELS.get(way, way)
-        left.plot(counts, [least(found, way, m, "cpu_seconds") / one for m in counts], "o-", color=color, label=label)
-        if way in LABELS:
-            right.plot(counts, [least(found, way, m, "grown_mib") for m in counts], "o-", color=color, label=label)
+        repeats = [ratios(found, way, m) for m in counts]
+        left.plot(counts, [statistics.median(own) for own in repeats], "o-", color=color, label=label, markersize=4)
+        for one in zip(*repeats, strict=True):
+            left.plot(counts, one, color=color, linewidth=0.5, alpha=0.5)
+        grown = {run["members"]: run["grown_mib"] for run in found["memory"] if run["way"] == way}
+        right.plot(list(grown), list(grown.values()), "o-", color=color, label=label, markersize=4)
     left.axhline(3, color="0.5", linewidth=0.8, linestyle=":")
     for axis, title in (
-        (left, "CPU time of an epoch, over one network's in Lightning"),
+        (left, "time of an epoch, over one network's in Lightning"),
         (right, "memory grown in training, MiB"),
     ):
         axis.set_xscale("log")
@@ -96,6 +100,7 @@ def times(found):
         axis.set_xlabel("members")
         axis.set_title(title, fontsize=9)
     left.set_yscale("log")
+    left.set_yticks([0.3, 1, 3, 10, 30], ["0.3", "1", "3", "10", "30"])
     left.legend(fontsize=8)
     return figure
 

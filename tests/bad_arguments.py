@@ -31,6 +31,10 @@ MODULES += [
     "actor_critic",
     "diffusion_tasks.digit_diffusion",
     "diffusion_tasks.digit_rewards",
+    "concept_tasks.autoencoder",
+    "concept_tasks.concepts",
+    "concept_tasks.next_byte",
+    "concept_tasks.tictactoe",
 ]
 BUILDERS = "lightning_bpfree.methods.reversible_recompute.models"
 
@@ -93,6 +97,7 @@ GOOD: dict[str, Callable[[], Any]] = {
     "fit_probe.labels": lambda: torch.ones(1),
     "samples": lambda: Samples({}, {}, torch.ones(1), None),
     "neighbours": lambda: lambda x: x[None],
+    "feature_above_mean.feature": lambda: 1,
     "board": lambda: torch.eye(2),
     "tokens": lambda: torch.ones(2, dtype=torch.int64),
     "allowed": lambda: torch.ones(2, dtype=torch.int64),

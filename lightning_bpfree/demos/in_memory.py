@@ -1,43 +1,20 @@
-"""A LightningDataModule over tensors in memory, batched by one index operation, and its splits."""
+"""A LightningDataModule over tensors in memory, and stratified splits."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bpfree.core.arguments import NonNegativeInt, OpenFraction, PositiveInt, Seed32, checked
 from lightning_bpfree.demos.corruption import Corruption, CorruptionName, Pixels, chosen_corruption
+from lightning_bpfree.demos.split_loaders import BatchDataset, Split, SplitLoaders
 
-_T = TypeVar("_T")
 Arrays = tuple[Tensor, Tensor, Tensor, Tensor]  # training inputs, training labels, test inputs, test labels
-
-
-class BatchDataset(TensorDataset):
-    """A TensorDataset that a DataLoader indexes once a batch instead of once a sample.
-
-    torch's loader calls ``__getitems__`` with a batch's indices where a data set has it. The sampler stays an ordinary
-    one, so that Lightning can put its DistributedSampler in. Use with ``collate_fn=pass_through``.
-
-    Example:
-        >>> data = BatchDataset(torch.arange(6.0), torch.arange(6))
-        >>> [y.tolist() for _, y in DataLoader(data, batch_size=4, collate_fn=pass_through)]
-        [[0, 1, 2, 3], [4, 5]]
-    """
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
-        index = torch.as_tensor(indices)
-        return tuple(tensor[index] for tensor in self.tensors)
-
-
-def pass_through(batch: _T) -> _T:
-    """The batch as it is: :class:`BatchDataset` has stacked it already. At module level, so that it can be pickled."""
-    return batch
 
 
 @checked
@@ -67,7 +44,7 @@ def stratified_split(labels: Tensor, fraction: OpenFraction, seed: Seed32) -> tu
     return order[~in_part[order]], order[in_part[order]]
 
 
-class InMemoryDataModule(LightningDataModule):
+class InMemoryDataModule(SplitLoaders, LightningDataModule):
     """What the data modules here share; a subclass says in :meth:`load` where the arrays come from.
 
     Batches are pairs: inputs float32, (B, C, H, W), or (B, C * H * W) with `flatten`; labels int64, (B,).
@@ -166,40 +143,6 @@ class InMemoryDataModule(LightningDataModule):
                 f"hence no batch at all; give at most {used}, or drop_last=False."
             )
 
-    def dataset(self, split: Literal["train", "val", "test"]) -> BatchDataset:
-        """The samples of one split; its ``tensors`` are the standardised inputs and the labels.
-
-        Raises:
-            RuntimeError: :meth:`setup` has not run.
-        """
-        if not self._splits:
-            raise RuntimeError(f"{type(self).__name__} holds no data yet; call prepare_data() and setup() first.")
-        return self._splits[split]
-
-    def _loader(self, split: Literal["train", "val", "test"]) -> DataLoader[Any]:
-        train = split == "train"
-        return DataLoader(
-            self.dataset(split),
-            batch_size=self.batch_size,
-            shuffle=train,
-            drop_last=train and self.drop_last,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=pass_through,
-        )
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Training batches, shuffled by torch's global generator (``seed_everything`` decides the order)."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Validation batches in a fixed order."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test batches in a fixed order."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The test batches, labels included."""
-        return self._loader("test")
+    def _options(self, split: Split) -> dict[str, Any]:
+        workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        return {"drop_last": split == "train" and self.drop_last, **workers}

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassConfusionMatrix,
@@ -19,13 +18,14 @@ from torchmetrics.classification import (
 )
 
 from lightning_bpfree.core.arguments import AtLeastTwo, OpenFraction, PositiveInt, Seed32, check_arguments, checked
-from lightning_bpfree.demos.in_memory import BatchDataset, pass_through, stratified_split
+from lightning_bpfree.demos.in_memory import stratified_split
 from lightning_bpfree.demos.modules import Classifier
+from lightning_bpfree.demos.split_loaders import BatchDataset, SplitLoaders
 
 __all__ = ["ScikitTableDataModule", "TableClassifier", "TableDataModule"]
 
 
-class TableDataModule(LightningDataModule):
+class TableDataModule(SplitLoaders, LightningDataModule):
     """What the tables here share; a subclass says in :meth:`load` where the rows come from.
 
     Batches are pairs: inputs float32, (B, num_features), labels int64, (B,). Each feature is standardised with mean and
@@ -82,37 +82,6 @@ class TableDataModule(LightningDataModule):
             name: BatchDataset(((x[rows].double() - mean) / std).float(), y[rows].long())
             for name, rows in parts.items()
         }
-
-    def dataset(self, split: Literal["train", "val", "test"]) -> BatchDataset:
-        """The rows of one split; its ``tensors`` are the standardised inputs and the labels.
-
-        Raises:
-            RuntimeError: :meth:`setup` has not run.
-        """
-        if not self._splits:
-            raise RuntimeError(f"{type(self).__name__} holds no data yet; call setup() first.")
-        return self._splits[split]
-
-    def _loader(self, split: Literal["train", "val", "test"]) -> DataLoader[Any]:
-        return DataLoader(
-            self.dataset(split), batch_size=self.batch_size, shuffle=split == "train", collate_fn=pass_through
-        )
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Training batches, shuffled by torch's global generator (``seed_everything`` decides the order)."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Validation batches in a fixed order."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test batches in a fixed order."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The test batches, labels included."""
-        return self._loader("test")
 
 
 class ScikitTableDataModule(TableDataModule):

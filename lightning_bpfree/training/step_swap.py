@@ -23,6 +23,9 @@ class StepSwap:
     ``module.training_step`` otherwise (a validation step, a callback), or copies or saves the module during a fit,
     finds the module's own.
 
+    It takes the place of another swap that it finds: one that an interrupted fit has left, or that of a rule which runs
+    for each member of an ensemble from then on.
+
     Args:
         trainer: the Trainer.
         module: the module.
@@ -35,7 +38,7 @@ class StepSwap:
     ) -> None:
         self.trainer, self.module, self.rule, self._run = trainer, module, rule, run
         self.strategy: Any = trainer.strategy
-        _remove(self.strategy)  # one that an interrupted fit has left
+        _remove(self.strategy)
         self._strategy_step = self.strategy.training_step
         self._call = self._training_step  # one object, by which it is known again
         self.strategy.__dict__["training_step"] = self._call

@@ -195,7 +195,7 @@ class TrainingRule(Callback, ABC):
         self._begin_anew(trainer, pl_module)
         rules = callbacks_of(trainer, TrainingRule)
         check_fit(self, [type(rule).__name__ for rule in rules], trainer, pl_module)
-        self._swap = StepSwap(trainer, pl_module, self, partial(self._run, trainer, pl_module))
+        self._swap = StepSwap(trainer, pl_module, self, partial(self.run, trainer, pl_module))
 
     def _begin_anew(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Reset the rule, unless a state was loaded for this fit or the same Trainer continues its epochs."""
@@ -285,7 +285,16 @@ class TrainingRule(Callback, ABC):
         self.record.batches += 1
         self._streams.on_train_batch_start(trainer, batch_idx)
 
-    def _run(self, trainer: pl.Trainer, module: pl.LightningModule, original: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(self, trainer: pl.Trainer, module: pl.LightningModule, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return what Lightning gets for one batch: the output of the training step, with the estimate behind its loss.
+
+        Args:
+            trainer: the Trainer.
+            module: the module.
+            original: its own training step.
+            *args: of the training step.
+            **kwargs: of the training step.
+        """
         if not self.active(trainer.current_epoch):
             self.record.forward_evals += BACKPROP_COST
             self._log(trainer, module, {"bpfree/active": 0.0})

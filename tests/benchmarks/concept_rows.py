@@ -11,10 +11,10 @@ from concept_runs import UP, fit, summary
 import lightning_bpfree as bpf
 from lightning_bpfree.demos.concept_tasks import concepts as label
 from lightning_bpfree.demos.concept_tasks import tictactoe
-from lightning_bpfree.demos.concept_tasks.in_memory_tables import InMemoryTableDataModule
 from lightning_bpfree.demos.concept_tasks.next_byte import ByteGRU, NextByteDataModule
 from lightning_bpfree.demos.language import LanguageModel
 from lightning_bpfree.demos.modules import MLP, Classifier
+from lightning_bpfree.demos.tables import ScikitTableDataModule
 from lightning_bpfree.methods.concept_backprop.change import change_concept
 from lightning_bpfree.methods.concept_backprop.detection import collect_activations, detect_concepts
 from lightning_bpfree.methods.concept_backprop.flips import flip_concept, single_changes, token_changes
@@ -24,7 +24,7 @@ from lightning_bpfree.methods.concept_backprop.sensitivity import concept_sensit
 
 def run_table(seed):
     pl.seed_everything(seed)
-    data = InMemoryTableDataModule("breast_cancer", batch_size=32, seed=seed)
+    data = ScikitTableDataModule("breast_cancer", batch_size=32, seed=seed)
     data.setup()
     module = Classifier(MLP(30, [32, 32], 2), num_classes=2, optimizer="adam", lr=3e-3)
     fit(module, data, 20)
@@ -89,19 +89,29 @@ def run_board(seed):
         "ways": {},
         "pictures": {"before": chosen[:6].argmax(1).flatten(1).tolist()},
     }
+
+    def relaxed(steps=300, lr=0.1, hold=1.0, weight=0.0):
+        return change_concept(
+            module,
+            chosen,
+            probe,
+            bpf.ChangeSettings(target=0.9, distance_weight=0.0, sparsity=0.3, lr=lr, steps=steps),
+            parameterization=bpf.CategoryChange(hold=hold),
+            legal=tictactoe.legal,
+            validity=tictactoe.broken_rules if weight else None,
+            validity_weight=weight,
+        )
+
     ways = {
         "greedy": lambda: flip_concept(
             module, chosen, probe, lambda b: single_changes(b, tictactoe.legal), UP, max_flips=6
         ),
         "greedy, any squares": lambda: flip_concept(module, chosen, probe, single_changes, UP, max_flips=6),
-        "straight-through": lambda: change_concept(
-            module,
-            chosen,
-            probe,
-            bpf.ChangeSettings(target=0.9, distance_weight=0.0, sparsity=0.3, lr=0.1, steps=300),
-            parameterization=bpf.CategoryChange(),
-            legal=tictactoe.legal,
-        ),
+        "straight-through": relaxed,
+        "straight-through, 600 steps of twice the rate": lambda: relaxed(600, 0.2),
+        "straight-through, softer start": lambda: relaxed(hold=0.3),
+        "straight-through, penalty 1 for broken rules": lambda: relaxed(weight=1.0),
+        "straight-through, penalty 3 for broken rules": lambda: relaxed(weight=3.0),
     }
     for way, make in ways.items():
         start = time.perf_counter()

@@ -32,6 +32,7 @@ def summary(change, **more):
         "before": float(change.before[absent].mean()),
         "after": float(change.after[absent].mean()),
         "reached": float(change.reached[absent].float().mean()),
+        "above": float((change.after[absent] > 0.9 - 1e-4).float().mean()),
         **{name: float(value[absent].mean()) for name, value in change.distance.items()},
     }
     return {**found, **more}

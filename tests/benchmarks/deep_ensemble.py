@@ -1,11 +1,15 @@
 """How long ensembles of small networks train, and what they hold, against one network and against other packages.
 
-    python tests/benchmarks/deep_ensemble.py OUT.json [--peers FOLDER]
+    python tests/benchmarks/deep_ensemble.py OUT.json [--peers FOLDER] [--repeats 5] [--threads 1]
+    python tests/benchmarks/deep_ensemble.py OUT.json [--peers FOLDER] --memory
 
 FOLDER is what `pip install --no-deps --target FOLDER torchensemble==0.2.0` has made; without it the two peers are left
-out. All train networks of the same layers on the same rows, with the same batch size and number of epochs, by Adam, each
-in a process of its own. Seconds are those of one epoch, the shortest of several; CPU seconds do not count what other
-programs do meanwhile.
+out. All train networks of the same layers on the same rows, with the same batch size and number of epochs, by Adam.
+
+The first command measures time, all ways in turn in one process, so that a repeat compares what ran within seconds of
+each other. Seconds are those of one epoch, the shortest of several; CPU seconds do not count what other programs do
+meanwhile. It adds to the repeats that OUT.json has. The second command measures memory, each way in a process of its
+own: by how much the largest resident size grew while the networks trained.
 """
 
 from __future__ import annotations
@@ -15,12 +19,13 @@ import datetime
 import itertools
 import json
 import logging
-import resource
+import os
 import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 ROWS, FEATURES, CLASSES, HIDDEN, BATCH, EPOCHS = 2048, 64, 10, (64, 64), 64, 6
 COUNTS = (1, 3, 10, 30)
@@ -95,10 +100,13 @@ def by_torchensemble(members: int) -> list[tuple[float, float]]:
     from torch import nn
 
     # Its package imports a logger of TensorBoard at the top, which it uses on request only.
-    sys.modules.setdefault("torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=None))  # type: ignore[arg-type]
+    missing = "torch.utils.tensorboard" not in sys.modules
+    if missing:
+        sys.modules["torch.utils.tensorboard"] = types.SimpleNamespace(SummaryWriter=None)  # type: ignore[assignment]
     from torchensemble import VotingClassifier
 
-    logging.disable(logging.INFO)
+    if missing:
+        del sys.modules["torch.utils.tensorboard"]
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -134,61 +142,111 @@ def by_scikit_learn(members: int) -> list[tuple[float, float]]:
     return marks
 
 
-def measured(way: str, members: int) -> dict[str, float]:
+def trained(way: str, members: int) -> list[tuple[float, float]]:
+    """Return wall and CPU seconds of an epoch, several times."""
+    run = {"torchensemble": by_torchensemble, "scikit-learn": by_scikit_learn}.get(way)
+    return run(members) if run else by_lightning(members, way)
+
+
+def arms(options: argparse.Namespace) -> list[tuple[str, int]]:
+    ways = options.ways or (WAYS if options.peers else WAYS[:3])
+    return [(way, members) for way in ways for members in ((1,) if way == "one" else COUNTS)]
+
+
+def times(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return one repeat: every way once, in one process."""
+    found = []
+    for way, members in arms(options):
+        marks = trained(way, members)
+        seconds, cpu_seconds = (min(mark) for mark in zip(*marks, strict=True))
+        found.append({"way": way, "members": members, "seconds": seconds, "cpu_seconds": cpu_seconds})
+    return found
+
+
+def resident(key: str) -> float:
+    """Return a size of this process in MiB: ``VmRSS`` now, ``VmHWM`` the largest since it was reset."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def memory(way: str, members: int) -> dict[str, float]:
+    trained(way, 1)  # imports, caches
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the largest size so far
+    before = resident("VmRSS")
+    trained(way, members)
+    return {"grown_mib": resident("VmHWM") - before, "resident_mib": resident("VmHWM")}
+
+
+def memories(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return what every way holds, each in a process of its own."""
+    found = []
+    for way, members in arms(options):
+        peers = ["--peers", options.peers] if options.peers else []
+        command = [sys.executable, __file__, options.out, *peers, "--one", way, str(members)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(done.stderr[-2000:])
+        found.append({"way": way, "members": members, **json.loads(done.stdout.strip().splitlines()[-1])})
+        print(found[-1], flush=True)
+    return found
+
+
+def prepare(options: argparse.Namespace) -> None:
     import torch
 
     warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)  # two gain nothing for layers of this size, and waiting threads count as CPU time
-    run = {"torchensemble": by_torchensemble, "scikit-learn": by_scikit_learn}.get(way)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    marks = run(members) if run else by_lightning(members, way)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "seconds": min(wall for wall, _ in marks),
-        "cpu_seconds": min(cpu for _, cpu in marks),
-        "resident_mib": peak / 1024,
-        "grown_mib": (peak - before) / 1024,
-    }
+    logging.disable(logging.INFO)
+    # For layers of this size a second thread gains little, and its waiting counts as CPU time.
+    torch.set_num_threads(options.threads)
+    if options.peers:
+        sys.path.append(options.peers)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out")
-    parser.add_argument("--peers")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--one", nargs=2, metavar=("WAY", "MEMBERS"))
-    options = parser.parse_args()
-    if options.one:
-        if options.peers:
-            sys.path.append(options.peers)
-        print(json.dumps(measured(options.one[0], int(options.one[1]))))
-        return
+def header(options: argparse.Namespace) -> dict[str, Any]:
     import lightning
     import sklearn
     import torch
 
-    report: dict = {
+    return {
         "command": "python tests/benchmarks/deep_ensemble.py OUT.json --peers FOLDER",
         "date": datetime.date.today().isoformat(),
         "versions": {"torch": torch.__version__, "lightning": lightning.__version__, "scikit-learn": sklearn.__version__,
                      "torchensemble": "0.2.0" if options.peers else None},
         "setting": {"rows": ROWS, "features": FEATURES, "hidden": HIDDEN, "classes": CLASSES, "batch_size": BATCH,
-                    "threads": 1, "parameters": sum(p.numel() for p in network().parameters())},
+                    "threads": options.threads, "cores": os.cpu_count(),
+                    "parameters": sum(p.numel() for p in network().parameters())},
         "runs": [],
+        "memory": [],
     }  # fmt: skip
-    for repeat in range(options.repeats):  # all ways in each round, since other programs come and go
-        for way in WAYS if options.peers else WAYS[:3]:
-            for members in (1,) if way == "one" else COUNTS:
-                peers = ["--peers", options.peers] if options.peers else []
-                command = [sys.executable, __file__, options.out, *peers, "--one", way, str(members)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise SystemExit(done.stderr[-2000:])
-                found = json.loads(done.stdout.strip().splitlines()[-1])
-                report["runs"].append({"way": way, "members": members, "repeat": repeat, **found})
-                print(report["runs"][-1], flush=True)
-        Path(options.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--peers")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ways", nargs="+", choices=WAYS)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--one", nargs=2, metavar=("WAY", "MEMBERS"))
+    options = parser.parse_args()
+    prepare(options)
+    if options.one:
+        print(json.dumps(memory(options.one[0], int(options.one[1]))))
+        return
+    report = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else header(options)
+    if report["setting"]["threads"] != options.threads:
+        raise SystemExit(f"{options.out} was measured with {report['setting']['threads']} threads: give another file.")
+    if options.memory:
+        report["memory"] = memories(options)
+    else:
+        for way in dict.fromkeys(way for way, _ in arms(options)):
+            trained(way, 1)  # not counted: imports, caches
+        for _ in range(options.repeats):
+            repeat = 1 + max((run["repeat"] for run in report["runs"]), default=-1)
+            report["runs"] += [{"repeat": repeat, **run} for run in times(options)]
+            options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_bpfree.demos.data import DigitsDataModule, MNIST1DDataModule
-from lightning_bpfree.demos.in_memory import BatchDataset, InMemoryDataModule, pass_through, stratified_split
+from lightning_bpfree.demos.in_memory import InMemoryDataModule, stratified_split
+from lightning_bpfree.demos.split_loaders import BatchDataset, pass_through
 
 
 class NumberedDataModule(InMemoryDataModule):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_bpfree.core.arguments import NonNegativeInt, checked
+
 __all__ = ["closed_loop", "even_digit", "feature_above_mean", "ink", "inside_quotation", "long_sleeves", "slant"]
 
 _TOPS = (0, 2, 3, 4, 6)  # T-shirt, pullover, dress, coat, shirt: what may have sleeves in Fashion-MNIST
@@ -73,8 +75,13 @@ def slant(inputs: Tensor, _targets: Tensor | None = None) -> Tensor:
 
 
 def even_digit(_inputs: Tensor, targets: Tensor | None) -> Tensor:
-    """Whether the label is even, booleans (B,): a concept of the targets."""
-    assert targets is not None, "even_digit looks at the targets"
+    """Whether the label is even, booleans (B,): a concept of the targets.
+
+    Raises:
+        ValueError: There are no targets.
+    """
+    if targets is None:
+        raise ValueError("targets=None: even_digit looks at the labels; give batches of pairs (inputs, labels).")
     return targets % 2 == 0
 
 
@@ -107,16 +114,23 @@ class feature_above_mean:  # noqa: N801  # used as a function of its arguments
     """Whether a standardised feature is above its mean of 0: a label function for tables (B, D).
 
     Args:
-        feature: Its column.
+        feature: Its column, at least 0.
 
     Example:
         >>> feature_above_mean(1)(torch.tensor([[0.0, 2.0], [3.0, -1.0]]), None)
         tensor([ True, False])
     """
 
-    def __init__(self, feature: int) -> None:
+    @checked
+    def __init__(self, feature: NonNegativeInt) -> None:
         self.feature = feature
 
     def __call__(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Booleans, shape (B,)."""
+        """Booleans, shape (B,).
+
+        Raises:
+            ValueError: The table has no such column.
+        """
+        if self.feature >= inputs.shape[1]:
+            raise ValueError(f"feature={self.feature}: the table has {inputs.shape[1]} columns, numbered from 0.")
         return inputs[:, self.feature] > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sysconfig
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_bpfree.core.arguments import AtLeastTwo, PositiveInt, checked
-from lightning_bpfree.demos.in_memory import BatchDataset, pass_through
+from lightning_bpfree.demos.split_loaders import BatchDataset, Split, SplitLoaders, pass_through
 from lightning_bpfree.demos.text import MODULES, read_docstrings, split_of
 
 __all__ = ["ByteGRU", "NextByteDataModule", "QuotedWindows"]
@@ -47,7 +47,7 @@ class ByteGRU(nn.Module):
         return logits
 
 
-class NextByteDataModule(LightningDataModule):
+class NextByteDataModule(SplitLoaders, LightningDataModule):
     """Windows of the documentation strings of Python's standard library; nothing is downloaded.
 
     Batches are pairs, both int64 of shape (B, T): codes of ASCII characters, and the code that follows each. A module
@@ -116,33 +116,6 @@ class NextByteDataModule(LightningDataModule):
             found.append(windows[outside & (windows[:, :-1] == ord('"')).any(1)])
         return torch.cat(found)
 
-    def dataset(self, split: Literal["train", "val", "test"]) -> BatchDataset:
-        """The windows of a split.
-
-        Raises:
-            RuntimeError: :meth:`setup` has not run.
-        """
-        if not self._splits:
-            raise RuntimeError(f"{type(self).__name__} holds no data yet; call setup() first.")
-        return self._splits[split]
-
-    def _loader(self, split: Literal["train", "val", "test"]) -> DataLoader[Any]:
-        return DataLoader(
-            self.dataset(split), batch_size=self.batch_size, shuffle=split == "train", collate_fn=pass_through
-        )
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Training batches, shuffled by torch's global generator."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Validation batches in a fixed order."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test batches in a fixed order."""
-        return self._loader("test")
-
 
 class QuotedWindows(DataLoader[Any]):
     """All windows with double quotation marks that begin outside of a quotation, in a fixed order.
@@ -163,6 +136,7 @@ class QuotedWindows(DataLoader[Any]):
     def __init__(self, sequence_length: PositiveInt = 48, batch_size: PositiveInt = 256) -> None:
         data = NextByteDataModule(sequence_length, batch_size, quoted=True)
         data.setup()
-        parts = [data.dataset(split).tensors for split in ("train", "val", "test")]
+        splits: tuple[Split, ...] = ("train", "val", "test")
+        parts = [data.dataset(split).tensors for split in splits]
         tensors = [torch.cat(column) for column in zip(*parts, strict=True)]
         super().__init__(BatchDataset(*tensors), batch_size=batch_size, collate_fn=pass_through)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lightning_bpfree.core.arguments import PositiveInt, Range, checked
-from lightning_bpfree.demos.in_memory import BatchDataset, pass_through, stratified_split
+from lightning_bpfree.demos.in_memory import stratified_split
+from lightning_bpfree.demos.split_loaders import BatchDataset, SplitLoaders
 
-__all__ = ["TicTacToeDataModule", "center_is_mine", "legal", "must_defend", "win_in_one"]
+__all__ = ["TicTacToeDataModule", "broken_rules", "center_is_mine", "legal", "must_defend", "win_in_one"]
 
 _LINES = torch.tensor([[0, 1, 2], [3, 4, 5], [6, 7, 8], [0, 3, 6], [1, 4, 7], [2, 5, 8], [0, 4, 8], [2, 4, 6]])
 _EMPTY, _MINE, _THEIRS = 0, 1, 2
@@ -87,7 +87,24 @@ def legal(inputs: Tensor) -> Tensor:
     return ((lead == 0) | (lead == 1)) & ~complete & (counts[:, _EMPTY] > 0)
 
 
-class TicTacToeDataModule(LightningDataModule):
+def broken_rules(inputs: Tensor) -> Tensor:
+    """By how much a position breaks the rules, (B,), differentiable, for planes (B, 3, 3, 3).
+
+    Stones too many or too few, plus complete lines. It is 0 where :func:`legal`, and on full boards without a line.
+
+    Example:
+        >>> two_of_mine = torch.zeros(1, 3, 3, 3).index_fill_(1, torch.tensor(0), 1.0)
+        >>> two_of_mine[0, 0, 0, :2], two_of_mine[0, 1, 0, :2] = 0.0, 1.0
+        >>> broken_rules(two_of_mine)
+        tensor([2.])
+    """
+    counts = inputs.flatten(2).sum(2)
+    lead = counts[:, _THEIRS] - counts[:, _MINE]
+    lines = inputs.flatten(2)[:, 1:, _LINES.to(inputs.device)].prod(3).sum((1, 2))
+    return (-lead).relu() + (lead - 1).relu() + lines
+
+
+class TicTacToeDataModule(SplitLoaders, LightningDataModule):
     """All 4,520 positions of tic-tac-toe in which there is a move to make, and their values.
 
     Batches are pairs: one-hot planes float32, (B, 3, 3, 3), for empty squares, stones of the side to move and stones of
@@ -124,30 +141,3 @@ class TicTacToeDataModule(LightningDataModule):
         train, val = stratified_split(values[rest], self.held_out / (1 - self.held_out), self.seed)
         parts = {"train": rest[train], "val": rest[val], "test": test}
         self._splits = {name: BatchDataset(planes[rows], values[rows]) for name, rows in parts.items()}
-
-    def dataset(self, split: str) -> BatchDataset:
-        """The positions of ``train``, ``val`` or ``test``.
-
-        Raises:
-            RuntimeError: :meth:`setup` has not run.
-        """
-        if not self._splits:
-            raise RuntimeError(f"{type(self).__name__} holds no data yet; call setup() first.")
-        return self._splits[split]
-
-    def _loader(self, split: str) -> DataLoader[Any]:
-        return DataLoader(
-            self.dataset(split), batch_size=self.batch_size, shuffle=split == "train", collate_fn=pass_through
-        )
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Training batches, shuffled by torch's global generator."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Validation batches in a fixed order."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test batches in a fixed order."""
-        return self._loader("test")

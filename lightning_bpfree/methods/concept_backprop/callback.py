@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from lightning_bpfree.core.arguments import Patterns, PositiveInt, checked
-from lightning_bpfree.methods.concept_backprop.change import ChangeSettings
+from lightning_bpfree.core.arguments import NonNegativeFloat, Patterns, PositiveInt, checked
+from lightning_bpfree.methods.concept_backprop.change import ChangeSettings, PerSample
 from lightning_bpfree.methods.concept_backprop.concepts import Concept, LabelFunction, as_concepts
 from lightning_bpfree.methods.concept_backprop.detection import Inputs, Samples, collect_activations
 from lightning_bpfree.methods.concept_backprop.frozen import Forward
@@ -65,6 +65,10 @@ class ConceptBackprop(Callback):
         change: what is asked of changed inputs; None changes none.
         parameterization: how inputs may change: ``AdditiveChange``, ``GridChange``, ``LatentChange``,
             ``CategoryChange`` or ``TokenChange``; None for ``AdditiveChange()``.
+        validity: differentiable cost of a changed input being no real one, ``(B, ...) -> (B,)``, which the search adds
+            to its penalties; None for none.
+        validity_weight: of that cost, >= 0.
+        legal: rule of what inputs exist, ``(B, ...) -> (B,)`` of booleans: only such changes count as reached.
         change_layer: layer whose probes inputs are changed for; None takes the one that knows the concept best.
         num_inputs: inputs that are changed for each concept, >= 1.
         sensitivity: whether to measure if concepts are used; needs the module's output.
@@ -122,6 +126,9 @@ class ConceptBackprop(Callback):
         probe: ProbeSettings | None = None,
         change: ChangeSettings | None = ChangeSettings(),  # noqa: B008  # frozen
         parameterization: Parameterization | None = None,
+        validity: PerSample | None = None,
+        validity_weight: NonNegativeFloat = 1.0,
+        legal: PerSample | None = None,
         change_layer: str | None = None,
         num_inputs: PositiveInt = 64,
         sensitivity: bool = True,
@@ -132,7 +139,16 @@ class ConceptBackprop(Callback):
         self.every_n_epochs, self.data, self.inputs, self.max_samples = every_n_epochs, data, inputs, max_samples
         self.pictures, self.dirpath = pictures, dirpath
         self.plan = Plan(
-            probe or ProbeSettings(), change, parameterization, change_layer, num_inputs, sensitivity, forward
+            probe=probe or ProbeSettings(),
+            change=change,
+            parameterization=parameterization,
+            layer=change_layer,
+            num_inputs=num_inputs,
+            sensitivity=sensitivity,
+            forward=forward,
+            validity=validity,
+            validity_weight=validity_weight,
+            legal=legal,
         )
         self.report: Report | None = None
         self.history: list[dict[str, Any]] = []

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_bpfree.methods.concept_backprop.change import ChangeSettings, ConceptChange, change_concept
+from lightning_bpfree.methods.concept_backprop.change import ChangeSettings, ConceptChange, PerSample, change_concept
 from lightning_bpfree.methods.concept_backprop.concepts import Concept
 from lightning_bpfree.methods.concept_backprop.detection import Detections, Samples, best_layer, detect_concepts
 from lightning_bpfree.methods.concept_backprop.frozen import Forward
@@ -32,6 +32,9 @@ class Plan:
         num_inputs: inputs that are changed for each concept.
         sensitivity: whether it is measured how much the output follows a concept.
         forward: how the module is evaluated.
+        validity: differentiable cost of a changed input being no real one, ``(B, ...) -> (B,)``.
+        validity_weight: of that cost.
+        legal: rule of what inputs exist, ``(B, ...) -> (B,)`` of booleans.
     """
 
     probe: ProbeSettings = dataclasses.field(default_factory=ProbeSettings)
@@ -41,6 +44,9 @@ class Plan:
     num_inputs: int = 64
     sensitivity: bool = True
     forward: Forward = None
+    validity: PerSample | None = None
+    validity_weight: float = 1.0
+    legal: PerSample | None = None
 
 
 class Report(NamedTuple):
@@ -140,7 +146,16 @@ def report_on(module: nn.Module, samples: Samples, concepts: Sequence[Concept], 
             _without(concept, samples.labels[concept.name][rows], plan.change, rows)[: plan.num_inputs]
         ]
         changes[concept.name] = change_concept(
-            module, chosen, probe, plan.change, parameterization=parameterization, forward=plan.forward, others=others
+            module,
+            chosen,
+            probe,
+            plan.change,
+            parameterization=parameterization,
+            forward=plan.forward,
+            others=others,
+            validity=plan.validity,
+            validity_weight=plan.validity_weight,
+            legal=plan.legal,
         )
         matrix[concept.name] = _moved(changes[concept.name], others, samples.outputs)
     return Report(detections, felt, changes, matrix)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -153,30 +153,6 @@ def tcav(
         "sign_count": float((along > 0).double().mean()),
         "magnitude": float(along.clamp_min(0).sum()) / total,
         "mean_slope": float(along.mean()),
-    }
-
-
-def entanglement(
-    before_and_after: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], names: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    """Return ``E[i][j]``, the mean change of the score of concept ``j`` in inputs that were changed for concept ``i``.
-
-    Args:
-        before_and_after: of every changed concept ``i``, for every probe ``j``, the scores before and after.
-        names: rows and columns.
-
-    Examples:
-        >>> entanglement({"a": {"a": (torch.zeros(2), torch.ones(2))}}, ["a"])
-        {'a': {'a': 1.0}}
-    """
-    return {
-        i: {
-            j: float((before_and_after[i][j][1] - before_and_after[i][j][0]).mean())
-            for j in names
-            if j in before_and_after[i]
-        }
-        for i in names
-        if i in before_and_after
     }
 
 

@@ -141,7 +141,7 @@ class DeepEnsemble(Callback):
 
     @property
     def rule_copies(self) -> list[TrainingRule]:
-        """The training rules of all members but the first, which has the Trainer's; empty outside of a fit."""
+        """The training rules, in the last fit, of all members but the first, which has the Trainer's."""
         rules = None if self._run is None else self._run.rules
         return [] if rules is None else list(rules.copies)
 
@@ -282,18 +282,6 @@ class DeepEnsemble(Callback):
         self._run = EnsembleRun(module, loaded["members"], loaded["seeds"], self.settings)
         self._run.side_by_side = bool(loaded["route"]["side_by_side"])
 
-    def _begin_batch(self) -> None:
-        if self._answers is not None:
-            self._answers.begin_batch()
-
-    def _end_batch(self, batch: Any, loader: int) -> None:
-        if self._answers is not None:
-            self._network_name = self._answers.end_batch(batch, loader)
-
-    def _log(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self._answers is not None:
-            module.log_dict(self._answers.report(trainer.sanity_checking), on_step=False, on_epoch=True)
-
     def _end_evaluation(self) -> None:
         if self._answers is not None:
             self._answers.end()
@@ -314,19 +302,8 @@ class DeepEnsemble(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Begin another step."""
-        self._begin_batch()
-
-    def on_test_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Begin another step."""
-        self._begin_batch()
-
-    def on_predict_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Begin another step."""
-        self._begin_batch()
+        if self._answers is not None:
+            self._answers.begin_batch()
 
     def on_validation_batch_end(
         self,
@@ -337,52 +314,23 @@ class DeepEnsemble(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count the members' predictions."""
-        self._end_batch(batch, dataloader_idx)
-
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Count the members' predictions."""
-        self._end_batch(batch, dataloader_idx)
-
-    def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """See that the step has asked the ensemble."""
-        self._end_batch(batch, dataloader_idx)
+        """Count the members' predictions; see that the step has asked the ensemble."""
+        if self._answers is not None:
+            self._network_name = self._answers.end_batch(batch, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the report."""
-        self._log(trainer, pl_module)
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the report."""
-        self._log(trainer, pl_module)
+        if self._answers is not None:
+            pl_module.log_dict(self._answers.report(trainer.sanity_checking), on_step=False, on_epoch=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the module be itself."""
         self._end_evaluation()
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the module be itself."""
-        self._end_evaluation()
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the module be itself."""
-        self._end_evaluation()
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end  # a prediction logs nothing
+    on_test_end = on_predict_end = on_validation_end
 
     # --- checkpoints ---
 

@@ -51,6 +51,12 @@ def check_fit(trainer: pl.Trainer, module: pl.LightningModule) -> None:
                 f"DeepEnsemble cannot train members by {type(rule).__name__}, which puts its own layers and losses "
                 "into the one module that all members share: train the members in separate runs."
             )
+        if getattr(rule, "learning_rates", None) is not None:
+            raise MisconfigurationException(
+                f"DeepEnsemble with {type(rule).__name__}(learning_rates=...): the factors would hold for the blocks "
+                "of the first member alone. Leave learning_rates=None, and give parameter groups in "
+                "configure_optimizers rates of their own."
+            )
     kinds = (BaseFinetuning, ModelPruning, StochasticWeightAveraging, GradientAlignment)
     for kind in kinds:
         for callback in callbacks_of(trainer, kind):

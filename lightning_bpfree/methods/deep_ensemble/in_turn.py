@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,44 +11,21 @@ from torch import Tensor, nn
 
 from lightning_bpfree.core.injection import inject
 from lightning_bpfree.core.step import SkipBatchError, loss_of
-from lightning_bpfree.methods.deep_ensemble.captured_log import CapturedLog
-from lightning_bpfree.methods.deep_ensemble.members import Members
+from lightning_bpfree.methods.deep_ensemble.member_steps import MemberSteps, Step
 from lightning_bpfree.methods.deep_ensemble.own_attributes import OwnAttributes
-from lightning_bpfree.methods.deep_ensemble.streams import MemberStreams
-from lightning_bpfree.methods.deep_ensemble.vectorized.per_member import AtWork
-
-Step = Callable[..., Any]
 
 
-class InTurn:
+class InTurn(MemberSteps):
     """Evaluates a training step member by member; no two graphs are alive at a time.
 
     The gradients are made at once, with the factor by which Lightning is going to multiply the loss, and wait for its
     backward pass: each member's have the bits that they have alone.
-
-    Args:
-        module: the module.
-        members: its members.
-        streams: their random streams.
-        log: hears what the step logs.
-        at_work: who is computing.
-        own_batches: whether each member has a batch of its own (the batch is then a list of M).
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        members: Members,
-        streams: MemberStreams,
-        log: CapturedLog,
-        at_work: AtWork,
-        *,
-        own_batches: bool = False,
-    ) -> None:
-        self.module, self.members, self.streams, self.log = module, members, streams, log
-        self.at_work, self.own_batches = at_work, own_batches
-        self.attributes = OwnAttributes(module, members.count)
-        self.first_output: Any = None
+    def __post_init__(self) -> None:
+        """Prepare what the members assign to the module."""
+        super().__post_init__()
+        self.attributes = OwnAttributes(self.module, self.members.count)
 
     def loss(self, steps: list[Step], args: tuple[Any, ...], kwargs: dict[str, Any], factor: Tensor) -> Tensor | None:
         """Return the members' mean loss, whose backward pass hands over every member's own gradient.

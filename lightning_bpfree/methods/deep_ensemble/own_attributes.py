@@ -25,8 +25,7 @@ class OwnAttributes:
     """
 
     def __init__(self, module: nn.Module, members: int) -> None:
-        inside = {id(i) for part in module.modules() if isinstance(part, torchmetrics.Metric) for i in part.modules()}
-        self.modules = [part for part in module.modules() if id(part) not in inside]
+        self.modules = parts_beside_metrics(module)
         self._own: list[dict[tuple[int, str], Any]] = [{} for _ in range(members)]
         self._left: dict[tuple[int, str], Any] = {}
 
@@ -79,3 +78,10 @@ class OwnAttributes:
             own.pop(key, None)
         elif own.get(key, _MISSING) is not value:
             own[key] = value
+
+
+def parts_beside_metrics(module: nn.Module) -> list[nn.Module]:
+    """Return the module and all within it but torchmetrics objects, which all members share, and their parts."""
+    metrics = [part for part in module.modules() if isinstance(part, torchmetrics.Metric)]
+    inside = {id(inner) for metric in metrics for inner in metric.modules()}
+    return [part for part in module.modules() if id(part) not in inside]

@@ -6,17 +6,17 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+from torch import nn
 
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.methods.deep_ensemble.members import Members
 from lightning_bpfree.training.module_state import SilencedLogging
-from lightning_bpfree.training.record import Record
 from lightning_bpfree.training.training_rule import TrainingRule
 
-_SHARED = {"_swap", "_module_state", "_streams", "observers", "_slots", "masks"}  # that know the module, not the member
+R = TypeVar("R", bound=TrainingRule)
 _HOOKS = ("on_train_epoch_start", "on_train_batch_start", "on_before_optimizer_step")
 
 
@@ -32,30 +32,16 @@ class RuleCopies:
 
     def __init__(self, rule: TrainingRule, trainer: pl.Trainer, module: pl.LightningModule, members: int) -> None:
         self.rule, self.trainer, self.module = rule, trainer, module
-        self.copies = [self._copy(member) for member in range(1, members)]
-
-    def _copy(self, member: int) -> TrainingRule:
-        rule = self.rule
-        known = [self.trainer, *self.module.modules(), *self.module.parameters(), *self.module.buffers()]
-        memo = {id(thing): thing for thing in known}
-        clone = copy.copy(rule)
-        own = {key: value for key, value in rule.__dict__.items() if key not in _SHARED}
-        clone.__dict__.update(copy.deepcopy(own, memo))
-        clone.__dict__.update({key: value for key, value in rule.__dict__.items() if key in _SHARED})
-        clone.observers = []
-        clone.record = Record(type(rule).__name__)
-        clone.record.load_state_dict(rule.record.state_dict())
-        clone.record.seed = mix(rule.record.seed or 0, member)
-        return clone
+        seed = rule.record.seed or 0
+        self.copies = [twin_of(rule, module, mix(seed, member)) for member in range(1, members)]
 
     def steps(self, original: Callable[..., Any]) -> list[Callable[..., Any]]:
         """Return the training step as each member's rule evaluates it."""
-        return [partial(rule._run, self.trainer, self.module, original) for rule in (self.rule, *self.copies)]
+        return [partial(rule.run, self.trainer, self.module, original) for rule in (self.rule, *self.copies)]
 
     def forward(self, hook: str, members: Members, *args: Any) -> None:
         """Call a hook of the copies, each while its member is at work."""
         for member, clone in enumerate(self.copies, start=1):
-            clone._module_state = self.rule._module_state
             with members.at_work(member, grads=hook == "on_before_optimizer_step"), self._silent():
                 getattr(clone, hook)(self.trainer, self.module, *args)
 
@@ -69,7 +55,31 @@ class RuleCopies:
         return [clone.state_dict() for clone in self.copies]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Take back their states."""
+        """Take back their states, but for the random streams: these are the members'."""
         for clone, state in zip(self.copies, states, strict=True):
-            clone.load_state_dict(state)
-            clone._streams.take([])  # the streams are the members'
+            clone.load_state_dict({**state, "streams": []})
+
+
+def twin_of(rule: R, module: nn.Module, seed: int) -> R:
+    """Return a copy of a rule that is in a fit, for other weights that take turns in the module.
+
+    The copy shares what refers to the module. All else is its own: search states, auxiliary modules, counters. It is no
+    callback of the Trainer: the caller evaluates its step by :meth:`TrainingRule.run` and passes hooks on to it.
+
+    Args:
+        rule: the rule.
+        module: that it trains.
+        seed: of the copy's random directions.
+
+    Raises:
+        RuntimeError: outside of a fit.
+    """
+    if rule.original_step is None:
+        raise RuntimeError(f"{type(rule).__name__} is in no fit, so that a twin of it would know no module.")
+    shared = [*module.modules(), *module.parameters(), *module.buffers()]
+    twin = copy.copy(rule)
+    own = {name: value for name, value in twin.__dict__.items() if name not in rule.of_a_fit}
+    twin.__dict__.update(copy.deepcopy(own, {id(part): part for part in shared}))
+    twin.__dict__.update({name: rule.__dict__[name] for name in rule.of_a_fit if name in rule.__dict__})
+    twin.record.seed = seed
+    return twin

@@ -90,9 +90,7 @@ class EnsembleRun:
         )
         self._arrange(trainer, stacked and self.side_by_side)
         self.activations.install()
-        for rule in callbacks_of(trainer, TrainingRule):
-            if rule._swap is not None:
-                rule._swap.undo()  # the rule runs for each member, from within the ensemble's step
+        # In the place of a rule's own swap: the rule runs for each member, from within the ensemble's step.
         self._swap = StepSwap(trainer, self.module, owner, partial(self._step, trainer))
 
     def _refuse_rules(self, trainer: pl.Trainer) -> None:

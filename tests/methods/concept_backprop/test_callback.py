@@ -95,7 +95,7 @@ def test_pictures_go_to_files_and_tensorboard(tmp_path):
     }
 
 
-def test_pictures_go_to_weights_and_biases(tmp_path):
+def test_pictures_go_to_the_method_for_images_of_weights_and_biases(tmp_path):
     """Without a run: that images arrive at the logger's own method, by its name."""
     sent = []
 
@@ -108,6 +108,27 @@ def test_pictures_go_to_weights_and_biases(tmp_path):
         f"concepts/{n}" for n in ("changed_first", "changed_zero", "epochs", "layers")
     }
     assert {channels for _, channels, _ in sent} == {3}
+
+
+@pytest.mark.slow  # wandb starts a process of its own
+@pytest.mark.filterwarnings("ignore")  # of wandb
+def test_pictures_are_in_the_files_of_an_offline_run(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    for key, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(key, value)
+    logger = WandbLogger(project="concepts", offline=True, save_dir=tmp_path)
+    try:
+        fit(look(pictures=True), tmp_path, logger=logger)
+        summary = dict(logger.experiment.summary)
+    finally:
+        wandb.finish()
+    assert "bpfree/concept/first/net.act/score" in summary
+    written = list(tmp_path.rglob("files/media/images/concepts/*.png"))
+    stems = {path.name.rsplit("_", 2)[0] for path in written}
+    assert stems == {"changed_first", "changed_zero", "epochs", "layers"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
 def test_dry_runs_and_barebones_leave_no_files(tmp_path):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_bpfree.methods.concept_backprop.change import ChangeSettings, change_concept
+from lightning_bpfree.methods.concept_backprop.callback import ConceptBackprop
+from lightning_bpfree.methods.concept_backprop.change import ChangeSettings, change_concept, distances
+from lightning_bpfree.methods.concept_backprop.concepts import Concept
 from lightning_bpfree.methods.concept_backprop.discrete import CategoryChange, TokenChange
 from lightning_bpfree.methods.concept_backprop.flips import flip_concept, single_changes, token_changes
 from lightning_bpfree.methods.concept_backprop.parameterizations import AdditiveChange, GridChange, LatentChange
@@ -164,6 +166,15 @@ def test_a_grid_makes_smooth_changes():
     torch.testing.assert_close(change.delta, again, rtol=1e-10, atol=1e-10)
 
 
+def test_distances_are_each_samples_own():
+    found = distances(torch.tensor([[3.0, -4.0], [0.0, 1.0]]), torch.zeros(2, 2))
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "l1": [7.0, 1.0], "l2": [5.0, 1.0], "linf": [4.0, 1.0], "l0": [2.0, 1.0],
+    }  # fmt: skip
+    tokens = distances(torch.tensor([[1, 2, 3], [1, 5, 6]]), torch.tensor([[1, 2, 3], [1, 2, 3]]))
+    assert tokens["l0"].tolist() == [0.0, 2.0]
+
+
 # --- boards and tokens ---
 
 
@@ -224,6 +235,60 @@ def test_rules_of_a_board_are_never_broken():
     assert legal(change.changed[change.reached]).all()
     change = flip_concept(net, kept, probe, lambda board: single_changes(board, legal))
     assert legal(change.changed).all()
+
+
+def test_the_best_legal_change_is_kept_where_the_search_leaves_what_is_legal():
+    net, x, probe = linear()
+
+    def near(batch):
+        return (batch - x).norm(dim=1) <= 0.2
+
+    change = change_concept(net, x, probe, ChangeSettings(loss="bce", target=0.9, distance_weight=0.0), legal=near)
+    assert near(change.changed).all()
+    assert (change.after > change.before).all()
+    assert not change.reached.any()  # the target is farther away
+
+
+def gap(batch):
+    """By how much a board has more pieces of the second kind than of the third, or fewer."""
+    count = batch.flatten(2).sum(2)
+    return (count[:, 1] - count[:, 2]).abs()
+
+
+def even(batch):
+    return gap(batch) < 0.5
+
+
+def test_a_penalty_leads_the_search_to_what_exists():
+    """One piece of the second kind brings the probe to its target; the rule asks for one of the third beside it."""
+    found, _, net = boards(200)
+    weight = torch.zeros(3, 4)
+    weight[1] = torch.tensor([6.0, 5.5, 1.0, 0.5])
+    probe = probe_of(weight.flatten(), -3.0)  # logit 3 or 2.5, and log(9) = 2.2 is the target
+    kept = found[even(found) & (probe.score(net(found)) < 0.5)]
+    settings = ChangeSettings(target=0.9, distance_weight=0.0, sparsity=0.3, lr=0.1)
+    shared = {"parameterization": CategoryChange(), "legal": even}
+    without = change_concept(net, kept, probe, settings, **shared)
+    led = change_concept(net, kept, probe, settings, validity=gap, validity_weight=3.0, **shared)
+    assert even(led.changed[led.reached]).all()
+    assert led.reached.all()
+    assert without.reached.float().mean() < 0.5
+
+    asked = []
+
+    def heard(batch):
+        asked.append(len(batch))
+        return gap(batch)
+
+    rules = {"validity": heard, "validity_weight": 3.0, "legal": even}
+    concept = Concept("one", lambda x, y: x[:, 1, 0].sum(1) >= 1)
+    analysis = ConceptBackprop(
+        concept, "0", change=settings, parameterization=CategoryChange(), sensitivity=False, pictures=False, **rules
+    )
+    change = analysis.analyze(net, [(found[even(found)], found)]).changes["one"]
+    assert even(change.changed[change.reached]).all()
+    assert change.reached.float().mean() >= 0.9
+    assert len(asked) == settings.steps + 1, "the callback hands the penalty on"
 
 
 def test_tokens_change_by_both_searches_and_only_as_allowed():

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from problems import fitted
 from torch import nn
 from torch.utils.data import DataLoader
+from torchmetrics import CatMetric
 
 import lightning_bpfree as bpf
 
@@ -149,6 +150,24 @@ def test_training_logs_the_mean_over_members():
         assert float(first[name]) == pytest.approx(float(alone[name]), rel=1e-5), name
 
 
+class Counted(Judged):
+    """Keeps every label that it has seen, in a metric whose state is a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = CatMetric()
+
+    def training_step(self, batch, batch_idx):
+        self.seen.update(batch[1].float())
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("route", ["stacked", "sequential"])
+def test_metrics_count_each_member_once(route):
+    _, module = fit(bpf.DeepEnsemble(2, route=route, seed=3), Counted, epochs=1, limit_val_batches=0)
+    assert module.seen.compute().numel() == 2 * 48  # also where the first batch was tried side by side
+
+
 class Parts(Judged):
     """Calls its parts one after the other in validation."""
 
@@ -190,6 +209,29 @@ def test_the_network_is_found_or_named():
         fit(bpf.DeepEnsemble(2), Nothing)
     with pytest.raises(MisconfigurationException, match=r"network='nett'.*Its outermost parts are: net"):
         fit(bpf.DeepEnsemble(2, network="nett"))
+
+
+class Ragged(Judged):
+    """Predicts as many classes as a buffer says, which members do not share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("classes", torch.tensor(3))
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self(batch[0]).logsumexp(1).mean())
+
+    def forward(self, x):
+        return super().forward(x)[:, : int(self.classes)]
+
+
+def test_members_whose_outputs_differ_in_shape_are_refused():
+    def two_classes(module):
+        module.classes.fill_(2)
+
+    ensemble = bpf.DeepEnsemble(2, initialise=two_classes, route="sequential")
+    with pytest.raises(ValueError, match=r"outputs differ in shape \(\(16, 3\), \(16, 2\)\)"):
+        fit(ensemble, Ragged, limit_train_batches=0, num_sanity_val_steps=1)
 
 
 class Values(Judged):

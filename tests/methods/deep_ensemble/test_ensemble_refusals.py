@@ -103,7 +103,7 @@ class Elsewhere(Small):
         (Elsewhere, {}, [], "no parameters of the module"),
         (Small, {}, [lambda: StochasticWeightAveraging(1e-2)], "StochasticWeightAveraging"),
         (Small, {}, [lambda: bpf.LotteryTicket("magnitude")], "LotteryTicket"),
-        (Small, {}, [bpf.ForwardForward], "ForwardForward, which puts its own layers"),
+        (Small, {}, [lambda: bpf.DirectFeedbackAlignment(learning_rates=[1.0, 0.5])], "of the first member alone"),
         (Small, {}, [bpf.ZerothOrder, bpf.GradientAlignment], "GradientAlignment"),
         (Small, {"route": "stacked"}, [bpf.ZerothOrder], "evaluates each member by itself"),
     ],

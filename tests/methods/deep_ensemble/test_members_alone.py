@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from ensemble_problems import Small, alone, largest_difference, shuffled, tensors, train
+from ensemble_problems import Seeded, Small, Snapshot, alone, largest_difference, shuffled, tensors, train
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from problems import fitted
+from shipped import shipped_rules
 from torch import nn
 from torch.utils.data import Subset
 
@@ -86,6 +92,7 @@ def test_parameter_groups_by_dimension_tied_and_frozen_weights(route):
 def test_bootstrap_samples(route):
     ensemble = bpf.DeepEnsemble(3, route=route, seed=3, bootstrap=True)
     _, _, before, after = train(Small, ensemble, **FULL)
+    assert len({tuple(bootstrap_rows(48, seed).tolist()) for seed in ensemble.seeds}) == 3, "samples differ"
     for member, (start, end) in enumerate(zip(before, after, strict=True)):
         seed = ensemble.seeds[member]
         sample = Subset(tensors(), bootstrap_rows(48, seed).tolist())
@@ -186,36 +193,54 @@ def test_precisions(precision):
             assert largest_difference(end, other) < 1e-10  # equal mathematics in float64
 
 
-RULES = {
-    "forward_gradient": lambda seed=None: bpf.ForwardGradient(2, seed=seed),
-    "local_guess": lambda seed=None: bpf.ForwardGradient(guess=bpf.LocalLoss("mlp", lr=0.01), seed=seed),
-    "zeroth_order": lambda seed=None: bpf.ZerothOrder(2, seed=seed),
-    "snes": lambda seed=None: bpf.EvolutionStrategy("snes", 4, seed=seed),
-    "backprop": lambda seed=None: bpf.Backprop(seed=seed),
+SETTINGS = {
+    "ForwardGradient(guess)": partial(bpf.ForwardGradient, guess=bpf.LocalLoss("mlp", lr=0.01)),
+    "EvolutionStrategy(snes)": partial(bpf.EvolutionStrategy, "snes", 4),
+    "ZerothOrder(2)": partial(bpf.ZerothOrder, 2),
+    "DirectFeedbackAlignment(layerwise)": partial(bpf.DirectFeedbackAlignment, feedback="layerwise"),
 }
+RULES: dict[str, Any] = {kind.__name__: kind for kind in shipped_rules()} | SETTINGS
+APART = [name for name, make in RULES.items() if make().estimates_user_loss]
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("first", ["rule", "ensemble"])
+@pytest.mark.parametrize(("rule", "first"), [*((rule, "rule") for rule in APART), ("ZerothOrder", "ensemble")])
 def test_a_training_rule_trains_each_member_apart(rule, first):
-    from ensemble_problems import Snapshot
-    from problems import fitted
-
     torch.manual_seed(7)
     module, ensemble, own = Small("sgd"), bpf.DeepEnsemble(3, seed=3), RULES[rule]()
     before = Snapshot(ensemble)
     callbacks = [own, ensemble] if first == "rule" else [ensemble, own]
     fitted(module, shuffled(), *callbacks, before, **FULL)
+    assert f"{type(own).__name__} evaluates each member by itself" in ensemble.route
     seeds = [own.record.seed, *[copy.record.seed for copy in ensemble.rule_copies]]
     assert len(set(seeds)) == 3, "directions of their own"
     for member, (start, end) in enumerate(zip(before.states, ensemble.member_states(), strict=True)):
+        assert any(not torch.equal(start[name], end[name]) for name in start), "it has moved"
         alone_module = Small("sgd")
         alone_module.load_state_dict({**alone_module.state_dict(), **start})
-        from ensemble_problems import Seeded
-
-        fitted(alone_module, shuffled(), RULES[rule](seeds[member]), Seeded(ensemble.seeds[member]), **FULL)
+        fitted(alone_module, shuffled(), RULES[rule](seed=seeds[member]), Seeded(ensemble.seeds[member]), **FULL)
         other = alone_module.state_dict()
         assert all(torch.equal(end[name], other[name]) for name in end), member
+
+
+@pytest.mark.parametrize("rule", sorted(RULES.keys() - APART))
+def test_a_rule_that_cannot_train_members_apart_is_refused_with_the_reason(rule):
+    module = Small("sgd")
+    reason = f"by {rule}, which puts its own layers and losses into the one module that all members share"
+    with pytest.raises(MisconfigurationException, match=reason):
+        fitted(module, shuffled(), RULES[rule](), bpf.DeepEnsemble(2))
+    assert "training_step" not in module.__dict__
+
+
+def test_a_rule_of_one_epoch_leaves_the_others_to_backprop():
+    ensemble, own = bpf.DeepEnsemble(2, seed=3), bpf.ZerothOrder(stop_epoch=1)
+    _, _, before, after = train(lambda: Small("sgd"), ensemble, None, own, max_epochs=2)
+    seeds = [own.record.seed, ensemble.rule_copies[0].record.seed]
+    for member, (start, end) in enumerate(zip(before, after, strict=True)):
+        alone_module = Small("sgd")
+        alone_module.load_state_dict({**alone_module.state_dict(), **start})
+        rule = bpf.ZerothOrder(stop_epoch=1, seed=seeds[member])
+        fitted(alone_module, shuffled(), rule, Seeded(ensemble.seeds[member]), max_epochs=2)
+        assert all(torch.equal(end[name], value) for name, value in alone_module.state_dict().items() if name in end)
 
 
 def test_members_differ_and_the_first_is_the_module():

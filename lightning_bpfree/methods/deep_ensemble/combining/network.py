@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-import torchmetrics
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_bpfree.core.forward_override import ForwardOverride
+from lightning_bpfree.methods.deep_ensemble.own_attributes import parts_beside_metrics
 
 
 class _Answering(ForwardOverride):
@@ -59,12 +59,8 @@ class EnsembleNetwork:
     def _candidates(self, parts: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
         if self.name is not None:
             return [(self.name, parts[self.name])]
-        inside = {id(i) for p in parts.values() if isinstance(p, torchmetrics.Metric) for i in p.modules()}
-        return [
-            (path, part)
-            for path, part in parts.items()
-            if id(part) not in inside and next(part.parameters(), None) is not None
-        ]
+        wanted = {id(part) for part in parts_beside_metrics(self.module) if next(part.parameters(), None) is not None}
+        return [(path, part) for path, part in parts.items() if id(part) in wanted]
 
     def install(self) -> None:
         """Begin to answer."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torchmetrics
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -21,47 +20,24 @@ from lightning_bpfree.core.replay.random_streams import RandomStreams
 from lightning_bpfree.core.replay.tensor_copies import TensorCopies
 from lightning_bpfree.core.step import SkipBatchError, loss_of
 from lightning_bpfree.core.vectorizing import first_line
-from lightning_bpfree.methods.deep_ensemble.captured_log import CapturedLog
-from lightning_bpfree.methods.deep_ensemble.members import Members
-from lightning_bpfree.methods.deep_ensemble.streams import MemberStreams
+from lightning_bpfree.methods.deep_ensemble.member_steps import MemberSteps, Step
+from lightning_bpfree.methods.deep_ensemble.own_attributes import parts_beside_metrics
 from lightning_bpfree.methods.deep_ensemble.vectorized.member_metrics import MemberMetrics
 from lightning_bpfree.methods.deep_ensemble.vectorized.member_randomness import MemberRandomness
-from lightning_bpfree.methods.deep_ensemble.vectorized.per_member import AtWork
-
-Step = Callable[..., Any]
 
 
 class NotStackableError(Exception):
     """The training step cannot run side by side; the message says why."""
 
 
-class SideBySide:
-    """Evaluates a training step for all members in one call of torch.func.vmap.
+class SideBySide(MemberSteps):
+    """Evaluates a training step for all members in one call of torch.func.vmap."""
 
-    Args:
-        module: the module.
-        members: its members.
-        streams: their random streams.
-        log: hears what the step logs.
-        at_work: who is computing.
-        own_batches: whether each member has a batch of its own (the batch is then a list of M).
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        members: Members,
-        streams: MemberStreams,
-        log: CapturedLog,
-        at_work: AtWork,
-        *,
-        own_batches: bool = False,
-    ) -> None:
-        self.module, self.members, self.streams, self.log = module, members, streams, log
-        self.at_work, self.own_batches = at_work, own_batches
-        self.metrics = MemberMetrics(module, at_work)
-        self.randomness = MemberRandomness(streams, at_work)
-        self.first_output: Any = None
+    def __post_init__(self) -> None:
+        """Prepare metrics and random numbers for all members at once."""
+        super().__post_init__()
+        self.metrics = MemberMetrics(self.module, self.at_work)
+        self.randomness = MemberRandomness(self.streams, self.at_work)
 
     def losses(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Return the members' losses ``(M,)`` with their graphs; None if the step skips the batch."""
@@ -124,7 +100,7 @@ class SideBySide:
         """
         found, streams = walk(self.module), RandomStreams([self.streams.device])
         held, tensors = HeldState(found), TensorCopies(found.tensors)  # of metrics, among others
-        before = [part.__dict__.copy() for part in _modules(self.module)]
+        before = [part.__dict__.copy() for part in parts_beside_metrics(self.module)]
         world, state = streams.save(), held.save()
         tensors.remember()
         try:
@@ -152,7 +128,7 @@ class SideBySide:
             )
 
     def _check_attributes(self, before: list[dict[str, Any]]) -> None:
-        for part, saved in zip(_modules(self.module), before, strict=True):
+        for part, saved in zip(parts_beside_metrics(self.module), before, strict=True):
             for key, value in part.__dict__.items():
                 old = saved.get(key)
                 if key in ("_parameters", "_buffers", "_modules") or value is old:
@@ -195,12 +171,6 @@ def stacked_batch(batches: Any) -> Any:
         else:
             raise NotStackableError("the members' batches differ in what is no tensor")
     return tree_unflatten(leaves, spec)
-
-
-def _modules(module: nn.Module) -> list[nn.Module]:
-    found = [part for part in module.modules() if isinstance(part, torchmetrics.Metric)]
-    metrics = {id(inner) for metric in found for inner in metric.modules()}
-    return [part for part in module.modules() if id(part) not in metrics]
 
 
 def _same(a: Any, b: Any) -> bool:
