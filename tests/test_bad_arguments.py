@@ -5,6 +5,8 @@ The arguments are made from the signatures (`bad_arguments.py`), so that a new c
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from bad_arguments import Case, arguments, cases, evaluated, good, public
 
@@ -81,4 +83,4 @@ def test_the_command_line_says_it_in_one_line(rule, given, said, tmp_path, monke
     (tmp_path / "rule.yaml").write_text(RULE.format(rule=rule, given=given))
     assert main(["fit", "-c", "quickstart", "-c", "rule.yaml"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bpfree")]
-    assert line.startswith(f"bpfree fit: error: {rule}: {said}")
+    assert re.match(rf"bpfree fit: error: (rule\.yaml, line \d+: )?{re.escape(f'{rule}: {said}')}", line), line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -240,10 +241,12 @@ def check_registered(rule: str, module: pl.LightningModule, optimizers: Iterable
     Args:
         rule: the rule's name; it estimates gradients of the module's own parameters.
         module: the module in training.
-        optimizers: of the Trainer.
+        optimizers: of the Trainer. One that also moves copies of the module, as those of an ensemble, has the groups of
+            the module itself in ``module_param_groups``.
     """
     known = {id(parameter) for parameter in module.parameters()}
-    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    groups = [getattr(optimizer, "module_param_groups", optimizer.param_groups) for optimizer in optimizers]
+    held = [p for group in chain.from_iterable(groups) for p in group["params"]]
     unknown = [tuple(p.shape) for p in held if id(p) not in known and p.requires_grad]
     if unknown and len(unknown) < len(held):  # else the optimizer has copies, or flattened ones
         raise MisconfigurationException(

@@ -161,7 +161,7 @@ class ModuleState:
 
     def _parts_now(self) -> list[Any]:
         """Return parameters, submodules and names of buffers, of which each tells whether it has changed by itself."""
-        return [*chain(*map(dict.values, self._registries)), *chain(*self._buffer_names)]
+        return [*chain(*(registry.values() for registry in self._registries)), *chain(*self._buffer_names)]
 
     def refresh(self) -> bool:
         """Look again if the module has other parts than at the last look; return whether it had."""

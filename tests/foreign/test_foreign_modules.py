@@ -275,5 +275,5 @@ def test_compiled_module(rule):
 
 @pytest.mark.parametrize("rule", ["forward_gradient", "one_by_one"])
 def test_compiled_module_is_refused_by_forward_gradients(rule):
-    with pytest.raises(MisconfigurationException, match=r"cannot go through torch\.compile"):
+    with pytest.raises(MisconfigurationException, match=r"cannot train through torch\.compile"):
         fitted(compiled(Wrapped(lambda layer: layer)), vector_data(), RULES[rule]())

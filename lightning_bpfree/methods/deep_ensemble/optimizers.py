@@ -82,6 +82,11 @@ class MemberOptimizers(Optimizer):
         # The groups themselves: who changes a learning rate here, changes it there.
         self.param_groups = [group for one in optimizers for group in one.param_groups]
 
+    @property
+    def module_param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of the first member, whose parameters are the module's own."""
+        return self.optimizers[0].param_groups
+
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Evaluate the closure once, and let every member take its step."""
         loss = None

@@ -134,7 +134,7 @@ class PopulationPasses:
             self.look_again()  # something else uses a weight now, such as a penalty: which found no noise in it
             layers = self._low_rank_layers(step, population)
             step.rewind()
-            return self._vectorised(step, population, members, layers)
+            return self._vectorized(step, population, members, layers)
         stacked = population.stack(members)
         return vmap(lambda params: step.loss_under_transform(params).float(), randomness="same")(stacked)
 

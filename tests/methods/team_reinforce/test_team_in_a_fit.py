@@ -261,7 +261,7 @@ def test_another_rule_does_not_train_through_a_team_unnoticed(other):
     module, rule = problem(lr=0.01), bpf.TeamReinforce()
     fitted(module, loader(), rule)
     with pytest.raises(
-        MisconfigurationException, match=r"what TeamReinforce has put in the place.*uninstall\(module\) f"
+        MisconfigurationException, match=r"TeamReinforce still replaces its forward pass.*uninstall\(module\) f"
     ):
         fitted(module, loader(), other())
     rule.uninstall(module)
@@ -271,7 +271,7 @@ def test_another_rule_does_not_train_through_a_team_unnoticed(other):
 def test_a_team_does_not_train_through_another_rule_unnoticed():
     module, rule = problem(lr=0.01), bpf.ForwardForward()
     fitted(module, loader(), rule)
-    with pytest.raises(MisconfigurationException, match=r"what ForwardForward has put.*uninstall\(module\) first"):
+    with pytest.raises(MisconfigurationException, match=r"ForwardForward still replaces.*uninstall\(module\) first"):
         fitted(module, loader(), bpf.TeamReinforce())
     rule.uninstall()
     fitted(module, loader(), bpf.TeamReinforce())
