@@ -90,10 +90,10 @@ add("Distilbert", Classified, "DistilBertForSequenceClassification", "DistilBert
      "num_labels": CLASSES})  # fmt: skip
 add("Gpt2", Continued, "GPT2LMHeadModel", "GPT2Config",
     {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 20, "n_positions": 16, "bos_token_id": 1,
-     "eos_token_id": 2}, digits=1e-6, **ROUGH)  # fmt: skip
+     "eos_token_id": 2, "use_cache": False}, digits=1e-6, **ROUGH)  # fmt: skip
 add("Opt", Continued, "OPTForCausalLM", "OPTConfig",
     {**DECODER, "ffn_dim": 8, "word_embed_proj_dim": 8, "layerdrop": 0.0}, digits=1e-7)  # fmt: skip
-add("Llama", Continued, "LlamaForCausalLM", "LlamaConfig", DECODER, **ROUNDED)
+add("Llama", Continued, "LlamaForCausalLM", "LlamaConfig", {**DECODER, "use_cache": False}, **ROUNDED)
 add("Qwen", Continued, "Qwen2ForCausalLM", "Qwen2Config", DECODER, **ROUNDED)
 add("Mamba", Continued, "MambaForCausalLM", "MambaConfig",
     {"hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 20, "state_size": 2, "pad_token_id": 0,

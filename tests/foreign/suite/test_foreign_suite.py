@@ -18,8 +18,21 @@ from thinned import in_turn
 
 EVERY = [*RULES, *COMPANIONS]
 
+# Each was wrong once, and its fault shows under few rules.
+ALWAYS = {
+    ("InnerBackward", "forward_gradient"),
+    ("MomentumTeacher", "zeroth_order"),
+    ("TeacherHidden", "evolution_strategy"),
+    ("Grows", "feedback"),
+    ("HookOnAModule", "forward_forward"),
+    ("LabelsPopped", "team"),
+    ("LabelsPopped", "local_loss"),
+    ("NotRegistered", "zeroth_order"),
+    ("TiedLanguageModel", "one_by_one"),
+}
 
-@pytest.mark.parametrize(("kind", "rule"), in_turn(CASES.values(), EVERY, fast=3))
+
+@pytest.mark.parametrize(("kind", "rule"), in_turn(CASES.values(), EVERY, fast=3, always=ALWAYS))
 def test_trained_right_or_refused(kind, rule):
     found = outcome(kind, rule)
     letter = EXPECTED[kind.__name__][EVERY.index(rule)]
