@@ -204,7 +204,7 @@ def _plausibility(found):
         axes.set_title({"digits": "digits: closed loop", "fashion": "Fashion-MNIST: long sleeves"}[name], fontsize=9)
         axes.set_ylim(0, 1)
     panels[0].set_ylabel("share that shows the concept")
-    panels[1].legend(frameon=False, fontsize=8)
+    panels[0].legend(frameon=False, fontsize=8, loc="upper left")
     return drawing
 
 
