@@ -6,8 +6,6 @@ Tolerances: `torch.equal` where the same algorithm runs on the same numbers; oth
 
 from __future__ import annotations
 
-import csv
-import inspect
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -19,23 +17,14 @@ from types import MappingProxyType
 import lightning.pytorch as pl
 import pytest
 import torch
-from conformance_problem import Case, ConformanceProblem, MakeRule
+from conformance_problem import Case, ConformanceProblem, MakeRule, assert_equal, state
+from conformance_steps import several_dataloaders, the_run_proves_its_rule, the_signature_is_kept
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel
 from problems import Problem, fitted, loader
 
-from lightning_bpfree import Backprop, TrainingRule
-
-
-def state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different, f"differ: {different}"
+from lightning_bpfree import Backprop
 
 
 def run(
@@ -220,31 +209,6 @@ def a_step_that_someone_else_has_replaced_is_put_back(case: Case) -> None:
     assert module.training_step is mine
 
 
-def the_signature_is_kept(case: Case) -> None:
-    class OnlyBatch(case.problem):
-        def training_step(self, batch):
-            return super().training_step(batch, 0)
-
-    class Renamed(case.problem):
-        def training_step(self, rows, number):
-            return super().training_step(rows, number)
-
-    seen: list[list[str]] = []
-
-    class Looks(pl.Callback):
-        def on_before_zero_grad(self, trainer, module, optimizer) -> None:
-            seen.append(list(inspect.signature(module.training_step).parameters))
-
-    for kind, names in ((OnlyBatch, ["batch"]), (Renamed, ["rows", "number"])):
-        seen.clear()
-        torch.manual_seed(0)
-        module = kind()
-        fitted(module, case.problem.data(), case.make_rule(), Looks())
-        assert seen == [names] * 4
-        assert set(module.calls) == ({0} if kind is OnlyBatch else {0, 1, 2, 3})  # Lightning hands over the number
-        assert len(module.gradients) == 4
-
-
 # --- which parameters, which epochs -------------------------------------------------------------------------------
 
 
@@ -318,58 +282,7 @@ def dict_and_none_returned(case: Case) -> None:
     assert [bool(g) for g in module.gradients] == [True, False, True, False]
 
 
-def several_dataloaders(case: Case) -> None:
-    class Two(case.problem):
-        def training_step(self, batch, index):
-            first = super().training_step(batch["a"], index)
-            return first + super().training_step(batch["b"], index)
-
-    def gradients(b: int) -> list[dict[str, torch.Tensor]]:
-        torch.manual_seed(0)
-        module = Two()
-        fitted(module, {"a": case.problem.data(seed=1), "b": case.problem.data(seed=b)}, case.make_rule(seed=5))
-        assert len(module.gradients) == 4
-        return module.gradients
-
-    first, again, other = gradients(2), gradients(2), gradients(3)
-    for a, b, c in zip(first, again, other, strict=True):
-        assert_equal(a, b)
-        assert any(not torch.equal(a[name], c[name]) for name in a)  # the second loader has a say
-
-
 # --- proof and refusals -------------------------------------------------------------------------------------------
-
-
-def the_run_proves_its_rule(case: Case) -> None:
-    from lightning.pytorch.loggers import CSVLogger
-
-    with tempfile.TemporaryDirectory() as folder:
-        logger = CSVLogger(folder, version="")
-        module, trainer = case.run(logger=logger)
-        (rule,) = [callback for callback in trainer.callbacks if isinstance(callback, TrainingRule)]
-        name = type(case.make_rule()).__name__
-        text = (Path(logger.log_dir) / "hparams.yaml").read_text()
-        assert f"rule: {name}" in text
-        assert {
-            "bpfree/loss",
-            "bpfree/grad_norm",
-            "bpfree/forward_evals",
-            "bpfree/active",
-        } <= trainer.callback_metrics.keys()
-        found = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        assert found["bpfree/active"] == 1.0
-        assert found["bpfree/forward_evals"] == pytest.approx(rule.record.forward_evals, rel=1e-6)  # logged in float32
-        assert rule.record.forward_evals >= 4
-        assert rule.record.batches == 4
-        assert rule.record.history == [{"rule": name, "first_epoch": 0, "last_epoch": 0}]
-        gradient = torch.cat([grad.flatten() for grad in module.gradients[-1].values()])
-        # One sum of squares in another order of float32.
-        assert found["bpfree/grad_norm"] == pytest.approx(float(gradient.norm()), rel=1e-5)
-        with (Path(logger.log_dir) / "metrics.csv").open() as file:
-            logged = [row["bpfree/loss"] for row in csv.DictReader(file) if row["bpfree/loss"]]
-        assert len(logged) == 4
-        if rule.estimates_user_loss:  # in half of the digits that the file has
-            assert sum(map(float, logged)) / 4 == pytest.approx(found["train_loss"], rel=1e-4)
 
 
 def refusals_name_the_cure(case: Case) -> None:

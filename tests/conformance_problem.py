@@ -50,3 +50,13 @@ class Case(NamedTuple):
         module = self.problem(lr=lr)
         data = self.problem.data() if data is None else data
         return module, fitted(module, data, *([self.make_rule()] if ruled else []), **settings)
+
+
+def state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"differ: {different}"

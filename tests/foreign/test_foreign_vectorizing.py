@@ -72,11 +72,7 @@ class Shapes(Base):
 
 LATER = [Item, Branch, Float, Lists, ToList, Numpy, Shapes]
 # A forward gradient has tangents, and no losses, for each direction: it reads numbers and branches in one pass too.
-# At low rank, members share the weight of the layer.
-ONE_PASS_DOES = {("forward_gradient", kind) for kind in LATER if kind is not Numpy} | {
-    ("low_rank", Numpy),
-    ("low_rank", Shapes),
-}
+ONE_PASS_DOES = {("forward_gradient", kind) for kind in LATER if kind is not Numpy}
 VECTORISED = {
     "forward_gradient": lambda size: bpf.ForwardGradient(4, chunk_size=size),
     "evolution": lambda size: bpf.EvolutionStrategy(population_size=8, chunk_size=size),

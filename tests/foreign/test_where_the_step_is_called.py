@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
-from once_problems import RULES, Once, pairs, table
+from once_problems import RULES, Once, Seen, pairs, table
 from problems import fitted
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -185,3 +185,24 @@ def test_a_fit_that_ends_with_an_error_leaves_a_plain_module(rule):
     with pytest.raises(RuntimeError, match="stop here"):
         fitted(module, pairs(), RULES[rule](), Breaks())
     assert_clean(module)
+
+
+class ByHalves(Once):
+    """Its step calls itself for each half of a batch."""
+
+    def training_step(self, batch, batch_idx, whole=True):
+        x, y = batch
+        if not whole:
+            return self.loss(x, y)
+        return sum(self.training_step((x[half], y[half]), batch_idx, False) for half in (slice(0, 2), slice(2, 4))) / 2
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_that_calls_itself_calls_the_modules_own(rule):
+    def losses(*callbacks):
+        torch.manual_seed(0)
+        seen = Seen()
+        fitted(ByHalves(), pairs(), *callbacks, seen, precision="64-true")
+        return seen.losses
+
+    assert losses(RULES[rule]()) == pytest.approx(losses(), rel=1e-10)  # float64

@@ -29,7 +29,7 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize(("name", "rule"), SAID, ids="-".join)
+@pytest.mark.parametrize(("name", "rule"), SAID, ids=[f"{name}-{rule}" for name, rule in SAID])
 def test_refusals_say_what_to_change(name, rule):
     found = outcome(CASES[name], rule)
     assert found.kind == REFUSED
