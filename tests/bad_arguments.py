@@ -31,6 +31,7 @@ MODULES += [
     "actor_critic",
     "diffusion_tasks.digit_diffusion",
     "diffusion_tasks.digit_rewards",
+    "learned_sizes",
 ]
 BUILDERS = "lightning_bpfree.methods.reversible_recompute.models"
 
