@@ -37,6 +37,13 @@ from lightning_bpfree.methods.evolution_strategy.search.snes import SNES as SNES
 from lightning_bpfree.methods.forward_forward.rule import ForwardForward as ForwardForward
 from lightning_bpfree.methods.forward_gradient.local_loss import LocalLoss as LocalLoss
 from lightning_bpfree.methods.forward_gradient.rule import ForwardGradient as ForwardGradient
+from lightning_bpfree.methods.learnable_architecture.callback import (
+    LearnableArchitecture as LearnableArchitecture,
+)
+from lightning_bpfree.methods.learnable_architecture.continuous.ccnn import CCNN as CCNN
+from lightning_bpfree.methods.learnable_architecture.continuous.convolution import ContinuousConv as ContinuousConv
+from lightning_bpfree.methods.learnable_architecture.continuous.striding import DiffStride as DiffStride
+from lightning_bpfree.methods.learnable_architecture.continuous.striding import FrequencyCrop as FrequencyCrop
 from lightning_bpfree.methods.lottery_ticket.callback import LotteryTicket as LotteryTicket
 from lightning_bpfree.methods.lottery_ticket.ticket import Ticket as Ticket
 from lightning_bpfree.methods.reversible_recompute.callback import ReversibleRecompute as ReversibleRecompute
