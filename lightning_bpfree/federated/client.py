@@ -55,6 +55,7 @@ class BaffleClient:
         module: any LightningModule without BatchNorm; its trained parameters are overwritten.
         data: the client's samples.
         settings: of the federation, equal to the server's.
+        number: of the client's part of the data, by which it chooses batches.
         measure_memory: whether answers say how far the memory of this process rose.
 
     Raises:
@@ -62,9 +63,15 @@ class BaffleClient:
     """
 
     def __init__(
-        self, module: pl.LightningModule, data: LocalData, settings: Baffle, *, measure_memory: bool = False
+        self,
+        module: pl.LightningModule,
+        data: LocalData,
+        settings: Baffle,
+        number: int,
+        *,
+        measure_memory: bool = False,
     ) -> None:
-        self.loss, self.data, self.settings = LocalLoss(module.train()), data, settings
+        self.loss, self.data, self.settings, self.number = LocalLoss(module.train()), data, settings, number
         settings.check(self.loss.params)
         self.fingerprint = settings.fingerprint(self.loss.params, self.loss.frozen)
         self.measure_memory = measure_memory
@@ -132,7 +139,7 @@ class BaffleClient:
         rows, num_samples, passes = [], 0, 0.0
         for step in range(self.settings.local_steps):
             directions = self.settings.drawn(params, seed, step, client)
-            with self.loss.on(self.chosen(seed, client, step), noise_seed(seed, client, step)) as objective:
+            with self.loss.on(self.chosen(seed, step), noise_seed(seed, self.number, step)) as objective:
                 rows.append(loss_differences(objective, params, directions, self.settings))
                 num_samples += objective.num_samples
                 passes += sum(part.forward_evals for part in objective.steps)
@@ -144,9 +151,9 @@ class BaffleClient:
     def _walks(self) -> bool:
         return self.settings.local_steps > 1
 
-    def chosen(self, seed: int, client: int, step: int) -> list[tuple[Any, int]]:
+    def chosen(self, seed: int, step: int) -> list[tuple[Any, int]]:
         """Return the batches of a local step."""
-        return self.data.batches(data_seed(seed, client, step), self.settings.batches)
+        return self.data.batches(data_seed(seed, self.number, step), self.settings.batches)
 
 
 def _descend(params: Params, directions: Directions, differences: Tensor, settings: Baffle) -> None:

@@ -141,11 +141,11 @@ class PrivateClient(BaffleClient):
 
     def measured(self, seed: int, client: int) -> tuple[Tensor, float, float]:
         """Return private differences ``(1, K)``, the expected number of samples, and the forward passes."""
-        privacy, generator = self.privacy, self.privacy.generator(seed, client)
-        chosen = data_seed(seed, client, 0) if privacy.seed is not None else int(torch.randint(1 << 62, (), generator=generator))
+        privacy, generator = self.privacy, self.privacy.generator(seed, self.number)
+        chosen = data_seed(seed, self.number, 0) if privacy.seed is not None else int(torch.randint(1 << 62, (), generator=generator))
         total = torch.zeros(self.settings.num_directions, dtype=torch.float64)
         passes = 0.0
-        with own_randomness(noise_seed(seed, client, 0), self.loss.module.device), torch.no_grad():
+        with own_randomness(noise_seed(seed, self.number, 0), self.loss.module.device), torch.no_grad():
             for batch, _ in self.data.drawn(chosen, privacy.rate):
                 rows = self._per_sample(batch, seed, client)  # (K, B)
                 norms = rows.norm(dim=0).clamp_min(1e-300)
