@@ -133,6 +133,16 @@ class BaffleClient:
             self._update = ServerUpdate(self.loss.module, self.settings)
         self._update.apply(seed, {None: (1.0, means)})
 
+    def update_state(self) -> dict[str, Any]:
+        """Return the state of the optimizer with which a client in step makes the server's updates."""
+        return {} if self._update is None else self._update.state_dict()
+
+    def load_update_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`update_state` returned."""
+        if state:
+            self._update = self._update or ServerUpdate(self.loss.module, self.settings)
+            self._update.load_state_dict(state)
+
     def measured(self, seed: int, client: int) -> tuple[Tensor, float, float]:
         """Return the differences ``(local_steps, K)``, how many samples they are of, and the forward passes."""
         params = {name: param.clone() for name, param in self.loss.params.items()} if self._walks else self.loss.params
