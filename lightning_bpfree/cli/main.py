@@ -12,7 +12,7 @@ import lightning_bpfree
 from lightning_bpfree.cli.common.preconditions import CommandError, nearest
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (*LIGHTNING_COMMANDS, "check", "compare", "tickets", "recipes")
+COMMANDS = (*LIGHTNING_COMMANDS, "check", "compare", "tickets", "federate", "recipes")
 
 HELP = """\
 usage: bpfree COMMAND ...
@@ -23,6 +23,7 @@ Training rules for any LightningModule. FILE is a YAML file or the name of a shi
   check -c FILE                 which rules can train this module, at what cost; one batch, no training
   compare -c FILE --rules ...   train the same module under several rules and backprop; one table
   tickets -c FILE               lottery tickets of several kinds, their transfer, the lines between them; one table
+  federate -c FILE              federated learning by forward passes, in one process or on Flower
   recipes list|show|copy        the YAML files that come with the package
 
 first steps:
@@ -74,6 +75,10 @@ def _run(command: str, arguments: list[str]) -> int:
         from lightning_bpfree.cli.tickets import command as tickets
 
         return tickets.run(arguments)
+    if command == "federate":
+        from lightning_bpfree.cli.federate import command as federate
+
+        return federate.run(arguments)
     if command == "recipes":
         from lightning_bpfree.cli.common import recipes
 

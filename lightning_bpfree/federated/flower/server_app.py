@@ -62,6 +62,7 @@ def server_app_from(
     save_every: int = 1,
     timeout: float = 60.0,
     wait: float = 120.0,
+    of_context: Callable[[Context], dict[str, Any]] | None = None,
 ) -> ServerApp:
     """Return a ServerApp whose run is made in the server's process.
 
@@ -72,25 +73,28 @@ def server_app_from(
         save_every: see :func:`server_app`.
         timeout: see :func:`server_app`.
         wait: see :func:`server_app`.
+        of_context: returns some of these, from the context of the run, in place of those given here.
     """
     app: Any = ServerApp()
+    given = {"folder": folder, "save_every": save_every, "timeout": timeout, "wait": wait}
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        own: dict[str, Any] = {**given, **(of_context(context) if of_context else {})}
         run = run_of(context)
-        path = None if folder is None else Path(folder) / CHECKPOINT
+        path = None if own["folder"] is None else Path(own["folder"]) / CHECKPOINT
         if path is not None and path.exists():
             run.load(path)
 
         def finished(row: Row) -> None:
-            if path is not None and (row["round"] % save_every == 0 or row["round"] == run.rounds):
+            if path is not None and (row["round"] % own["save_every"] == 0 or row["round"] == run.rounds):
                 run.save(path)
             if each is not None:
                 each(run, row)
 
         left = run.rounds - run.server.round
         if left > 0:
-            strategy = BaffleStrategy(run, finished, timeout=timeout, wait=wait)
-            strategy.start(grid, array_record(run.server.params), num_rounds=left, timeout=timeout)
+            strategy = BaffleStrategy(run, finished, timeout=own["timeout"], wait=own["wait"])
+            strategy.start(grid, array_record(run.server.params), num_rounds=left, timeout=own["timeout"])
 
     return app  # type: ignore[no-any-return]
