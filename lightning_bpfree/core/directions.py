@@ -113,7 +113,7 @@ class Directions:
         return combined
 
     def _combined_in_stacks(self, weights: list[float], scale: Tensor | None) -> Params:
-        """Combine as many directions at a time as are cheap to hold; term by term, so that their number does not count."""
+        """Combine directions drawn several at a time, but added one by one: how many does not change the sum."""
         totals = {n: torch.zeros(t.shape, dtype=accumulator_dtype(t), device=t.device) for n, t in self.like.items()}
         size = max(1, _STACKED // max(1, count(self.like)))
         for start in range(0, self.num, size):

@@ -84,7 +84,9 @@ class FedAvgClient:
         seed, client = instructions.seed, instructions.client
         batches = self._batches(seed, client)
         with own_randomness(noise_seed(seed, client, 0), self.loss.module.device), self.loss.state.quiet():
-            made = self._trained(slots, batches) if self.settings.upload == "weights" else self._gradient(slots, batches)
+            made = (
+                self._trained(slots, batches) if self.settings.upload == "weights" else self._gradient(slots, batches)
+            )
         peak, samples = None if memory is None else memory.peak(), sum(size for _, size in batches)
         return Reply(
             client,

@@ -20,7 +20,7 @@ from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.federated.client import BaffleClient
 from lightning_bpfree.federated.fedavg import FedAvg, FedAvgClient, FedAvgServer
 from lightning_bpfree.federated.partition import Partition
-from lightning_bpfree.federated.privacy import PrivateClient, Privacy
+from lightning_bpfree.federated.privacy import Privacy, PrivateClient
 from lightning_bpfree.federated.robust import Robust, RobustName
 from lightning_bpfree.federated.server import BaffleServer
 from lightning_bpfree.federated.settings import Baffle
@@ -100,7 +100,7 @@ class Federation:
         for name, given in {**needs, "downlink": self.downlink == "numbers"}.items():
             if given and (plain or self.method.noise == "per_client"):
                 raise ValueError(
-                    f"Federation: {name}={getattr(self, name)!r} needs numbers along directions that all clients share: "
+                    f"Federation: {name}={getattr(self, name)!r} needs numbers along directions that clients share: "
                     "use method=Baffle(noise='shared')."
                 )
         if self.secure and self.robust:
@@ -167,7 +167,9 @@ class Federation:
         if self.privacy is None:
             return BaffleClient(module, data, self.method, number, measure_memory=memory)
         share = noise / self.in_a_round**0.5
-        return PrivateClient(module, data, self.method, number, privacy=self.privacy, share=share, measure_memory=memory)
+        return PrivateClient(
+            module, data, self.method, number, privacy=self.privacy, share=share, measure_memory=memory
+        )
 
     def to_plain(self) -> dict[str, Any]:
         """Return the settings as numbers, strings and dicts of them."""

@@ -55,7 +55,9 @@ class Objective:
         """
 
         def loss_of(own: Params) -> Tensor:
-            parts = [widen(step.loss_under_transform(own)) * s for step, s in zip(self.steps, self._shares, strict=True)]
+            parts = [
+                widen(step.loss_under_transform(own)) * s for step, s in zip(self.steps, self._shares, strict=True)
+            ]
             total = parts[0]
             for part in parts[1:]:
                 total = total + part

@@ -138,6 +138,6 @@ def _fault_of(differences: Any, settings: Baffle, largest: float) -> str | None:
 
 
 def stacked(replies: Sequence[Reply]) -> tuple[Tensor, Tensor]:
-    """Return the differences of all answers, ``(clients, local_steps, K)``, and their numbers of samples, ``(clients,)``."""
+    """Return the differences of all answers, ``(clients, local_steps, K)``, and their samples, ``(clients,)``."""
     numbers = torch.stack([reply.differences for reply in replies if reply.differences is not None])
     return numbers, torch.tensor([float(reply.num_samples) for reply in replies], dtype=torch.float64)

@@ -103,9 +103,7 @@ class LocalData:
         ValueError: if the client has no samples.
     """
 
-    def __init__(
-        self, dataset: Any, indices: Sequence[int], batch_size: int, collate: Callable[[Any], Any]
-    ) -> None:
+    def __init__(self, dataset: Any, indices: Sequence[int], batch_size: int, collate: Callable[[Any], Any]) -> None:
         if not len(indices):
             raise ValueError("LocalData: indices=[]: the client has no samples; leave it out, or split the data anew.")
         self.dataset, self.indices, self.batch_size, self.collate = dataset, list(indices), batch_size, collate
@@ -176,7 +174,7 @@ class Partition:
         dataset = getattr(self.loader, "dataset", None)
         if dataset is None or not hasattr(dataset, "__len__"):
             raise ValueError(
-                f"Partition: datamodule={type(datamodule).__name__}: its train_dataloader() must be one DataLoader over "
+                f"Partition: datamodule={type(datamodule).__name__}: train_dataloader() must be one DataLoader over "
                 "a data set with a length, or there is nothing to split."
             )
         self.batch_size = batch_size or self.loader.batch_size or 64

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_bpfree.core.arguments import NonNegativeInt, OpenFraction, PositiveFloat, PositiveFraction, PositiveInt, checked
+from lightning_bpfree.core.arguments import (
+    NonNegativeInt,
+    OpenFraction,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    checked,
+)
 from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.federated.client import BaffleClient
 from lightning_bpfree.federated.local_loss import own_randomness
@@ -21,9 +28,7 @@ def _accounting() -> Any:
     try:
         import dp_accounting
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'Privacy needs dp-accounting: pip install "lightning-bpfree[federated]"'
-        ) from error
+        raise ModuleNotFoundError('Privacy needs dp-accounting: pip install "lightning-bpfree[federated]"') from error
     return dp_accounting
 
 
@@ -142,7 +147,11 @@ class PrivateClient(BaffleClient):
     def measured(self, seed: int, client: int) -> tuple[Tensor, float, float]:
         """Return private differences ``(1, K)``, the expected number of samples, and the forward passes."""
         privacy, generator = self.privacy, self.privacy.generator(seed, self.number)
-        chosen = data_seed(seed, self.number, 0) if privacy.seed is not None else int(torch.randint(1 << 62, (), generator=generator))
+        chosen = (
+            data_seed(seed, self.number, 0)
+            if privacy.seed is not None
+            else int(torch.randint(1 << 62, (), generator=generator))
+        )
         total = torch.zeros(self.settings.num_directions, dtype=torch.float64)
         passes = 0.0
         with own_randomness(noise_seed(seed, self.number, 0), self.loss.module.device), torch.no_grad():

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_bpfree.federated.messages import Reply, fault
 from lightning_bpfree.federated.secure_sum import FixedPoint, Masks, RefusedSumError, Words, needed, unmasked
@@ -32,13 +33,14 @@ def masked_reply(reply: Reply, words: Words) -> Reply:
     return replace(reply, differences=None, num_samples=0, masked=words.astype("<u8").tobytes())
 
 
-def mean_of(total: Words, numbers: FixedPoint, settings: Baffle) -> torch.Tensor:
+def mean_of(total: Words, numbers: FixedPoint, settings: Baffle) -> Tensor:
     """Return the weighted mean ``(local_steps, K)`` that a sum of words stands for."""
     *sums, samples = numbers.decode(total).tolist()
     if samples <= 0:
         raise ValueError(f"secure sum: {samples:g} samples: the round is lost.")
     shape = (settings.local_steps, settings.num_directions)
-    return torch.tensor(sums, dtype=torch.float64).view(shape) / samples
+    mean: Tensor = torch.tensor(sums, dtype=torch.float64).view(shape) / samples
+    return mean
 
 
 class SecureRound:
@@ -109,7 +111,7 @@ def concluded(
     numbers: FixedPoint,
     left_out: dict[int, str],
 ) -> RoundReport:
-    """Unmask the sum and make the update of the round; a round whose sum cannot be had, or believed, changes nothing."""
+    """Unmask the sum and make the update of the round; without a sum that can be believed, nothing changes."""
     try:
         if not fit:
             raise ValueError("secure sum: no client has answered: the round is lost.")

@@ -26,9 +26,7 @@ def needed() -> None:
     try:
         import cryptography  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'secure sums need cryptography: pip install "lightning-bpfree[federated]"'
-        ) from error
+        raise ModuleNotFoundError('secure sums need cryptography: pip install "lightning-bpfree[federated]"') from error
 
 
 class FixedPoint:
@@ -68,7 +66,7 @@ class FixedPoint:
         if not (np.abs(given) <= self.largest).all():
             worst = given[np.argmax(np.where(np.isnan(given), np.inf, np.abs(given)))]
             raise ValueError(
-                f"secure sum: {worst:g} is beyond {self.largest:g}, the largest number of {self.num_clients} clients at "
+                f"secure sum: {worst:g} is beyond {self.largest:g}, the largest of {self.num_clients} clients at "
                 f"step={self.step:g}: give a larger step."
             )
         return np.rint(given / self._fine).astype(np.int64).view(np.uint64)
@@ -149,7 +147,9 @@ class Masks:
         if number <= self.answered:
             raise RefusedSumError(f"round {number} again: one mask over two vectors would show their difference")
         if keys.get(self.client) != self.public or len(keys) < 2:
-            raise RefusedSumError(f"keys of {len(keys)} clients: they must be two or more, and this client's among them")
+            raise RefusedSumError(
+                f"keys of {len(keys)} clients: they must be two or more, and this client's among them"
+            )
         self.answered, self._keys = number, dict(keys)
         total = words + stream(self._own(number), len(words))
         for other in keys:

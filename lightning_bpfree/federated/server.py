@@ -32,7 +32,8 @@ def weighted_mean(numbers: Tensor, weights: Tensor) -> Tensor:
         numbers: shape ``(clients, local_steps, K)``.
         weights: numbers of samples, shape ``(clients,)``.
     """
-    return torch.tensordot(weights / weights.sum(), numbers, 1)
+    mean: Tensor = torch.tensordot(weights / weights.sum(), numbers, 1)
+    return mean
 
 
 class RoundReport(NamedTuple):
@@ -184,7 +185,9 @@ class BaffleServer(MovingAverage):
 
     def finish(self, replies: Sequence[Reply]) -> RoundReport:
         """Judge the answers, and make the update of the round; without a fit answer the weights stay."""
-        seed, left_out, fit = round_seed(self.seed, self.round), {}, []
+        seed = round_seed(self.seed, self.round)
+        left_out: dict[int, str] = {}
+        fit: list[Reply] = []
         for reply in replies:
             wrong = fault(reply, self.settings, self.round, seed, self.largest_difference)
             if wrong is None and reply.client in [other.client for other in fit]:

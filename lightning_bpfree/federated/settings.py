@@ -102,7 +102,7 @@ class Baffle:
         return Directions(params, self.num_directions, seed, self.directions, self.generator)
 
     def check(self, params: Mapping[str, Tensor]) -> None:
-        """Raise ValueError if the module has nothing to train, or if sigma is lost in the rounding of its parameters."""
+        """Raise ValueError if there is nothing to train, or if sigma is lost in the rounding of the parameters."""
         if not params:
             raise ValueError("Baffle: the module has no parameter that requires a gradient: nothing can be trained.")
         for dtype in {tensor.dtype for tensor in params.values()}:

@@ -17,7 +17,8 @@ from lightning_bpfree.federated.run import Row, Run
 CODE = """\
 from lightning_bpfree.cli.federate import apps
 
-server, client = apps.server(), apps.client()
+server = apps.server()
+client = apps.client()
 """
 
 
@@ -49,7 +50,9 @@ def server() -> Any:
     def each(run: Run, row: Row) -> None:
         write_rows(run.history, Path(str(settings["folder"])))
         if row["round"] == run.rounds:
-            write_json(finite({"test": run.test() if run.evaluation else {}}), Path(str(settings["folder"])) / "test.json")
+            write_json(
+                finite({"test": run.test() if run.evaluation else {}}), Path(str(settings["folder"])) / "test.json"
+            )
 
     return server_app_from(run_of, each, of_context=_options)
 

@@ -58,7 +58,9 @@ def _run(options: argparse.Namespace, args: list[str], arguments: Sequence[str])
         tls=options.tls,
     )
     if options.resume and not job.checkpoint.exists():
-        raise CommandError(f"--resume: there is no checkpoint {job.checkpoint}: leave out --resume, or give its --out DIR.")
+        raise CommandError(
+            f"--resume: there is no checkpoint {job.checkpoint}: leave out --resume, or give its --out DIR."
+        )
     if not options.resume:
         for name in ("federation.ckpt", "rounds.csv", "test.json"):
             (folder / name).unlink(missing_ok=True)
@@ -103,7 +105,14 @@ def _said(row: Row) -> str:
 
 
 def _progress() -> Progress:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     texts = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     return Progress(*texts, TimeElapsedColumn(), TimeRemainingColumn(), console=console())
@@ -131,7 +140,14 @@ def _parser() -> argparse.ArgumentParser:
         "--rounds=50 or --federation.num_clients=4, override the configuration.",
     )
     add = parser.add_argument
-    add("-c", "--config", action="append", required=True, metavar="FILE", help="YAML files or recipes; later ones overlay")
+    add(
+        "-c",
+        "--config",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="YAML files or recipes; later ones overlay",
+    )
     add("--engine", default="in-process", metavar="ENGINE", help=f"{', '.join(ENGINES)} (default: in-process)")
     add("--out", type=Path, default=Path("runs/federate"), metavar="DIR", help="default: runs/federate")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")

@@ -69,7 +69,9 @@ def configured(args: Sequence[str]) -> Configured:
     """
     cli: Any = FederateCLI(args)
     if cli.datamodule is None:
-        raise CommandError("data: a federation splits the training set of a LightningDataModule over its clients: add one.")
+        raise CommandError(
+            "data: a federation splits the training set of a LightningDataModule over its clients: add one."
+        )
     found = cli.config_init
     return Configured(
         cli.model,

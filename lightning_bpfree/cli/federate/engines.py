@@ -64,7 +64,11 @@ def in_process(job: Job, each: Each) -> dict[str, float]:
     """Run in this process, and return the metrics of the test set."""
     made = job.made
     run = InProcessFederation(
-        made.module, made.datamodule, made.federation, made.rounds, evaluate_every=made.evaluate_every,
+        made.module,
+        made.datamodule,
+        made.federation,
+        made.rounds,
+        evaluate_every=made.evaluate_every,
         measure_memory=True,
     )
     if job.resume:
@@ -82,6 +86,7 @@ def in_process(job: Job, each: Each) -> dict[str, float]:
 def simulation(job: Job, each: Each) -> dict[str, float]:
     """Run by Flower's simulation on Ray, and return the metrics of the test set; Ray is shut down behind it."""
     os.environ.update(QUIET)  # before Flower is imported
+    os.environ.setdefault("RAY_worker_niceness", "0")  # clients are what this command is for
     need_flower("ray")
     import ray
     from flwr.simulation import run_simulation
@@ -92,7 +97,7 @@ def simulation(job: Job, each: Each) -> dict[str, float]:
     logging.getLogger("flwr").setLevel(logging.WARNING)
     made, arguments = job.made, job.arguments
 
-    def parts_of(context: Any) -> Parts:  # in Ray's processes, which get the options alone
+    def parts_of(_: Any) -> Parts:  # in Ray's processes, which get the options alone
         own = configured(arguments)
         return Parts(own.module, own.datamodule, own.federation, own.rounds)
 
@@ -101,7 +106,7 @@ def simulation(job: Job, each: Each) -> dict[str, float]:
         lambda _: run, each, folder=job.folder, save_every=job.save_every, timeout=job.timeout, wait=job.timeout
     )
     cpus = os.cpu_count() or 1
-    backend = {
+    backend: Any = {
         "init_args": {"num_cpus": cpus, "include_dashboard": False, "log_to_driver": False, "logging_level": "error"},
         "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
     }
@@ -110,7 +115,9 @@ def simulation(job: Job, each: Each) -> dict[str, float]:
     finally:
         ray.shutdown()
     if run.server.round < run.rounds:
-        raise CommandError(f"the simulation ended behind round {run.server.round} of {run.rounds}: see what Flower says.")
+        raise CommandError(
+            f"the simulation ended behind round {run.server.round} of {run.rounds}: see what Flower says."
+        )
     return run.test() if run.evaluation else {}
 
 
@@ -177,7 +184,10 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
-        return [{name: float(value) for name, value in row.items() if value not in ("", None)} for row in csv.DictReader(file)]
+        return [
+            {name: float(value) for name, value in row.items() if value not in ("", None)}
+            for row in csv.DictReader(file)
+        ]
 
 
 ENGINES: dict[str, Callable[[Job, Each], dict[str, float]]] = {

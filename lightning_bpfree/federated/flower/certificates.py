@@ -41,7 +41,9 @@ class Certificates(NamedTuple):
             try:
                 loaded[name] = load(read[name])
             except (ValueError, TypeError) as error:
-                raise ValueError(f"Certificates: {name}={getattr(self, name)}: it is no PEM file of that kind.") from error
+                raise ValueError(
+                    f"Certificates: {name}={getattr(self, name)}: it is no PEM file of that kind."
+                ) from error
         now = datetime.datetime.now(datetime.timezone.utc)
         for name in ("ca", "certificate"):
             first, last = loaded[name].not_valid_before_utc, loaded[name].not_valid_after_utc

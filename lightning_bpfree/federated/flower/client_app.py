@@ -66,7 +66,7 @@ def client_app(
         >>> type(client_app(Classifier(MLP(64, [8], 10)), DigitsDataModule(), Federation())).__name__
         'ClientApp'
     """
-    return client_app_from(lambda context: Parts(module, datamodule, federation, rounds))
+    return client_app_from(lambda _: Parts(module, datamodule, federation, rounds))
 
 
 def client_app_from(parts_of: Callable[[Context], Parts]) -> ClientApp:
@@ -84,11 +84,11 @@ def client_app_from(parts_of: Callable[[Context], Parts]) -> ClientApp:
             made[number] = _Node(parts_of(context), number)
         return made[number]
 
-    @app.train()
+    @app.train()  # type: ignore[untyped-decorator]  # of an untyped app
     def train(message: Message, context: Context) -> Message:
         return Message(node_of(context).train(message.content, context.state), reply_to=message)
 
-    @app.query()
+    @app.query()  # type: ignore[untyped-decorator]  # of an untyped app
     def query(message: Message, context: Context) -> Message:
         return Message(_query(message.content, context.state), reply_to=message)
 
@@ -104,8 +104,7 @@ def partition_id(context: Context) -> int:
     given = context.node_config.get("partition-id")
     if not isinstance(given, int) or isinstance(given, bool) or given < 0:
         raise ValueError(
-            f"partition-id={given!r}: start every node with a number of its own from 0: "
-            '--node-config "partition-id=0".'
+            f'partition-id={given!r}: start every node with a number of its own from 0: --node-config "partition-id=0".'
         )
     return given
 
@@ -132,7 +131,7 @@ class _Node:
     def _keeps(self) -> bool:
         return self.federation.downlink == "numbers"
 
-    def train(self, record: RecordDict, state: RecordDict) -> RecordDict:
+    def train(self, record: Any, state: Any) -> Any:
         """Return the answer to a round, as records."""
         instructions, keys = instructions_of(record)
         own = self.client if isinstance(self.client, BaffleClient) and self._keeps else None
@@ -145,9 +144,7 @@ class _Node:
             reply = self._masked(reply, instructions, keys, state)
         return reply_record(reply)
 
-    def _masked(
-        self, reply: Reply, instructions: Instructions, keys: dict[int, bytes], state: RecordDict
-    ) -> Reply:
+    def _masked(self, reply: Reply, instructions: Instructions, keys: dict[int, bytes], state: Any) -> Reply:
         try:
             masks = _masks(state)
             words = words_of(reply, FixedPoint(self.federation.step, max(1, len(keys))))
@@ -161,7 +158,7 @@ class _Node:
         return masked
 
 
-def _query(record: RecordDict, state: RecordDict) -> RecordDict:
+def _query(record: Any, state: Any) -> Any:
     """Answer a question of the server that is no round: for a key, or for masks."""
     asked: dict[str, Any] = dict(record[ROUND])
     if asked["what"] == "key":
@@ -181,22 +178,22 @@ def _query(record: RecordDict, state: RecordDict) -> RecordDict:
     return RecordDict({ROUND: ConfigRecord({"clients": list(told), "seeds": list(told.values())})})
 
 
-def _masks(state: RecordDict) -> Masks:
+def _masks(state: Any) -> Masks:
     own: Any = state[STATE]
     told = {int(own["told_round"]): list(own["told"])} if own["told_round"] else {}
     return Masks(own["client"], own["private"], answered=own["answered"], told=told)
 
 
-def _keep(client: BaffleClient, state: RecordDict) -> None:
+def _keep(client: BaffleClient, state: Any) -> None:
     """Write the weights of a client in step into the node's state."""
     buffer = io.BytesIO()
     torch.save(client.update_state(), buffer)
-    kept = {"round": client.round, "update": buffer.getvalue()}
+    kept: dict[str, Any] = {"round": client.round, "update": buffer.getvalue()}
     state[STATE] = ConfigRecord({**dict(state.get(STATE, {})), **kept})
     state[WEIGHTS] = array_record(client.loss.params)
 
 
-def _take_back(client: BaffleClient, state: RecordDict) -> None:
+def _take_back(client: BaffleClient, state: Any) -> None:
     own: Any = state.get(STATE, {})
     if "round" in own and WEIGHTS in state:
         client.load(params_of(state[WEIGHTS]))

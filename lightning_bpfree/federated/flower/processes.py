@@ -116,7 +116,10 @@ class Deployment:
         self.folder, self.num_nodes = folder.absolute(), num_nodes
         self.port = free_port() if port is None else port
         self.certificates, self.authenticate = certificates, authenticate
-        self.environment = {**quiet_environment(), **(environment or {}), "FLWR_HOME": str(self.folder / "home")}
+        # Flower's programs start one another by name, and those beside the interpreter may not be on the PATH.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        own = {"FLWR_HOME": str(self.folder / "home"), "PATH": path}
+        self.environment = {**quiet_environment(), **(environment or {}), **own}
         self.link: subprocess.Popen[bytes] | None = None
         self.nodes: dict[int, subprocess.Popen[bytes]] = {}
         self._keys: dict[int, Path] = {}
@@ -141,10 +144,9 @@ class Deployment:
         home = self.folder / "home"
         home.mkdir(parents=True, exist_ok=True)
         tls = f'root-certificates = "{self.certificates.ca.absolute()}"' if self.certificates else "insecure = true"
-        (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{HOST}:{self.port}"\n{tls}\n',
-            encoding="utf-8",
-        )
+        lines = ["[superlink]", f'default = "{CONNECTION}"', f"[superlink.{CONNECTION}]"]
+        lines += [f'address = "{HOST}:{self.port}"', tls, ""]
+        (home / "config.toml").write_text("\n".join(lines), encoding="utf-8")
         self.start_link()
         for number in range(self.num_nodes):
             self.start_node(number)
@@ -204,7 +206,9 @@ class Deployment:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if process.poll() is not None:
-                raise RuntimeError(f"flower-superlink ended with {process.returncode}: see {self.folder / 'superlink.log'}")
+                raise RuntimeError(
+                    f"flower-superlink ended with {process.returncode}: see {self.folder / 'superlink.log'}"
+                )
             with socket.socket() as tried:
                 if tried.connect_ex((HOST, port)) == 0:
                     return
@@ -249,6 +253,17 @@ class Deployment:
             raise RuntimeError(f"flwr {' '.join(arguments)} failed: {(done.stdout + done.stderr).strip()[-1000:]}")
         return done.stdout
 
+    def _told(self, *arguments: str) -> dict[str, Any]:
+        """Return what ``flwr`` says in JSON.
+
+        Raises:
+            RuntimeError: if it says that it failed.
+        """
+        told: dict[str, Any] = json.loads(self.flwr(*arguments, "--format", "json"))
+        if not told.get("success"):
+            raise RuntimeError(f"flwr {arguments[0]} failed: {json.dumps(told)[:1000]}")
+        return told
+
     def submit(self, app: Path, config: Mapping[str, str | int | float | bool] | None = None) -> str:
         """Hand in a run of an app, and return its id.
 
@@ -257,12 +272,12 @@ class Deployment:
             config: values that override those of the app.
         """
         override = [part for k, v in (config or {}).items() for part in ("--run-config", f"{k}={json.dumps(v)}")]
-        told = json.loads(self.flwr("run", str(app), CONNECTION, "--format", "json", *override))
+        told = self._told("run", str(app), CONNECTION, *override)
         return str(told["run-id"])
 
     def status(self, run: str) -> str:
         """Return what became of a run: ``"running"``, ``"finished:completed"``, ``"finished:failed"`` and so on."""
-        told: dict[str, Any] = json.loads(self.flwr("list", CONNECTION, "--format", "json"))
+        told = self._told("list", CONNECTION)
         return next((str(own["status"]) for own in told["runs"] if str(own["run-id"]) == run), "unknown")
 
 

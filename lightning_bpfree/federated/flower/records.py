@@ -26,7 +26,7 @@ def params_of(record: ArrayRecord) -> Params:
     return {name: torch.from_numpy(np.array(array.numpy())) for name, array in record.items()}
 
 
-def to_record(instructions: Instructions, keys: Mapping[int, bytes] | None = None) -> RecordDict:
+def to_record(instructions: Instructions, keys: Mapping[int, bytes] | None = None) -> Any:
     """Return instructions as records.
 
     Args:
@@ -36,7 +36,7 @@ def to_record(instructions: Instructions, keys: Mapping[int, bytes] | None = Non
     plain: dict[str, Any] = {
         name: getattr(instructions, name) for name in ("round", "seed", "client", "fingerprint", "base", "digest")
     }
-    record = RecordDict({ROUND: ConfigRecord(plain)})
+    record: Any = RecordDict({ROUND: ConfigRecord(plain)})
     if instructions.weights is not None:
         record[WEIGHTS] = array_record(instructions.weights)
     elif instructions.updates:
@@ -49,7 +49,7 @@ def to_record(instructions: Instructions, keys: Mapping[int, bytes] | None = Non
     return record
 
 
-def instructions_of(record: RecordDict) -> tuple[Instructions, dict[int, bytes]]:
+def instructions_of(record: Any) -> tuple[Instructions, dict[int, bytes]]:
     """Return instructions, and the public keys of the round, from records."""
     plain: dict[str, Any] = dict(record[ROUND])
     seeds, sizes = plain.pop("seeds", []), plain.pop("sizes", [])
@@ -63,7 +63,7 @@ def instructions_of(record: RecordDict) -> tuple[Instructions, dict[int, bytes]]
     return Instructions(weights=weights, updates=updates, **plain), keys
 
 
-def reply_record(reply: Reply) -> RecordDict:
+def reply_record(reply: Reply) -> Any:
     """Return an answer as records: eight bytes a number, and a few more."""
     plain: dict[str, Any] = {"round": reply.round, "seed": reply.seed}
     if reply.refused:
@@ -71,7 +71,7 @@ def reply_record(reply: Reply) -> RecordDict:
     plain["passes"] = float(reply.forward_passes)
     if reply.peak_mib is not None:
         plain["peak_mib"] = float(reply.peak_mib)
-    record = RecordDict({ROUND: ConfigRecord(plain)})
+    record: Any = RecordDict({ROUND: ConfigRecord(plain)})
     if reply.masked is not None:
         record[ROUND]["masked"] = reply.masked
         return record
@@ -83,7 +83,7 @@ def reply_record(reply: Reply) -> RecordDict:
     return record
 
 
-def reply_of(record: RecordDict, client: int, num_directions: int | None) -> Reply:
+def reply_of(record: Any, client: int, num_directions: int | None) -> Reply:
     """Return a client's answer; one that cannot be read is a refusal that says why.
 
     Args:
@@ -115,7 +115,7 @@ def reply_of(record: RecordDict, client: int, num_directions: int | None) -> Rep
         return Reply(client, 0, 0, refused=f"its message cannot be read: {type(error).__name__}: {error}"[:500])
 
 
-def _differences(record: RecordDict, num_directions: int | None) -> torch.Tensor | None:
+def _differences(record: Any, num_directions: int | None) -> torch.Tensor | None:
     if NUMBERS not in record or num_directions is None:
         return None
     flat = torch.tensor([float(number) for number in record[NUMBERS]["differences"]], dtype=torch.float64)

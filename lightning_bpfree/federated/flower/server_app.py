@@ -78,7 +78,7 @@ def server_app_from(
     app: Any = ServerApp()
     given = {"folder": folder, "save_every": save_every, "timeout": timeout, "wait": wait}
 
-    @app.main()
+    @app.main()  # type: ignore[untyped-decorator]  # of an untyped app
     def main(grid: Grid, context: Context) -> None:
         own: dict[str, Any] = {**given, **(of_context(context) if of_context else {})}
         run = run_of(context)

@@ -69,7 +69,9 @@ class BaffleStrategy(Strategy):
     def summary(self) -> None:
         """Say what is run."""
         federation = self.run.federation
-        rank_zero_info(f"{type(federation.method).__name__}: {federation.in_a_round} of {federation.num_clients} clients")
+        rank_zero_info(
+            f"{type(federation.method).__name__}: {federation.in_a_round} of {federation.num_clients} clients"
+        )
 
     # --- a round ---
 
@@ -97,7 +99,7 @@ class BaffleStrategy(Strategy):
         row = self.run.record(report, list(self._told.values()), answers, time.perf_counter() - self._started)
         if self.each is not None:
             self.each(row)
-        numbers = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+        numbers: Any = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
         return array_record(self.server.params), MetricRecord(numbers)
 
     def configure_evaluate(
@@ -167,7 +169,7 @@ class BaffleStrategy(Strategy):
             client = nodes.get(message.metadata.src_node_id, -1)
             if message.has_error() or client < 0 or ROUND not in message.content:
                 continue
-            said: dict[str, Any] = dict(message.content[ROUND])  # type: ignore[arg-type]
+            said: dict[str, Any] = dict(message.content[ROUND])
             if "refused" in said:
                 rank_zero_warn(f"round {self.server.round}: client {client} refuses: {said['refused']}.")
             else:
