@@ -108,6 +108,9 @@ class BaffleClient:
         if instructions.weights is not None:
             self.load(instructions.weights)
             self.round = instructions.round - 1
+            if instructions.optimizer is not None:
+                self._update = self._update or ServerUpdate(self.loss.module, self.settings)
+                self._update.load_tensors(instructions.optimizer, instructions.made)
         elif instructions.base != self.round:
             return f"out of step: behind round {self.round}, not {instructions.base}"
         else:

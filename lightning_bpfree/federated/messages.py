@@ -39,6 +39,8 @@ class Instructions:
         client: number of the client, by which per-client directions and batches are chosen.
         fingerprint: see :meth:`Baffle.fingerprint`.
         weights: the trained parameters; None for a client that is in step.
+        optimizer: for a client that is to be in step from now on, the tensors of the server's optimizer.
+        made: how many updates that optimizer has made.
         updates: for a client in step, the rounds since it was.
         base: the round behind which the client is expected to be, before ``updates``.
         digest: hash of the weights that the client must arrive at; empty if nobody looks.
@@ -49,6 +51,8 @@ class Instructions:
     client: int
     fingerprint: str
     weights: Params | None = None
+    optimizer: Params | None = None
+    made: int = 0
     updates: Sequence[Update] = ()
     base: int = 0
     digest: str = ""
@@ -56,7 +60,8 @@ class Instructions:
     @property
     def num_bytes(self) -> int:
         """The size of what must be sent: weights or numbers, two whole numbers and two hashes."""
-        weights = sum(tensor.nbytes for tensor in (self.weights or {}).values())
+        tensors = [*(self.weights or {}).values(), *(self.optimizer or {}).values()]
+        weights = sum(tensor.nbytes for tensor in tensors)
         return weights + sum(NUMBER * (1 + update.means.numel()) for update in self.updates) + 3 * NUMBER + 64
 
 

@@ -177,6 +177,8 @@ class BaffleServer(MovingAverage):
             behind = self._in_step.get(client)
             shared: dict[str, Any] = {"fingerprint": self.fingerprint, "digest": digest}
             if self.downlink == "weights" or behind is None or behind < self._first:
+                if self.downlink == "numbers":
+                    shared |= {"optimizer": self.update.tensors(), "made": self.updates}
                 told[client] = Instructions(self.round, seed, client, weights=params, **shared)
             else:
                 updates = self.history[behind - self._first :]

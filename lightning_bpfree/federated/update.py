@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from lightning_bpfree.core.params import ParameterSlots, Params
 from lightning_bpfree.federated.settings import Baffle
 
+_NUMBER = ":number"  # marks what was no tensor
 Numbers = Mapping[int | None, tuple[float, Tensor]]
 """By client: its share, and its differences ``(local_steps, K)``. The key None stands for all clients together."""
 
@@ -82,6 +84,37 @@ class OptimizerSteps:
             "optimizer": self.optimizer.state_dict(),
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
         }
+
+    def tensors(self) -> Params:
+        """Return the optimizer's state as named tensors; with the count of updates, it is all of the state."""
+        found: Params = {}
+        for index, own in self.optimizer.state_dict()["state"].items():
+            for name, value in own.items():
+                if isinstance(value, Tensor):
+                    found[f"{index}.{name}"] = value.detach().clone()
+                elif value is not None:
+                    found[f"{index}.{name}{_NUMBER}"] = torch.tensor(float(value), dtype=torch.float64)
+        return found
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], updates: int) -> None:
+        """Begin where another optimizer stands.
+
+        Args:
+            tensors: what :meth:`tensors` of the other returned.
+            updates: how many updates it has made, by which schedulers are brought forward.
+        """
+        self.optimizer, self.schedulers = configured_optimizer(self.module)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # before the optimizer's first step
+            for _ in range(updates):
+                for scheduler in self.schedulers:
+                    scheduler.step()
+        state: dict[int, dict[str, Any]] = {}
+        for key, value in tensors.items():
+            index, _, name = key.partition(".")
+            number = name.endswith(_NUMBER)
+            state.setdefault(int(index), {})[name.removesuffix(_NUMBER)] = float(value) if number else value.clone()
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""

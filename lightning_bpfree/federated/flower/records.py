@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from lightning_bpfree.core.params import Params
 from lightning_bpfree.federated.messages import Instructions, Reply, Update
 
-ROUND, WEIGHTS, NUMBERS, KEYS = "round", "weights", "numbers", "keys"
+ROUND, WEIGHTS, OPTIMIZER, NUMBERS, KEYS = "round", "weights", "optimizer", "numbers", "keys"
 
 
 def array_record(params: Params) -> ArrayRecord:
@@ -34,11 +34,13 @@ def to_record(instructions: Instructions, keys: Mapping[int, bytes] | None = Non
         keys: public keys of all clients of the round, for a secure sum.
     """
     plain: dict[str, Any] = {
-        name: getattr(instructions, name) for name in ("round", "seed", "client", "fingerprint", "base", "digest")
+        name: getattr(instructions, name) for name in ("round", "seed", "client", "fingerprint", "base", "digest", "made")
     }
     record: Any = RecordDict({ROUND: ConfigRecord(plain)})
     if instructions.weights is not None:
         record[WEIGHTS] = array_record(instructions.weights)
+        if instructions.optimizer is not None:
+            record[OPTIMIZER] = array_record(instructions.optimizer)
     elif instructions.updates:
         record[ROUND]["seeds"] = [update.seed for update in instructions.updates]
         record[ROUND]["sizes"] = [len(update.means) for update in instructions.updates]
@@ -59,8 +61,9 @@ def instructions_of(record: Any) -> tuple[Instructions, dict[int, bytes]]:
         rows = flat.view(sum(sizes), -1).split(sizes)
         updates = [Update(seed, means) for seed, means in zip(seeds, rows, strict=True)]
     weights = params_of(record[WEIGHTS]) if WEIGHTS in record else None
+    optimizer = params_of(record[OPTIMIZER]) if OPTIMIZER in record else None
     keys = dict(zip(record[KEYS]["clients"], record[KEYS]["public"], strict=True)) if KEYS in record else {}
-    return Instructions(weights=weights, updates=updates, **plain), keys
+    return Instructions(weights=weights, optimizer=optimizer, updates=updates, **plain), keys
 
 
 def reply_record(reply: Reply) -> Any:
@@ -111,7 +114,7 @@ def reply_of(record: Any, client: int, num_directions: int | None) -> Reply:
             masked=masked,
             weights=params_of(record[WEIGHTS]) if WEIGHTS in record else None,
         )
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         return Reply(client, 0, 0, refused=f"its message cannot be read: {type(error).__name__}: {error}"[:500])
 
 
