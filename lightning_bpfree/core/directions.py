@@ -77,6 +77,15 @@ class Directions:
             moved[name] = draw.mul_(sigma).add_(params[name]).to(params[name].dtype)
         return moved
 
+    def part(self, k: int, name: str) -> Tensor:
+        """Return one tensor of a direction, drawn alone; with the portable generator, which can begin anywhere."""
+        if self.generator != "portable":
+            raise ValueError(f"Directions: generator={self.generator!r}: one tensor alone needs 'portable'.")
+        like, philox = self.like[name], self._philox([k])
+        before = list(self.like)[: list(self.like).index(name)]
+        philox.drawn, philox.expected = count({other: self.like[other] for other in before}), 0
+        return self._draw(like, philox).to(like.dtype)
+
     def gram(self) -> Tensor:
         """Return the matrix of inner products ``<v_i, v_j>``, ``(K, K)`` in float64 on the CPU.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_bpfree.core.directions import Directions
 from lightning_bpfree.core.finite_differences import difference_quotients
 from lightning_bpfree.core.params import Params
+from lightning_bpfree.federated.layerwise import LayerwisePerturbation
 from lightning_bpfree.federated.local_loss import LocalLoss, Objective, evaluated_along
 from lightning_bpfree.federated.messages import Instructions, Reply
 from lightning_bpfree.federated.partition import LocalData
@@ -32,6 +33,8 @@ def loss_differences(
         settings: ``sigma``, ``scheme`` and ``chunk_size``.
     """
     sigma, num = settings.sigma, len(directions)
+    if settings.perturb == "layers":
+        return _layer_by_layer(objective, params, directions, settings)
     if settings.chunk_size == 1:
         base = objective(params) if settings.scheme == "forward" else None
         return difference_quotients(objective, params, directions, sigma, base_loss=base).double() * sigma
@@ -44,6 +47,25 @@ def loss_differences(
         return ahead - objective(params).double()
     behind = evaluated_along(objective, params, lambda ks: perturbation(ks, -sigma), num, settings.chunk_size)
     return (ahead - behind) / 2
+
+
+def _layer_by_layer(
+    objective: Objective, params: Mapping[str, Tensor], directions: Directions, settings: Baffle
+) -> Tensor:
+    """Return the differences without a copy of the parameters, which must be the module's own."""
+    moving, sigma = LayerwisePerturbation(objective.slots, directions), settings.sigma
+    if not objective.checked:
+        moving.check(objective, params)
+        objective.checked = True
+
+    def moved(k: int, size: float) -> Tensor:
+        with moving.along(k, size):
+            return objective().double()
+
+    if settings.scheme == "central":
+        return torch.stack([(moved(k, sigma) - moved(k, -sigma)) / 2 for k in range(len(directions))])
+    base = objective().double()
+    return torch.stack([moved(k, sigma) - base for k in range(len(directions))])
 
 
 class BaffleClient:
@@ -73,6 +95,8 @@ class BaffleClient:
     ) -> None:
         self.loss, self.data, self.settings, self.number = LocalLoss(module.train()), data, settings, number
         settings.check(self.loss.params)
+        if settings.perturb == "layers" and settings.local_steps > 1:
+            raise ValueError("Baffle: local_steps > 1: a client that walks has a copy anyway; use perturb='copy'.")
         self.fingerprint = settings.fingerprint(self.loss.params, self.loss.frozen)
         self.measure_memory = measure_memory
         self.round = 0  # behind which the weights are

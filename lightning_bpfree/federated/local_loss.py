@@ -16,7 +16,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_bpfree.core.forward_ad import plain_attention
-from lightning_bpfree.core.params import Params, widen
+from lightning_bpfree.core.params import ParameterSlots, Params, widen
 from lightning_bpfree.core.replay.batch import BatchCopies
 from lightning_bpfree.core.replay.random_streams import RandomStreams
 from lightning_bpfree.core.step import Step, loss_of
@@ -32,11 +32,17 @@ class Objective:
     Args:
         steps: a step for each batch.
         sizes: how many samples each has.
+        checked: whether parameters are known to be used by their own layers alone.
     """
 
-    def __init__(self, steps: Sequence[Step], sizes: Sequence[int]) -> None:
-        self.steps, self.num_samples = list(steps), sum(sizes)
+    def __init__(self, steps: Sequence[Step], sizes: Sequence[int], checked: bool = False) -> None:
+        self.steps, self.num_samples, self.checked = list(steps), sum(sizes), checked
         self._shares = [size / self.num_samples for size in sizes]
+
+    @property
+    def slots(self) -> ParameterSlots:
+        """The parameters with their places in the module."""
+        return self.steps[0].slots
 
     def __call__(self, params: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the loss at ``params``, a scalar; at the module's own for None. Leaves no trace."""
@@ -78,6 +84,21 @@ class Objective:
             step.finish()
 
 
+class AsGiven(BatchCopies):
+    """A batch that is handed out as it is: the training step is known not to write to it, and a copy costs memory."""
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.args, self.kwargs, self.always = args, {}, False
+
+    def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments."""
+        return self.args, self.kwargs
+
+    def original(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments."""
+        return self.args, self.kwargs
+
+
 class LocalLoss:
     """Evaluates a module's training step without a Trainer, a graph, or a trace.
 
@@ -91,7 +112,7 @@ class LocalLoss:
     def __init__(self, module: pl.LightningModule) -> None:
         check_no_batch_norm(module)
         self.module, self.state = module, ModuleState(module, None)
-        self._rehearsed = False
+        self._rehearsed = self._checked = False
         self._takes_index = "batch_idx" in inspect.signature(module.training_step).parameters
 
     @property
@@ -125,10 +146,11 @@ class LocalLoss:
         with own_randomness(seed, self.module.device), torch.no_grad():
             self._look(batches)
             steps = [self._step(batch) for batch, _ in batches]
-            objective = Objective(steps, [size for _, size in batches])
+            objective = Objective(steps, [size for _, size in batches], self._checked)
             try:
                 yield objective
             finally:
+                self._checked = objective.checked
                 objective.finish()
 
     def per_sample(self, batch: Any, params: Mapping[str, Tensor]) -> Tensor:
@@ -166,7 +188,7 @@ class LocalLoss:
             0,
             args=args,
             replay=self.state.replay(),
-            copies=BatchCopies(args, None, self.state.writes_batch),
+            copies=BatchCopies(args, None, True) if self.state.writes_batch else AsGiven(args),
             needs_graph=self.state.needs_graph,
             quiet=self.state.quiet,
         )

@@ -42,6 +42,8 @@ class Baffle:
         local_lr: their learning rate.
         batches: random batches of a client's data in each local step; None for all its data.
         chunk_size: directions that are evaluated in one vectorized pass; 1 for one by one, in constant memory.
+        perturb: ``"copy"`` computes with a moved copy of the parameters; ``"layers"`` moves each layer's own while it
+            computes, in little more memory than inference takes. Needs ``generator="portable"`` and ``chunk_size=1``.
 
     Raises:
         ValueError: for arguments out of range.
@@ -69,10 +71,18 @@ class Baffle:
         local_lr: PositiveFloat = 0.01,
         batches: PositiveInt | None = None,
         chunk_size: PositiveInt = 1,
+        perturb: Literal["copy", "layers"] = "copy",
     ) -> None:
         self.num_directions, self.sigma, self.scheme = num_directions, sigma, scheme
         self.directions, self.generator, self.noise, self.clip = directions, generator, noise, clip
         self.local_steps, self.local_lr, self.batches, self.chunk_size = local_steps, local_lr, batches, chunk_size
+        self.perturb = perturb
+        for name, fits in {"generator": generator == "portable", "chunk_size": chunk_size == 1}.items():
+            if perturb == "layers" and not fits:
+                raise ValueError(
+                    f"Baffle: {name}={getattr(self, name)!r}: perturb='layers' needs generator='portable' and "
+                    "chunk_size=1."
+                )
 
     @property
     def forward_passes(self) -> int:
@@ -118,7 +128,7 @@ class Baffle:
         Names, shapes and types of the trained parameters, the values of the frozen ones, the settings that decide what
         numbers mean, and the first direction of the seed 0, bit for bit.
         """
-        told = {key: value for key, value in self.to_plain().items() if key != "chunk_size"}
+        told = {key: value for key, value in self.to_plain().items() if key not in ("chunk_size", "perturb")}
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
         for name, tensor in params.items():
             digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())

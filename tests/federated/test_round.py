@@ -97,6 +97,31 @@ def test_many_directions_at_once_measure_what_they_do_one_by_one():
         torch.testing.assert_close(found[1, scheme], found[3, scheme], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+def test_layer_by_layer_measures_what_a_copy_does(scheme):
+    _, (copied, *_) = federation(Baffle(5, 1e-2, scheme))
+    _, (layered, *_) = federation(Baffle(5, 1e-2, scheme, perturb="layers"))
+    before = weights(layered.loss.module)
+    # the same bits: the losses are, and differences are taken in float64 here, in float32 there
+    torch.testing.assert_close(copied.measured(7, 0)[0], layered.measured(7, 0)[0], rtol=0, atol=2e-7)
+    assert_equal(before, weights(layered.loss.module))
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in layered.loss.module.modules())
+
+
+def test_layer_by_layer_finds_parameters_that_are_used_elsewhere():
+    class Reaching(Module):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + self.net[0].weight.square().sum()
+
+    collate = Data().train_dataloader().collate_fn
+    data = LocalData(TensorDataset(Data().x, Data().y), range(10), 10, collate)
+    client = BaffleClient(Reaching(), data, Baffle(2, 1e-2, perturb="layers"), 0)
+    with pytest.raises(ValueError, match="perturb='layers': a loss is .* Use perturb='copy'"):
+        client.measured(7, 0)
+    with pytest.raises(ValueError, match="chunk_size=2: perturb='layers' needs"):
+        Baffle(2, perturb="layers", chunk_size=2)
+
+
 def test_the_estimate_is_unbiased_along_the_true_gradient():
     """For a loss that is linear within sigma, <estimate, g> / |g|^2 has mean 1 and variance 2 / K in each round."""
     settings = Baffle(200, 1e-4, clip=None)

@@ -131,8 +131,8 @@ class BaffleStrategy(Strategy):
         for node in sorted(nodes):
             self.numbers.setdefault(node, len(self.numbers))
         ordered = sorted(nodes, key=self.numbers.__getitem__)
-        if len(ordered) == federation.num_clients:
-            return {ordered[client]: client for client in federation.chosen(number)}
+        if [self.numbers[node] for node in ordered] == list(range(federation.num_clients)):
+            return {ordered[client]: client for client in federation.chosen(number)}  # as in one process
         order = torch.randperm(len(ordered), generator=torch.Generator().manual_seed(mix(self.server.seed, number)))
         return {ordered[i]: self.numbers[ordered[i]] for i in sorted(order[: federation.in_a_round].tolist())}
 
