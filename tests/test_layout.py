@@ -40,6 +40,10 @@ OPTIONAL = [
     "safetensors",
     "torchdiffeq",
     "PIL",
+    "flwr",
+    "ray",
+    "cryptography",
+    "dp_accounting",
 ]
 METHODS = sorted(path for path in (PACKAGE / "methods").iterdir() if (path / "__init__.py").exists())
 ENTRANCES = {"rule.py", "callback.py"}

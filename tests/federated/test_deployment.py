@@ -79,12 +79,15 @@ def test_expired_certificates_are_refused(tmp_path, monkeypatch):
 # --- processes ---
 
 
-def await_rounds(folder, num, seconds):
-    deadline = time.monotonic() + seconds
+def await_rounds(folder, num, seconds, deployment, run):
+    deadline, looked = time.monotonic() + seconds, time.monotonic()
     path = folder / "history.json"
     while time.monotonic() < deadline:
         if path.exists() and len(json.loads(path.read_text())) >= num:
             return
+        if time.monotonic() > looked + 20:  # a command of Flower's takes a second or two
+            looked = time.monotonic()
+            assert deployment.status(run) != "finished:failed"
         time.sleep(0.3)
     pytest.fail(f"no round {num} after {seconds:.0f} s; see {folder}")
 
@@ -127,16 +130,16 @@ def test_faults_of_clients_and_of_the_server(tmp_path):
     certificates = loopback_certificates(tmp_path)
     secured = {"certificates": certificates, "authenticate": True, "environment": environment}
     with Deployment(tmp_path, 10, **secured) as deployment:
-        deployment.submit(app)
-        await_rounds(tmp_path, 1, 3 * timeout)
+        run = deployment.submit(app)
+        await_rounds(tmp_path, 1, 3 * timeout, deployment, run)
         time.sleep(1)
         for number in range(3):
             deployment.kill_node(number)
-        await_rounds(tmp_path, 2, 3 * timeout)
+        await_rounds(tmp_path, 2, 3 * timeout, deployment, run)
         deployment.kill_link()
         deployment.start_link()
         run = deployment.submit(app)
-        await_rounds(tmp_path, 3, 3 * timeout)
+        await_rounds(tmp_path, 3, 3 * timeout, deployment, run)
         deadline = time.monotonic() + 60
         while not deployment.status(run).startswith("finished") and time.monotonic() < deadline:
             time.sleep(0.5)

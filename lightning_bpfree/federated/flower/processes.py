@@ -115,6 +115,7 @@ class Deployment:
             raise ValueError("Deployment: authenticate=True needs certificates: Flower authenticates nodes over TLS.")
         self.folder, self.num_nodes = folder.absolute(), num_nodes
         self.port = free_port() if port is None else port
+        self.node_port = self.port  # another one for nodes that reach the SuperLink through something in between
         self.certificates, self.authenticate = certificates, authenticate
         # Flower's programs start one another by name, and those beside the interpreter may not be on the PATH.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -177,7 +178,7 @@ class Deployment:
 
     def start_node(self, number: int) -> None:
         """Start a SuperNode."""
-        command = ["flower-supernode", "--superlink", f"{HOST}:{self.port}", "--port", str(free_port())]
+        command = ["flower-supernode", "--superlink", f"{HOST}:{self.node_port}", "--port", str(free_port())]
         command += ["--node-config", f"partition-id={number}"]
         if self.certificates is None:
             command.append("--insecure")
