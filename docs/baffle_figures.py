@@ -41,7 +41,9 @@ def curves(found):
             for column, axis in enumerate(row):
                 scale = [run["bytes_up"] if column else 1 for run in runs]
                 for run, factor in zip(runs, scale, strict=True):
-                    axis.plot([r * factor for r in run["rounds"]], run["test_acc"], color=color, alpha=0.3, linewidth=0.7)
+                    axis.plot(
+                        [r * factor for r in run["rounds"]], run["test_acc"], color=color, alpha=0.3, linewidth=0.7
+                    )
                 mean = [statistics.fmean(values) for values in zip(*(run["test_acc"] for run in runs), strict=True)]
                 if runs:
                     axis.plot([r * scale[0] for r in runs[0]["rounds"]], mean, color=color, linewidth=1.6, label=arm)
@@ -94,7 +96,7 @@ def gap(found, split, arm, base="backprop, gradients"):
 
 
 def first_round(runs, level=0.93):
-    """Return the first evaluated round at which every seed has a test accuracy of ``level`` and more, if there is one."""
+    """Return the first evaluated round from which on every seed has that test accuracy; None without one."""
     for i, number in enumerate(runs[0]["rounds"]):
         if all(min(run["test_acc"][i:]) >= level for run in runs):
             return number
@@ -103,8 +105,8 @@ def first_round(runs, level=0.93):
 
 def table(found):
     """Return the table of the study in Markdown."""
-    lines = ["| | test accuracy, even clients | less backprop | ≥ 93 % from | Dirichlet(0.3) | less backprop | up | forwards |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    head = ["", "even clients", "less backprop", "≥ 93 % from", "Dirichlet(0.3)", "less backprop", "up", "forwards"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for arm in dict.fromkeys(run["arm"] for run in found["runs"]):
         cells = []
         for split in SPLITS:
@@ -125,7 +127,7 @@ def table(found):
 
 def main():
     """Draw the figures, and print the tables."""
-    found = json.loads((HERE / "results/baffle_study.json").read_text(encoding="utf-8"))
+    found = json.loads((HERE / "results/baffle_accuracy.json").read_text(encoding="utf-8"))
     for name, figure in {"curves": curves(found), "directions": directions(found)}.items():
         figure.savefig(HERE / f"img/baffle_{name}.png", dpi=110)
     sys.stdout.write(table(found) + "\n")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_bpfree.core.arguments import PositiveInt, checked
 from lightning_bpfree.core.params import Params, count, real_view, widen
-from lightning_bpfree.core.philox import Philox
+from lightning_bpfree.core.random_numbers.philox import Philox
 from lightning_bpfree.core.seeds import mix
 
 Distribution = Literal["gaussian", "rademacher"]

@@ -47,7 +47,7 @@ class LayerwisePerturbation:
                 _restore(owner, own)
 
     def _moving(self, k: int, sigma: float, own: list[tuple[str, Slot]]) -> Callable[..., None]:
-        def move(owner: nn.Module, inputs: Any) -> None:
+        def move(owner: nn.Module, _: Any) -> None:
             for key, slot in own:
                 moved = self.directions.part(k, slot.name).mul_(sigma)
                 place(owner, key, moved.add_(slot.parameter.detach()))
@@ -67,13 +67,13 @@ class LayerwisePerturbation:
             found = loss(None)
         if float(found) != float(expected):
             raise ValueError(
-                f"Baffle: perturb='layers': a loss is {float(found):g} layer by layer, and {float(expected):g} with all "
+                f"Baffle: perturb='layers': a loss is {float(found):g} layer by layer, {float(expected):g} with all "
                 "parameters moved: some are used outside of the layer that has them. Use perturb='copy'."
             )
 
 
 def _restoring(own: list[tuple[str, Slot]]) -> Callable[..., None]:
-    def restore(owner: nn.Module, inputs: Any, output: Any) -> None:
+    def restore(owner: nn.Module, *_: Any) -> None:
         _restore(owner, own)
 
     return restore

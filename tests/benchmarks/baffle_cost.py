@@ -98,8 +98,10 @@ def times():
             for directions in (one, two):
                 directions.stack(range(num))
             repeats = 5 if numel * num > 1e6 else 15
-            own = [fastest(lambda d=d: d.stack(range(num)), repeats) for d in (one, two)]
-            rows.append({"numbers": numel, "directions": num, "kind": kind, "device_seconds": own[0], "ratio": own[1] / own[0]})
+            own = [fastest(lambda d=d, num=num: d.stack(range(num)), repeats) for d in (one, two)]
+            rows.append(
+                {"numbers": numel, "directions": num, "kind": kind, "device_seconds": own[0], "ratio": own[1] / own[0]}
+            )
             print(rows[-1], flush=True)
     return rows
 

@@ -7,6 +7,7 @@ difference is what two rounds take, polling of an idle node included, which is m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -60,10 +61,8 @@ class Relay:
         except OSError:
             pass
         for end in (source, sink):
-            try:
+            with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
 
 def parts(context):
@@ -130,7 +129,9 @@ def main(argv=None):
                 found = {r: measured(deployment, relay, app, {"kind": kind, "rounds": r}) for r in (1, 3)}
                 seconds = found[3][2] - found[1][2]
                 sent = [(found[3][i] - found[1][i] - idle[i] * seconds) / 2 for i in (0, 1)]
-                rows.append({"kind": kind, "numbers": num, "hidden": hidden, "up": sent[0], "down": sent[1], "seconds": seconds})
+                rows.append(
+                    {"kind": kind, "numbers": num, "hidden": hidden, "up": sent[0], "down": sent[1], "seconds": seconds}
+                )
                 print(rows[-1], flush=True)
     found = {
         "command": "python tests/benchmarks/baffle_wire.py OUT.json",

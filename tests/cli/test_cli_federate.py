@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 import socket
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 from lightning_bpfree.cli import main
 from lightning_bpfree.cli.common import recipes
 from lightning_bpfree.cli.federate.configured import configured
-from lightning_bpfree.cli.federate.engines import read_rows
+from lightning_bpfree.cli.federate.engines import ended_by_signal, read_rows
 
 RECIPES = [name for name in recipes.names() if name.startswith("papers/baffle")]
 SMALL = """
@@ -84,8 +86,14 @@ def test_resume_is_exact(small: str) -> None:
 
 
 BAD = {
-    "engine": (["--engine", "flower"], "--engine: no such engine: 'flower'. Did you mean flower-processes, flower-simulation?"),
-    "sigma": (["--federation.method.init_args.sigma=1e-7"], "Baffle: sigma=1e-07: lost in the rounding of torch.float32"),
+    "engine": (
+        ["--engine", "flower"],
+        "--engine: no such engine: 'flower'. Did you mean flower-processes, flower-simulation?",
+    ),
+    "sigma": (
+        ["--federation.method.init_args.sigma=1e-7"],
+        "Baffle: sigma=1e-07: lost in the rounding of torch.float32",
+    ),
     "K": (["--federation.method.init_args.num_directions=0"], "num_directions=0: give a whole number in [1, 65536]"),
     "clients": (["--federation.num_clients=5000"], "num_clients=5000: there are 128 samples"),
     "min_clients": (["--federation.min_clients=9"], "min_clients=9: there are num_clients=3; give fewer"),
@@ -127,6 +135,23 @@ def test_each_recipe_parses_and_says_how_to_run_it(name: str, folder: Path) -> N
     again = Path("again.yaml")
     again.write_text(made.config)
     assert configured(["-c", "again.yaml"]).config == made.config
+
+
+def test_a_polite_end_leaves_contexts() -> None:
+    left = []
+
+    def stopped() -> None:
+        with ended_by_signal():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                signal.pause()
+            finally:
+                left.append(True)
+
+    with pytest.raises(SystemExit):
+        stopped()
+    assert left == [True]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_without_flower_its_engines_name_the_extra(

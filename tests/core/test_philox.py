@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_bpfree.core.directions import Directions
-from lightning_bpfree.core.philox import Philox, philox
+from lightning_bpfree.core.random_numbers.philox import Philox, philox
 
 LIKE = {"w": torch.zeros(7, 9), "b": torch.zeros(9), "s": torch.zeros(()), "z": torch.zeros(3, dtype=torch.complex64)}
 

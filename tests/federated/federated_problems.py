@@ -8,6 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_bpfree.federated.client import BaffleClient
+from lightning_bpfree.federated.partition import LocalData
+from lightning_bpfree.federated.server import BaffleServer
+
 FEATURES, CLASSES = 4, 3
 
 
@@ -69,3 +73,25 @@ def weights(module):
 def assert_equal(one, two):
     for name, value in one.items():
         assert torch.equal(value, two[name]), name
+
+
+def federation(settings, sizes=(16, 4, 20), module=None, **server):
+    data = Data()
+    cuts = torch.tensor(sizes).cumsum(0).tolist()
+    starts = [0, *cuts[:-1]]
+    collate = data.train_dataloader().collate_fn
+    module = module or Module()
+    dataset = TensorDataset(data.x, data.y)
+    clients = [
+        BaffleClient(Module(), LocalData(dataset, range(a, b), 7, collate), settings, i)
+        for i, (a, b) in enumerate(zip(starts, cuts, strict=True))
+    ]
+    return BaffleServer(module, settings, 11, **server), clients
+
+
+def run(server, clients, rounds=1):
+    reports = []
+    for _ in range(rounds):
+        told = server.begin(range(len(clients)))
+        reports.append(server.finish([client.answer(told[i]) for i, client in enumerate(clients)]))
+    return reports

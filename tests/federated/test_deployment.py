@@ -46,9 +46,9 @@ def test_certificates_are_checked(tmp_path):
     good = loopback_certificates(tmp_path)
     good.check()
     assert oct(good.key.stat().st_mode)[-3:] == "600"
-    with pytest.raises(ValueError, match="certificate=.*none.pem: cannot be read .* give the path of a PEM file"):
+    with pytest.raises(ValueError, match=r"certificate=.*none.pem: cannot be read .* give the path of a PEM file"):
         good._replace(certificate=tmp_path / "none.pem").check()
-    with pytest.raises(ValueError, match="key=.*: it is no PEM file of that kind"):
+    with pytest.raises(ValueError, match=r"key=.*: it is no PEM file of that kind"):
         good._replace(key=good.ca).check()
     (tmp_path / "other").mkdir()
     other = loopback_certificates(tmp_path / "other")
@@ -72,7 +72,7 @@ def test_expired_certificates_are_refused(tmp_path, monkeypatch):
         datetime, timezone, timedelta = Later, datetime.timezone, datetime.timedelta
 
     monkeypatch.setattr("lightning_bpfree.federated.flower.certificates.datetime", Clock)
-    with pytest.raises(ValueError, match="ca=.*: valid from .* and now it is .*: have it renewed"):
+    with pytest.raises(ValueError, match=r"ca=.*: valid from .* and now it is .*: have it renewed"):
         Deployment(tmp_path, 1, certificates=Certificates(*certificates))
 
 

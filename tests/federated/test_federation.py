@@ -21,7 +21,9 @@ BAFFLE = Baffle(4, chunk_size=4, batches=1)
 
 def federation(rounds=4, module=None, evaluate_every=0, **settings):
     settings = {"method": BAFFLE, "num_clients": 5, "ema": 0.5, **settings}
-    return InProcessFederation(module or Module(), Data(), Federation(**settings), rounds, evaluate_every=evaluate_every)
+    return InProcessFederation(
+        module or Module(), Data(), Federation(**settings), rounds, evaluate_every=evaluate_every
+    )
 
 
 KINDS = {
@@ -57,7 +59,9 @@ def test_resume_is_exact(kind, tmp_path):
     assert_equal(straight.server.average, second.server.average)
     # Clients are sent weights after a resume, and are then in step again.
     lasting = [name for name in straight.history[0] if name not in ("seconds", "bytes_down")]
-    assert [[row[n] for n in lasting] for row in straight.history] == [[row[n] for n in lasting] for row in second.history]
+    assert [[row[n] for n in lasting] for row in straight.history] == [
+        [row[n] for n in lasting] for row in second.history
+    ]
 
 
 def test_resume_with_other_settings_is_refused(tmp_path):
@@ -99,7 +103,10 @@ def test_uploads_do_not_depend_on_the_size_of_the_module():
     assert up == {8 * 4 + 32}
     assert wide.history[-1]["bytes_down"] > 10 * small.history[-1]["bytes_down"]
     # with numbers down, both directions: 8 K for the means, 8 for the seed, three numbers and two hashes
-    down = {run.fit()[-1]["bytes_down"] for run in (federation(2, downlink="numbers"), federation(2, module=Wide(), downlink="numbers"))}
+    down = {
+        run.fit()[-1]["bytes_down"]
+        for run in (federation(2, downlink="numbers"), federation(2, module=Wide(), downlink="numbers"))
+    }
     assert down == {8 * 4 + 8 + 24 + 64}
 
 
@@ -211,7 +218,7 @@ def test_values_out_of_range():
         Baffle(100_000)
     with pytest.raises(ValueError, match="sigma=0: give a positive number"):
         Baffle(sigma=0)
-    with pytest.raises(ValueError, match="sigma=1e-06: lost in the rounding of torch.float32: give at least 3e-05"):
+    with pytest.raises(ValueError, match=r"sigma=1e-06: lost in the rounding of torch.float32: give at least 3e-05"):
         Federation(Baffle(sigma=1e-6)).server(Module())
     frozen = Module()
     frozen.requires_grad_(False)

@@ -176,7 +176,11 @@ def test_secure_sums_survive_drop_outs_and_lost_keys():
     assert lost  # the private key is there, with the node that it is of, and nowhere else
 
     def forget(node, asked, reply):
-        if node == 103 and dict(asked.content["round"]).get("what") == "masks" and dict(asked.content["round"])["round"] == 1:
+        if (
+            node == 103
+            and dict(asked.content["round"]).get("what") == "masks"
+            and dict(asked.content["round"])["round"] == 1
+        ):
             other.contexts[103].state = RecordDict()
         return reply
 
@@ -202,7 +206,7 @@ def test_too_few_nodes_are_an_error():
     federation = settings(min_clients=4)
     run = Run(Module(), Data(), federation, 1, evaluate_every=0)
     grid = FakeGrid(client_app(Module(), Data(), federation), 2)
-    with pytest.raises(RuntimeError, match="wait=0.1: 2 nodes are there, and min_clients=4 are needed"):
+    with pytest.raises(RuntimeError, match=r"wait=0.1: 2 nodes are there, and min_clients=4 are needed"):
         BaffleStrategy(run, wait=0.1).start(grid, array_record(run.server.params), 1, 1)
 
 

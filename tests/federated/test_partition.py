@@ -32,9 +32,9 @@ def test_alpha_says_how_unequal_clients_are():
 
 
 def test_clients_without_data_are_refused():
-    with pytest.raises(ValueError, match="num_clients=700: there are 600 samples, .* give as many clients as samples"):
+    with pytest.raises(ValueError, match=r"num_clients=700: there are 600 samples, .* give as many clients as samples"):
         iid_partition(600, 700)
-    with pytest.raises(ValueError, match="alpha=0.01: in 100 draws a client had fewer than min_samples=1"):
+    with pytest.raises(ValueError, match=r"alpha=0.01: in 100 draws a client had fewer than min_samples=1"):
         dirichlet_partition(torch.zeros(20, dtype=torch.int64), 15, 0.01)
     with pytest.raises(ValueError, match="min_samples=500"):
         dirichlet_partition(LABELS, 4, 1.0, min_samples=500)

@@ -9,7 +9,7 @@ from federated_problems import Data, Module
 
 from lightning_bpfree.federated.federation import Federation
 from lightning_bpfree.federated.partition import Partition
-from lightning_bpfree.federated.privacy import PrivateClient, Privacy
+from lightning_bpfree.federated.privacy import Privacy, PrivateClient
 from lightning_bpfree.federated.settings import Baffle
 
 pytest.importorskip("dp_accounting")
@@ -38,7 +38,7 @@ def test_every_sample_counts_for_no_more_than_the_clip():
     for index in own.data.indices:
         x, y = own.data.dataset[index]
 
-        def loss(params):
+        def loss(params, x=x, y=y):
             return float(F.cross_entropy(torch.func.functional_call(own.loss.module.net, params, (x[None],)), y[None]))
 
         inner = {name[4:]: param for name, param in own.loss.params.items()}

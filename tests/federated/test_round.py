@@ -1,5 +1,6 @@
 """One round: what clients measure and what the server makes of it."""
 
+import itertools
 import subprocess
 import sys
 
@@ -7,42 +8,19 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from federated_problems import Data, Module, assert_equal, weights
+from federated_problems import Data, Module, assert_equal, federation, run, weights
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_bpfree as bpf
 from lightning_bpfree.core.finite_differences import difference_quotients
 from lightning_bpfree.core.params import dot
 from lightning_bpfree.federated.client import BaffleClient
-from lightning_bpfree.federated.messages import Reply, fault
 from lightning_bpfree.federated.partition import LocalData, Partition
 from lightning_bpfree.federated.server import BaffleServer
 from lightning_bpfree.federated.settings import Baffle, round_seed
 from lightning_bpfree.federated.update import aggregated_gradient, clipped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
-
-
-def federation(settings, sizes=(16, 4, 20), module=None, **server):
-    data = Data()
-    cuts = torch.tensor(sizes).cumsum(0).tolist()
-    starts = [0, *cuts[:-1]]
-    collate = data.train_dataloader().collate_fn
-    module = module or Module()
-    dataset = TensorDataset(data.x, data.y)
-    clients = [
-        BaffleClient(Module(), LocalData(dataset, range(a, b), 7, collate), settings, i)
-        for i, (a, b) in enumerate(zip(starts, cuts, strict=True))
-    ]
-    return BaffleServer(module, settings, 11, **server), clients
-
-
-def run(server, clients, rounds=1):
-    reports = []
-    for _ in range(rounds):
-        told = server.begin(range(len(clients)))
-        reports.append(server.finish([client.answer(told[i]) for i, client in enumerate(clients)]))
-    return reports
 
 
 @pytest.mark.parametrize("scheme", ["forward", "central"])
@@ -76,8 +54,14 @@ def test_a_round_equals_zeroth_order_on_the_union_batch(scheme, generator):
     else:
         rule = bpf.ZerothOrder(8, 1e-3, scheme, seed=11)
         trainer = pl.Trainer(
-            accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, limit_val_batches=0, callbacks=[rule],
+            accelerator="cpu",
+            max_epochs=3,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            callbacks=[rule],
         )
         alone.validation_step = None  # there is nothing to validate on
         trainer.fit(alone, DataLoader(TensorDataset(data.x.double(), data.y), 40))
@@ -116,7 +100,7 @@ def test_layer_by_layer_finds_parameters_that_are_used_elsewhere():
     collate = Data().train_dataloader().collate_fn
     data = LocalData(TensorDataset(Data().x, Data().y), range(10), 10, collate)
     client = BaffleClient(Reaching(), data, Baffle(2, 1e-2, perturb="layers"), 0)
-    with pytest.raises(ValueError, match="perturb='layers': a loss is .* Use perturb='copy'"):
+    with pytest.raises(ValueError, match=r"perturb='layers': a loss is .* Use perturb='copy'"):
         client.measured(7, 0)
     with pytest.raises(ValueError, match="chunk_size=2: perturb='layers' needs"):
         Baffle(2, perturb="layers", chunk_size=2)
@@ -149,8 +133,12 @@ def test_per_client_directions_differ_and_shared_ones_do_not():
     params = Module().state_dict()
     params.pop("calls")
     shared, own = Baffle(3), Baffle(3, noise="per_client")
-    assert torch.equal(shared.drawn(params, 5, client=0)[0]["net.0.weight"], shared.drawn(params, 5, client=1)[0]["net.0.weight"])
-    assert not torch.equal(own.drawn(params, 5, client=0)[0]["net.0.weight"], own.drawn(params, 5, client=1)[0]["net.0.weight"])
+    assert torch.equal(
+        shared.drawn(params, 5, client=0)[0]["net.0.weight"], shared.drawn(params, 5, client=1)[0]["net.0.weight"]
+    )
+    assert not torch.equal(
+        own.drawn(params, 5, client=0)[0]["net.0.weight"], own.drawn(params, 5, client=1)[0]["net.0.weight"]
+    )
     numbers = {0: (0.25, torch.tensor([[1.0, 2.0, 3.0]])), 1: (0.75, torch.tensor([[0.5, -1.0, 0.0]]))}
     found = aggregated_gradient(params, own, 5, numbers)
     for name in params:
@@ -164,12 +152,14 @@ def test_per_client_directions_differ_and_shared_ones_do_not():
 
 def test_local_steps_walk_and_the_server_adds_the_steps_up():
     settings = Baffle(4, 1e-2, local_steps=3, local_lr=0.5, clip=None)
-    server, (client, *_) = federation(settings)
+    _, (client, *_) = federation(settings)
     before = weights(client.loss.module)
     rows, samples, _ = client.measured(7, 0)
     assert rows.shape == (3, 4)
     assert samples == 3 * 16
     assert_equal(before, weights(client.loss.module))
+    steps = [settings.drawn(before, 7, step)[0]["net.0.weight"] for step in range(3)]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(steps, 2))
     at = dict(before)
     for step in range(3):
         drawn = settings.drawn(at, 7, step)
@@ -201,7 +191,9 @@ def test_the_client_leaves_no_trace_and_makes_no_graph():
 def test_all_directions_see_the_same_dropout():
     data = Data()
     collate = data.train_dataloader().collate_fn
-    client = BaffleClient(Module(dropout=0.5), LocalData(TensorDataset(data.x, data.y), range(40), 40, collate), Baffle(3), 0)
+    client = BaffleClient(
+        Module(dropout=0.5), LocalData(TensorDataset(data.x, data.y), range(40), 40, collate), Baffle(3), 0
+    )
     with client.loss.on(client.chosen(5, 0), 3) as objective:
         params = client.loss.params
         assert float(objective(params)) == float(objective(params))
@@ -233,103 +225,6 @@ def test_the_moving_average_follows_the_weights():
     torch.testing.assert_close(server.average["net.0.weight"], expected, rtol=1e-5, atol=1e-6)
 
 
-BAD = {
-    "not a number": {"differences": torch.full((1, 2), torch.nan)},
-    "infinite": {"differences": torch.tensor([[0.0, torch.inf]])},
-    "huge": {"differences": torch.tensor([[0.0, 1e30]])},
-    "too few": {"differences": torch.zeros(1, 1)},
-    "none": {"differences": None},
-    "an old round": {"round": 2},
-    "another seed": {"seed": 1},
-    "no samples": {"num_samples": 0},
-    "negative samples": {"num_samples": -5},
-    "samples without end": {"num_samples": float("inf")},
-    "refused": {"refused": "no"},
-    "short masks": {"masked": b"12345678"},
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_what_is_wrong_with_an_answer_is_said(name):
-    good = {"client": 0, "round": 3, "seed": 9, "differences": torch.zeros(1, 2), "num_samples": 5}
-    assert fault(Reply(**good), Baffle(2), 3, 9, 100.0) is None
-    assert fault(Reply(**{**good, **BAD[name]}), Baffle(2), 3, 9, 100.0)
-
-
-def test_a_bad_client_is_left_out_and_the_round_goes_on():
-    settings = Baffle(3)
-    server, clients = federation(settings)
-    told = server.begin(range(3))
-    answers = [client.answer(told[i]) for i, client in enumerate(clients)]
-    spoiled = Reply(**{**vars(answers[1]), "differences": torch.full((1, 3), torch.nan).double()})
-    with pytest.warns(UserWarning) as warned:
-        report = server.finish([answers[0], spoiled, answers[2], answers[0]])
-    assert [str(one.message) for one in warned] == [
-        "round 1: client 1 is left out: difference 0 is nan.",
-        "round 1: client 0 is left out: it has answered already.",  # its second answer
-    ]
-    assert report.used == [0, 2]
-    other, again = federation(settings)
-    told = other.begin(range(3))
-    other.finish([again[0].answer(told[0]), again[2].answer(told[2])])
-    assert_equal(weights(server.module), weights(other.module))
-
-
-def test_a_round_without_answers_changes_nothing():
-    server, clients = federation(Baffle(3))
-    before = weights(server.module)
-    server.begin(range(3))
-    report = server.finish([])
-    assert not report.updated
-    assert_equal(before, weights(server.module))
-    assert run(server, clients)[0].round == 2
-
-
-def test_clients_in_step_make_the_same_weights_and_get_numbers_alone():
-    settings = Baffle(3)
-    server, clients = federation(settings, downlink="numbers", module=Module(optimizer="adam"))
-    for client in clients:
-        client.loss.module.kind = "adam"
-    plain, others = federation(settings, module=Module(optimizer="adam"))
-    for number in range(1, 5):
-        told = server.begin(range(3))
-        assert (told[0].weights is None) == (number > 1)
-        answers = [clients[i].answer(told[i]) for i in range(3) if (number, i) != (2, 1)]  # client 1 misses a round
-        server.finish(answers)
-        of_plain = plain.begin(range(3))
-        plain.finish([others[i].answer(of_plain[i]) for i in range(3) if (number, i) != (2, 1)])
-    assert_equal(weights(server.module), weights(plain.module))
-
-
-def test_a_client_that_is_out_of_step_is_sent_weights():
-    server, clients = federation(Baffle(3), downlink="numbers")
-    run(server, clients, 2)
-    with torch.no_grad():
-        clients[1].loss.params["net.0.weight"].add_(1e-3)
-    with pytest.warns(UserWarning, match="client 1 is left out: out of step: the weights differ"):
-        assert run(server, clients)[0].used == [0, 2]
-    told = server.begin(range(3))
-    assert told[1].weights is not None
-    assert clients[1].answer(told[1]).refused == ""
-
-
-def test_another_version_of_the_module_is_refused():
-    settings = Baffle(3)
-    server, clients = federation(settings)
-
-    class Wider(Module):
-        def __init__(self):
-            super().__init__()
-            self.net[3] = torch.nn.Linear(6, 4)
-
-    other = BaffleClient(Wider(), clients[0].data, settings, 0)
-    refused = other.answer(server.begin([0])[0]).refused
-    assert "another module" in refused
-    assert server.fingerprint in refused
-    assert Baffle(3).fingerprint(server.params, {}) != Baffle(3, sigma=1e-3).fingerprint(server.params, {})
-    assert Baffle(3).fingerprint(server.params, {}) == Baffle(3, chunk_size=2).fingerprint(server.params, {})
-
-
 def test_partitions_feed_the_same_batches_again():
     part = Partition(Data(), 3, batch_size=4)
     one, two = (part.client(1).batches(5, 2) for _ in range(2))
@@ -348,7 +243,9 @@ like = {"w": torch.zeros(300, 100), "b": torch.zeros(17)}
 print(*[weights_digest(Baffle(2, generator=g).drawn(like, 9)[1]) for g in ("portable", "device")])
 """
     found = {
-        subprocess.run([sys.executable, "-W", "ignore", "-c", code, n], capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code, n], capture_output=True, text=True, check=True
+        ).stdout
         for n in ("1", "2")
     }
     assert len(found) == 1

@@ -40,7 +40,7 @@ def test_sums_are_off_by_half_a_step_at_most(step, num):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30, -1e30])
 def test_numbers_that_would_wrap_are_refused(bad):
-    with pytest.raises(ValueError, match="secure sum: .* is beyond .* give a larger step"):
+    with pytest.raises(ValueError, match=r"secure sum: .* is beyond .* give a larger step"):
         FixedPoint(2.0**-32, 10).encode([0.0, bad])
 
 
@@ -62,7 +62,7 @@ def test_a_masked_vector_looks_like_noise():
 
 def test_one_that_comes_late_stays_hidden():
     """All that is ever told of client 2 are streams that it shares; its own stream, told by nobody, is left over."""
-    clients, keys, words, masked = group(4)
+    clients, _, words, masked = group(4)
     told = {i: clients[i].told_masks(1, [0, 1, 3]) for i in (0, 1, 3)}
     rest = masked[2].copy()
     for i in (0, 1, 3):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import logging
 import os
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from lightning_bpfree.cli.common.preconditions import CommandError
@@ -20,6 +24,7 @@ from lightning_bpfree.federated.run import Row, Run
 
 Each = Callable[[Run | None, Row], None]
 CHECKPOINT = "federation.ckpt"
+_THREADS = {"OMP_NUM_THREADS": "1"}  # several clients share a machine
 
 
 class Job:
@@ -133,9 +138,27 @@ def processes(job: Job, each: Each) -> dict[str, float]:
     app = write_app(home, _code(), app_config(job))
     certificates = loopback_certificates(home) if job.tls else None
     options: dict[str, Any] = {"port": job.port, "certificates": certificates, "authenticate": job.tls}
-    with Deployment(home, job.nodes, environment={"OMP_NUM_THREADS": "1"}, **options) as deployment:
+    # A polite end of this process must end those that it has started; nobody can do so after SIGKILL.
+    with ended_by_signal(), Deployment(home, job.nodes, environment=_THREADS, **options) as deployment:
         follow(deployment, deployment.submit(app), job.folder, each)
     return {name: float(value) for name, value in json.loads((job.folder / "test.json").read_text())["test"].items()}
+
+
+@contextlib.contextmanager
+def ended_by_signal() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit in the context, so that what was started in it is stopped."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _code() -> str:

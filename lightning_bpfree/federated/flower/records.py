@@ -34,7 +34,8 @@ def to_record(instructions: Instructions, keys: Mapping[int, bytes] | None = Non
         keys: public keys of all clients of the round, for a secure sum.
     """
     plain: dict[str, Any] = {
-        name: getattr(instructions, name) for name in ("round", "seed", "client", "fingerprint", "base", "digest", "made")
+        name: getattr(instructions, name)
+        for name in ("round", "seed", "client", "fingerprint", "base", "digest", "made")
     }
     record: Any = RecordDict({ROUND: ConfigRecord(plain)})
     if instructions.weights is not None:
