@@ -1,7 +1,7 @@
 """Bytes of a client on the wire: python tests/benchmarks/baffle_wire.py OUT.json.
 
-A SuperLink and one SuperNode with a counting relay between them; runs of two rounds more and less of each kind. The
-difference is what two rounds take, polling of an idle node included, which is measured too and taken off.
+A SuperLink and one SuperNode, with a relay between them that counts bytes by the path of the HTTP request, heads included.
+Up: what the node pushes in a round. Down: the objects that it pulls. Polling of an idle node is left out.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import contextlib
 import json
 import os
 import platform
+import re
 import socket
+import sys
 import tempfile
 import threading
 import time
+from collections import Counter, deque
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -35,10 +38,10 @@ KINDS = {
 
 
 class Relay:
-    """Hands bytes on between a port of its own and another one, and counts them by direction."""
+    """Hands bytes on between a port of its own and another one, and counts them by the path of the HTTP request."""
 
     def __init__(self, target):
-        self.target, self.up, self.down = target, 0, 0
+        self.target, self.up, self.down = target, Counter(), Counter()
         self.server = socket.create_server(("127.0.0.1", 0))
         self.port = self.server.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -50,14 +53,31 @@ class Relay:
                 far = socket.create_connection(("127.0.0.1", self.target))
             except OSError:
                 return
-            for source, sink, name in ((near, far, "up"), (far, near, "down")):
-                threading.Thread(target=self._pump, args=(source, sink, name), daemon=True).start()
+            paths = deque()  # of the requests of this connection whose answers are to come
+            for source, sink, counts in ((near, far, self.up), (far, near, self.down)):
+                threading.Thread(target=self._pump, args=(source, sink, counts, paths), daemon=True).start()
 
-    def _pump(self, source, sink, name):
+    def _pump(self, source, sink, counts, paths):
+        rest, path, left = b"", "", 0
         try:
             while data := source.recv(1 << 16):
-                setattr(self, name, getattr(self, name) + len(data))
                 sink.sendall(data)
+                rest += data
+                while rest:
+                    if not left:  # the head of a request or of an answer
+                        head, end, _ = rest.partition(b"\r\n\r\n")
+                        if not end:
+                            break
+                        if counts is self.up:
+                            path = head.split(b" ", 2)[1].decode()
+                            paths.append(path)
+                        else:
+                            path = paths.popleft() if paths else "?"
+                        length = re.search(rb"(?im)^content-length: *(\d+)", head)
+                        left = len(head) + 4 + (int(length[1]) if length else 0)
+                    part, rest = rest[:left], rest[left:]
+                    counts[path] += len(part)
+                    left -= len(part)
         except OSError:
             pass
         for end in (source, sink):
@@ -95,15 +115,16 @@ def server_of():
 
 
 def measured(deployment, relay, app, config):
-    """Return bytes up and down of a run, and its seconds."""
-    up, down, started = relay.up, relay.down, time.monotonic()
+    """Return the bytes of messages in a run, up and down: of requests that push, and of answers to those that pull."""
+    relay.up.clear(), relay.down.clear()
     run = deployment.submit(app, config)
     while not (status := deployment.status(run)).startswith("finished"):
         time.sleep(0.5)
     if status != "finished:completed":
         raise RuntimeError(f"{config}: {status}")
     time.sleep(2)
-    return relay.up - up, relay.down - down, time.monotonic() - started
+    up = sum(num for path, num in relay.up.items() if "push" in path)
+    return up, sum(num for path, num in relay.down.items() if "object" in path), dict(relay.up), dict(relay.down)
 
 
 def main(argv=None):
@@ -121,23 +142,18 @@ def main(argv=None):
         relay = Relay(deployment.port)
         deployment.node_port = relay.port
         with deployment:
-            time.sleep(10)
-            up, down, started = relay.up, relay.down, time.monotonic()
-            time.sleep(20)
-            idle = [(now - then) / (time.monotonic() - started) for now, then in ((relay.up, up), (relay.down, down))]
+            time.sleep(5)
             for kind, (num, hidden) in KINDS.items():
-                found = {r: measured(deployment, relay, app, {"kind": kind, "rounds": r}) for r in (1, 3)}
-                seconds = found[3][2] - found[1][2]
-                sent = [(found[3][i] - found[1][i] - idle[i] * seconds) / 2 for i in (0, 1)]
+                up, down, *by_path = measured(deployment, relay, app, {"kind": kind, "rounds": 1})
                 rows.append(
-                    {"kind": kind, "numbers": num, "hidden": hidden, "up": sent[0], "down": sent[1], "seconds": seconds}
+                    {"kind": kind, "numbers": num, "hidden": hidden, "up": up, "down": down, "by_path": by_path}
                 )
-                print(rows[-1], flush=True)
+                sys.stdout.write(f"{kind}: {up} {down}\n")
+                sys.stdout.flush()
     found = {
         "command": "python tests/benchmarks/baffle_wire.py OUT.json",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "flwr": __import__("flwr").__version__},
-        "idle_bytes_a_second": idle,
         "rows": rows,
     }
     options.out.write_text(json.dumps(found, indent=1) + "\n")

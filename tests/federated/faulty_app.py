@@ -63,7 +63,7 @@ def make_server():
 
     def options(context):
         given = context.run_config
-        return {"folder": given["folder"], "timeout": float(given["timeout"]), "wait": float(given["timeout"])}
+        return {"folder": given["folder"], "timeout": float(given["timeout"]), "wait": float(given["timeout"]) / 2}
 
     def with_folder(context):
         run = run_of(context)

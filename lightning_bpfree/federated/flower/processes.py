@@ -240,7 +240,7 @@ class Deployment:
 
     # --- runs ---
 
-    def flwr(self, *arguments: str, seconds: float = 60.0) -> str:
+    def flwr(self, *arguments: str, seconds: float = 300.0) -> str:
         """Run the command ``flwr``, and return what it prints.
 
         Raises:
