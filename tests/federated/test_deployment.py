@@ -147,9 +147,10 @@ def test_faults_of_clients_and_of_the_server(tmp_path):
     assert processes_with(str(tmp_path)) == []
     history = json.loads((tmp_path / "history.json").read_text())
     assert [row["round"] for row in history] == [1, 2, 3]
-    assert [row["clients"] for row in history] == [8, 4, 4]
+    assert [row["clients"] for row in history] == [8, 4, 5]
     state = torch.load(tmp_path / "federation.ckpt", weights_only=True)
     honest = [3, 4, 5, 6]
-    for name, value in expected([[0, 1, 2, *honest, 9], honest, honest]).items():
+    # Client 9 has its old answer in the state of the first run, and answers the first round of the second one honestly.
+    for name, value in expected([[0, 1, 2, *honest, 9], honest, [*honest, 9]]).items():
         # clients are summed in the order of their nodes' ids, in float64; weights are float32
         torch.testing.assert_close(state["server"]["params"][name], value, rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from lightning_bpfree.federated.flower.needed import need_flower, quiet_environm
 
 HOST = "127.0.0.1"
 CONNECTION = "bpfree"
+_MARK = "BPFREE_STARTED_AS"
 
 APP = """\
 [project]
@@ -192,9 +194,10 @@ class Deployment:
 
     def _started(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
         log = (self.folder / f"{name}.log").open("ab")
-        # A session of its own, so that what the process starts can be stopped with it.
+        # A session of its own keeps the terminal's signals away; what it starts is known by this variable.
+        environment = {**self.environment, _MARK: f"{self.folder}:{name}"}
         process = subprocess.Popen(
-            self._found(command), env=self.environment, stdout=log, stderr=log, cwd=self.folder, start_new_session=True
+            self._found(command), env=environment, stdout=log, stderr=log, cwd=self.folder, start_new_session=True
         )
         log.close()
         return process
@@ -218,24 +221,26 @@ class Deployment:
 
     def kill_node(self, number: int) -> None:
         """Kill a node with all that it has started, at once."""
-        _kill(self.nodes.pop(number))
+        _kill(self.nodes.pop(number), f"{self.folder}:node{number}")
 
     def kill_link(self) -> None:
         """Kill the SuperLink, and with it the server of a run, at once."""
         if self.link is not None:
-            _kill(self.link)
+            _kill(self.link, f"{self.folder}:superlink")
             self.link = None
 
     def stop(self) -> None:
         """End all processes, gently first."""
-        running = [*self.nodes.values(), *([self.link] if self.link is not None else [])]
-        for process in running:
+        running = {f"node{number}": process for number, process in self.nodes.items()}
+        if self.link is not None:
+            running["superlink"] = self.link
+        for process in running.values():
             _signal(process, signal.SIGTERM)
         deadline = time.monotonic() + 3
-        while time.monotonic() < deadline and any(process.poll() is None for process in running):
+        while time.monotonic() < deadline and any(process.poll() is None for process in running.values()):
             time.sleep(0.05)
-        for process in running:
-            _kill(process)
+        for name, process in running.items():
+            _kill(process, f"{self.folder}:{name}")
         self.nodes, self.link = {}, None
 
     # --- runs ---
@@ -289,6 +294,20 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> None:
         return
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: subprocess.Popen[bytes], mark: str) -> None:
+    """Kill a process, its group, and what it has started in sessions of their own."""
     _signal(process, signal.SIGKILL)
     process.wait(timeout=10)
+    for pid in _marked(mark):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _marked(mark: str) -> list[int]:
+    """Return the processes that have inherited a mark; none where the system does not tell."""
+    entry, found = f"{_MARK}={mark}".encode(), []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # one that has ended, or somebody else's
+            if entry in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
