@@ -137,6 +137,16 @@ def test_a_silent_node_is_left_alone_for_three_rounds():
     assert [row["clients"] for row in run.history] == [3] * 6
 
 
+def test_nodes_that_are_left_alone_are_asked_where_there_are_no_others():
+    """A round that was too short for all of them must not be the last one."""
+
+    def slow(node, asked, reply):
+        return None if dict(asked.content["round"])["round"] == 1 else reply
+
+    run, _ = on_flower(settings(), rounds=2, spoil=slow)
+    assert [row["clients"] for row in run.history] == [0, 4]
+
+
 def test_an_app_that_fails_is_left_out():
     federation = settings()
     run = Run(Module(optimizer="adam"), Data(), federation, 1, evaluate_every=0)

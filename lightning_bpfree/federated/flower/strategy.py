@@ -137,7 +137,10 @@ class BaffleStrategy(Strategy):
         return {ordered[i]: self.numbers[ordered[i]] for i in sorted(order[: federation.in_a_round].tolist())}
 
     def _available(self, grid: Grid, number: int) -> list[int]:
-        return [node for node in grid.get_node_ids() if self._off.get(node, 0) <= number]
+        """Return the nodes to choose from: those that are left alone too, where the others are not enough."""
+        nodes = list(grid.get_node_ids())
+        answering = [node for node in nodes if self._off.get(node, 0) <= number]
+        return answering if len(answering) >= max(1, self.run.federation.min_clients) else nodes
 
     def _read(self, replies: Sequence[Message]) -> list[Reply]:
         """Return the answers of the round's clients; note who has not answered."""
