@@ -6,6 +6,12 @@ Add a line here to export a class. ``lightning_bpfree/__init__.py`` imports this
 from lightning_bpfree.core.directions import Directions as Directions
 from lightning_bpfree.core.step import Estimate as Estimate
 from lightning_bpfree.core.step import Step as Step
+from lightning_bpfree.federated.fedavg import FedAvg as FedAvg
+from lightning_bpfree.federated.federation import Federation as Federation
+from lightning_bpfree.federated.in_process import InProcessFederation as InProcessFederation
+from lightning_bpfree.federated.normalization import replace_batch_norm as replace_batch_norm
+from lightning_bpfree.federated.privacy import Privacy as Privacy
+from lightning_bpfree.federated.settings import Baffle as Baffle
 from lightning_bpfree.methods.backprop.rule import Backprop as Backprop
 from lightning_bpfree.methods.concept_backprop.callback import ConceptBackprop as ConceptBackprop
 from lightning_bpfree.methods.concept_backprop.change import ChangeSettings as ChangeSettings

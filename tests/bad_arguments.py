@@ -20,6 +20,8 @@ from torch import nn
 
 import lightning_bpfree as bpf
 from lightning_bpfree import functional
+from lightning_bpfree.demos.data import DigitsDataModule
+from lightning_bpfree.demos.modules import MLP, Classifier
 from lightning_bpfree.methods.concept_backprop.detection import Samples
 from lightning_bpfree.methods.deep_ensemble.combining.combination import Combination
 
@@ -153,6 +155,9 @@ GOOD: dict[str, Callable[[], Any]] = {
     "measure": lambda: torch.mean,
     "target": lambda: 1.0,
     "num_classes": lambda: 3,
+    "InProcessFederation.module": lambda: Classifier(MLP(64, [2], 10)),
+    "InProcessFederation.datamodule": DigitsDataModule,
+    "InProcessFederation.federation": bpf.Federation,
     "EnsembleModule.members": lambda: [nn.Linear(1, 2)],
     "combination": Combination,
     "bootstrap_rows.samples": lambda: 3,
@@ -171,7 +176,7 @@ def public() -> dict[str, Callable[..., Any]]:
         names = getattr(module, "__all__", ["CORRUPTIONS", "Corruption", "chosen_corruption"])
         found.update({n: getattr(module, n) for n in names})
     nets = importlib.import_module("lightning_bpfree.demos.nets")
-    found.update({n: v for n, v in vars(nets).items() if n in ("MLP", "SmallCNN", "SmallTransformer")})
+    found.update({n: v for n, v in vars(nets).items() if n in ("MLP", "SmallCNN", "LeNet", "SmallTransformer")})
     builders = importlib.import_module(f"{BUILDERS}.builders")
     found.update({n: v for n, v in vars(builders).items() if n.startswith("reversible_") or n == "set_schedule"})
     found["ReversibleMViT"] = importlib.import_module(f"{BUILDERS}.mvit").ReversibleMViT

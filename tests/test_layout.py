@@ -23,7 +23,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # A folder may import from lower floors and from itself. Front doors (`__init__`, `functional`) gather names from all
 # below; nothing under the command line, which is a user of the package like any other, comes in through them.
-FLOORS = {"core": 0, "training": 1, "methods": 2, "demos": 3, "cli": 4}
+FLOORS = {"core": 0, "training": 1, "methods": 2, "federated": 2, "demos": 3, "cli": 4}
 FRONT_DOORS = {"lightning_bpfree", "lightning_bpfree.functional", "lightning_bpfree.public"}
 OPTIONAL = [
     "jsonargparse",
@@ -40,6 +40,10 @@ OPTIONAL = [
     "safetensors",
     "torchdiffeq",
     "PIL",
+    "flwr",
+    "ray",
+    "cryptography",
+    "dp_accounting",
 ]
 METHODS = sorted(path for path in (PACKAGE / "methods").iterdir() if (path / "__init__.py").exists())
 ENTRANCES = {"rule.py", "callback.py"}

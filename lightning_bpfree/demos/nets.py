@@ -129,6 +129,51 @@ class SmallCNN(nn.Module):
         return logits
 
 
+class LeNet(nn.Module):
+    """Two 5 x 5 convolutions with a pooling between them, the mean over all places, one linear layer.
+
+    That of H. Feng et al., "Does Federated Learning Really Need Backpropagation?", 2023, arXiv 2301.12195: 26,730
+    parameters for one channel of input.
+
+    Args:
+        in_channels: Channels of one image, of any size from 2 x 2 up.
+        channels: Output channels of the two convolutions.
+        num_classes: Width of the output.
+        activation: Nonlinearity after each convolution.
+
+    Raises:
+        ValueError: A size is below 1, or a name unknown.
+
+    Example:
+        >>> sum(parameter.numel() for parameter in LeNet().parameters())
+        26730
+    """
+
+    @checked
+    def __init__(
+        self,
+        in_channels: PositiveInt = 1,
+        channels: tuple[PositiveInt, PositiveInt] = (16, 64),
+        num_classes: PositiveInt = 10,
+        activation: Activation = "hardswish",
+    ) -> None:
+        super().__init__()
+        first, second = channels
+        self.features = nn.Sequential(
+            nn.Conv2d(in_channels, first, 5, padding=2),
+            _ACTIVATIONS[activation](),
+            nn.MaxPool2d(2),
+            nn.Conv2d(first, second, 5, padding=2),
+            _ACTIVATIONS[activation](),
+        )
+        self.head = nn.Linear(second, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, shape (B, num_classes), of images of shape (B, C, H, W)."""
+        logits: Tensor = self.head(self.features(x).mean((2, 3)))
+        return logits
+
+
 class SmallTransformer(nn.Module):
     """Transformer encoder over rows or patches of an image: pre-norm, learned positions, mean over tokens.
 

@@ -1,0 +1,1 @@
+"""``bpfree federate``: trains a module by a federation, in one process or on Flower."""

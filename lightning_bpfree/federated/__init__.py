@@ -1,0 +1,1 @@
+"""Federated learning by forward passes: clients answer with loss differences, the server makes the gradient of them."""

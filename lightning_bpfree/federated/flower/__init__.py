@@ -1,0 +1,1 @@
+"""BAFFLE on Flower's Message API: apps for client and server, and the strategy between them."""

@@ -1,0 +1,165 @@
+"""What a BAFFLE federation agrees on: the directions, how the loss is measured along them, and local steps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_bpfree.core.arguments import PositiveFloat, PositiveInt, Range, checked
+from lightning_bpfree.core.directions import Directions, Distribution, Generator
+from lightning_bpfree.core.seeds import mix
+from lightning_bpfree.training.precision import smallest_sigma
+
+NumDirections = Annotated[int, Range(ge=1, le=1 << 16)]
+_DATA, _NOISE = 0xDA7A, 0xD1CE  # so that batches, random numbers and directions have seeds of their own
+
+
+class Baffle:
+    """Measures a loss along random directions on every client, and makes the gradient of the numbers on the server.
+
+    In a round the server sends its weights and a seed. A client remakes ``K`` directions ``v_k`` from the seed, and
+    returns the ``K`` differences ``L(W + sigma v_k) - L(W)`` of its loss, or half of ``L(W + sigma v_k) - L(W - sigma
+    v_k)``. The server weights them by the clients' numbers of samples, and remakes the directions:
+    ``mean_k (difference_k / sigma) v_k`` estimates the gradient of the loss smoothed over N(0, sigma^2).
+
+    Cost of a local step: ``1 + K`` forward passes over the batches (forward scheme) or ``2 K`` (central).
+
+    Args:
+        num_directions: ``K``, from 1 to 65,536.
+        sigma: size of the perturbation, in units of the parameters; at least 3.5e-5 for float32 parameters.
+        scheme: ``"forward"`` or ``"central"``; at equal cost, forward has twice the directions.
+        directions: ``"gaussian"`` or ``"rademacher"``.
+        generator: ``"portable"``: the same directions on every device; ``"device"``: of the device's own generator.
+        noise: ``"shared"``: all clients have the same directions, so that sums of the numbers are enough, as the paper
+            says and secure summing needs; ``"per_client"``: each has its own, as in the authors' code.
+        clip: largest absolute coordinate of the estimate, which is scaled down as a whole to keep it; None for none.
+        local_steps: steps of plain gradient descent that a client takes in a round, each with directions of its own.
+        local_lr: their learning rate.
+        batches: random batches of a client's data in each local step; None for all its data.
+        chunk_size: directions that are evaluated in one vectorized pass; 1 for one by one, in constant memory.
+        perturb: ``"copy"`` computes with a moved copy of the parameters; ``"layers"`` moves each layer's own while it
+            computes, in little more memory than inference takes. Needs ``generator="portable"`` and ``chunk_size=1``.
+
+    Raises:
+        ValueError: for arguments out of range.
+
+    Examples:
+        >>> Baffle(num_directions=20).forward_passes
+        21
+
+    References:
+        H. Feng et al., "Does Federated Learning Really Need Backpropagation?", 2023, arXiv 2301.12195.
+    """
+
+    @checked
+    def __init__(
+        self,
+        num_directions: NumDirections = 100,
+        sigma: PositiveFloat = 1e-4,
+        scheme: Literal["forward", "central"] = "forward",
+        directions: Distribution = "gaussian",
+        generator: Generator = "portable",
+        *,
+        noise: Literal["shared", "per_client"] = "shared",
+        clip: PositiveFloat | None = 0.3,
+        local_steps: PositiveInt = 1,
+        local_lr: PositiveFloat = 0.01,
+        batches: PositiveInt | None = None,
+        chunk_size: PositiveInt = 1,
+        perturb: Literal["copy", "layers"] = "copy",
+    ) -> None:
+        self.num_directions, self.sigma, self.scheme = num_directions, sigma, scheme
+        self.directions, self.generator, self.noise, self.clip = directions, generator, noise, clip
+        self.local_steps, self.local_lr, self.batches, self.chunk_size = local_steps, local_lr, batches, chunk_size
+        self.perturb = perturb
+        for name, fits in {"generator": generator == "portable", "chunk_size": chunk_size == 1}.items():
+            if perturb == "layers" and not fits:
+                raise ValueError(
+                    f"Baffle: {name}={getattr(self, name)!r}: perturb='layers' needs generator='portable' and "
+                    "chunk_size=1."
+                )
+
+    @property
+    def forward_passes(self) -> int:
+        """Forward passes over a client's batches in a round."""
+        return self.local_steps * (2 * self.num_directions if self.scheme == "central" else 1 + self.num_directions)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers a client returns."""
+        return self.local_steps * self.num_directions
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the settings as numbers and strings, from which ``Baffle(**plain)`` makes them again."""
+        return dict(vars(self))
+
+    def drawn(self, params: Mapping[str, Tensor], seed: int, step: int = 0, client: int | None = None) -> Directions:
+        """Return the directions of a local step.
+
+        Args:
+            params: what they are shaped like.
+            seed: of the round.
+            step: number of the local step.
+            client: whose directions; counts with ``noise="per_client"`` only.
+        """
+        own = 0 if self.noise == "shared" or client is None else 1 + client
+        seed = mix(seed, step, own) if step or own else seed
+        return Directions(params, self.num_directions, seed, self.directions, self.generator)
+
+    def check(self, params: Mapping[str, Tensor]) -> None:
+        """Raise ValueError if there is nothing to train, or if sigma is lost in the rounding of the parameters."""
+        if not params:
+            raise ValueError("Baffle: the module has no parameter that requires a gradient: nothing can be trained.")
+        for dtype in {tensor.dtype for tensor in params.values()}:
+            if self.sigma < smallest_sigma(dtype):
+                raise ValueError(
+                    f"Baffle: sigma={self.sigma:g}: lost in the rounding of {dtype}: give at least "
+                    f"{smallest_sigma(dtype):.1g}, or keep the parameters in float32."
+                )
+
+    def fingerprint(self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> str:
+        """Return a hash of what server and clients must have in common, 32 hexadecimal digits.
+
+        Names, shapes and types of the trained parameters, the values of the frozen ones, the settings that decide what
+        numbers mean, and the first direction of the seed 0, bit for bit.
+        """
+        told = {key: value for key, value in self.to_plain().items() if key not in ("chunk_size", "perturb")}
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+        for name, tensor in params.items():
+            digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
+        for tensor in [*self.drawn(params, 0)[0].values(), *frozen.values()]:
+            digest.update(_bytes(tensor))
+        return digest.hexdigest()[:32]
+
+
+def weights_digest(params: Mapping[str, Tensor]) -> str:
+    """Return a hash of named tensors, bit for bit, 32 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in params.items():
+        digest.update(name.encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()[:32]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def round_seed(seed: int, number: int) -> int:
+    """Return the seed of a round, by the run's seed and the number of the round."""
+    return mix(seed, number)
+
+
+def data_seed(seed: int, client: int, step: int) -> int:
+    """Return the seed by which a client chooses the samples of a local step."""
+    return mix(seed, _DATA, client, step)
+
+
+def noise_seed(seed: int, client: int, step: int) -> int:
+    """Return the seed of the random numbers that a client's training step draws, such as dropout's."""
+    return mix(seed, _NOISE, client, step)
