@@ -29,7 +29,7 @@ from collections import Counter
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS))  # this file is run as a script and loaded by path: its neighbour is found either way
+sys.path.insert(0, str(DOCS))  # this file is run as a script and loaded by path: its neighbor is found either way
 
 import bars  # noqa: E402
 from concepts import IMAGES as CONCEPT_IMAGES  # noqa: E402

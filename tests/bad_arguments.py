@@ -99,7 +99,7 @@ GOOD: dict[str, Callable[[], Any]] = {
     "features": lambda: torch.ones(1, 1),
     "fit_probe.labels": lambda: torch.ones(1),
     "samples": lambda: Samples({}, {}, torch.ones(1), None),
-    "neighbours": lambda: lambda x: x[None],
+    "neighbors": lambda: lambda x: x[None],
     "feature_above_mean.feature": lambda: 1,
     "board": lambda: torch.eye(2),
     "tokens": lambda: torch.ones(2, dtype=torch.int64),

@@ -56,7 +56,7 @@ def buffers_move_once_a_step(case: Case) -> None:
         if not buffer.is_floating_point():
             assert torch.equal(buffer, expected[name]), name
         elif case.make_rule().estimates_user_loss:  # else it changes what the network sees, and so the statistics
-            # One evaluation in forward mode may sum in another order: equal maths in float32.
+            # One evaluation in forward mode may sum in another order: equal math in float32.
             torch.testing.assert_close(buffer, expected[name], rtol=1e-5, atol=1e-6)
 
 

@@ -29,7 +29,7 @@ def made(build: Build, seed: int, device: torch.device, dtype: torch.dtype = tor
 
     Args:
         build: makes the module.
-        seed: of its initialisation, drawn on the CPU in float32 whatever the device.
+        seed: of its initialization, drawn on the CPU in float32 whatever the device.
         device: where the module goes.
         dtype: type of its parameters and buffers.
 
@@ -117,7 +117,7 @@ class AuxiliaryModules:
         Args:
             key: its name.
             build: makes a new one.
-            seed: of its initialisation; equal on all ranks, so that their modules are.
+            seed: of its initialization; equal on all ranks, so that their modules are.
             device: where it is needed; a module that is elsewhere moves, with the state of its optimizer.
             dtype: type of its parameters.
 

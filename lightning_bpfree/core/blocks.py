@@ -57,7 +57,7 @@ def cut(network: nn.Module, blocks: Blocks = 1) -> Cut:
         blocks: how to cut.
 
             - ``n``, a number of at least 1: every ``n`` layers of an ``nn.Sequential`` are a block. Layers are modules
-              with a weight of two dimensions or more; normalisations, activations and other modules join the layer
+              with a weight of two dimensions or more; normalizations, activations and other modules join the layer
               before them. The last layer, which makes the network's output, belongs to no block.
             - ``[n1, n2, ...]``: blocks of so many layers. They may also cover the last layer.
             - ``["features.*", "head"]``: shell-style patterns on module names. Every outermost module that matches is
@@ -115,7 +115,7 @@ def _chain(network: nn.Module) -> list[nn.Module] | None:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module has a weight of two dimensions or more; normalisations have none."""
+    """Whether a module has a weight of two dimensions or more; normalizations have none."""
     return any(parameter.dim() > 1 for parameter in module.parameters())
 
 
@@ -226,7 +226,7 @@ def _check(network: nn.Module, blocks: list[Block]) -> None:
 def suggestion(network: nn.Module) -> list[str | list[str]]:
     """Return blocks by names that are likely to work: layers as they are registered, without the one of the output.
 
-    Token embeddings join the layer behind them, for nothing can be added to tokens; normalisations and activations
+    Token embeddings join the layer behind them, for nothing can be added to tokens; normalizations and activations
     join the layer before them.
 
     Args:

@@ -65,7 +65,7 @@ def _unpacked(dual: Tensor) -> tuple[Tensor, Tensor]:
 def directional_derivatives(
     loss_fn: LossFunction, params: Mapping[str, Tensor], directions: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss and its derivatives along ``C`` stacked directions, in one vectorised pass without a graph.
+    """Return the loss and its derivatives along ``C`` stacked directions, in one vectorized pass without a graph.
 
     The part of the work that does not depend on the direction is done once: ``1 + 2 C`` forward passes instead of
     ``3 C``, at the price of ``C`` times the memory for directions and activations.

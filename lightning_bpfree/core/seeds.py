@@ -6,7 +6,7 @@ _MASK = (1 << 64) - 1
 
 
 def mix(*values: int) -> int:
-    """Return a 63-bit seed from integers; neighbouring inputs give unrelated seeds.
+    """Return a 63-bit seed from integers; neighboring inputs give unrelated seeds.
 
     The finaliser is that of SplitMix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014).
 

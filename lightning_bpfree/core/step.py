@@ -81,7 +81,7 @@ class Step:
         vectorizable: False for a training step that writes to parameters, which no vectorized pass may.
         quiet: a context in which the module logs nothing.
         exchange: how ranks agree on measured numbers; None if they do not (one device, or gradients cross instead).
-        read: what the training step returned -> the scalar to minimise.
+        read: what the training step returned -> the scalar to minimize.
     """
 
     def __init__(

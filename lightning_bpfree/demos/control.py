@@ -97,7 +97,7 @@ class ControlModule(LightningModule):
         return scores
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Mean return of the batch: a reward, to be maximised."""
+        """Mean return of the batch: a reward, to be maximized."""
         return self._step(batch, "train")
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:

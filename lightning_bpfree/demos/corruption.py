@@ -47,7 +47,7 @@ class Corruption:
 
     Images with Gaussian noise and images with missing rows are never the same, so their shares sum to at most 1.
     The other two parts are independent of them and of each other; the labels of random images stay as they are drawn.
-    A larger share corrupts the samples that a smaller one does, and more. Values are those before standardisation, and
+    A larger share corrupts the samples that a smaller one does, and more. Values are those before standardization, and
     are not clipped: noise may leave the range of the pixels, or else black would only get brighter.
 
     Args:
@@ -94,7 +94,7 @@ class Corruption:
         """Return corrupted copies, random images last.
 
         Args:
-            images: Clean training images, (N, C, H, W), before standardisation.
+            images: Clean training images, (N, C, H, W), before standardization.
             labels: Their classes, (N,), from 0 to `num_classes` - 1.
             num_classes: Number of classes.
             pixels: Of the clean images.

@@ -1,6 +1,6 @@
 """Small classification data sets as LightningDataModules, held in memory and batched by one index operation.
 
-All of them split deterministically without touching a global random number generator, and standardise with one scalar
+All of them split deterministically without touching a global random number generator, and standardize with one scalar
 mean and one scalar standard deviation of the training split (per pixel would divide by zero: digits have pixels that
 are always black).
 """

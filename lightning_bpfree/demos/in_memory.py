@@ -65,7 +65,7 @@ class InMemoryDataModule(SplitLoaders, LightningDataModule):
         num_classes: Number of classes.
         in_shape: Shape (C, H, W) of one image, also where `flatten` is set.
         num_features: C * H * W.
-        mean: Mean of the training samples in use, before standardisation and corruption, so that inputs for validation
+        mean: Mean of the training samples in use, before standardization and corruption, so that inputs for validation
             and test are the same under every corruption; NaN until :meth:`setup`.
         std: Their standard deviation; NaN until :meth:`setup`.
 
@@ -101,7 +101,7 @@ class InMemoryDataModule(SplitLoaders, LightningDataModule):
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Load, split and standardise; does nothing the second time."""
+        """Load, split and standardize; does nothing the second time."""
         if self._splits:
             return
         x, y, test_x, test_y = self.load()
@@ -115,13 +115,13 @@ class InMemoryDataModule(SplitLoaders, LightningDataModule):
         pixels = Pixels(float(x.min()), float(x.max()), self.mean)
         images, classes = x[train].float().reshape(-1, *self.in_shape), y[train].long()
 
-        def standardised(inputs: Tensor, labels: Tensor) -> BatchDataset:
+        def standardized(inputs: Tensor, labels: Tensor) -> BatchDataset:
             return BatchDataset(((inputs.float() - self.mean) / self.std).reshape(-1, *shape), labels.long())
 
         self._splits = {
-            "train": standardised(*self.corruption.apply(images, classes, self.num_classes, pixels)),
-            "val": standardised(x[val], y[val]),
-            "test": standardised(test_x, test_y),
+            "train": standardized(*self.corruption.apply(images, classes, self.num_classes, pixels)),
+            "val": standardized(x[val], y[val]),
+            "test": standardized(test_x, test_y),
         }
 
     def _check_sizes(self, n_train: int, n_val: int) -> None:

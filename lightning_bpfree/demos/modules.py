@@ -1,6 +1,6 @@
 """A classifier that wraps any network, and three small networks to put into it.
 
-Nothing here knows of training rules: `Classifier` is an ordinary LightningModule with automatic optimisation.
+Nothing here knows of training rules: `Classifier` is an ordinary LightningModule with automatic optimization.
 """
 
 from __future__ import annotations

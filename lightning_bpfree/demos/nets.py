@@ -37,7 +37,7 @@ class MLP(nn.Module):
         hidden: Widths of the hidden layers; empty: a linear model.
         num_classes: Width of the output.
         activation: Nonlinearity after each hidden layer.
-        norm: Normalisation between a hidden layer and its nonlinearity.
+        norm: Normalization between a hidden layer and its nonlinearity.
 
     Raises:
         ValueError: A size is below 1, a name unknown, or an input does not have `in_features` numbers a sample.
@@ -83,7 +83,7 @@ class SmallCNN(nn.Module):
         in_shape: Shape (C, H, W) of one image, any size from 1 x 1 up.
         channels: Output channels of each convolution, at least one.
         num_classes: Width of the output.
-        norm: Normalisation after each convolution; ``group`` has up to 8 groups.
+        norm: Normalization after each convolution; ``group`` has up to 8 groups.
         activation: Nonlinearity after it.
 
     Raises:

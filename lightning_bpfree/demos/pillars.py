@@ -32,10 +32,10 @@ from lightning_bpfree.demos.tables import TableDataModule
 
 __all__ = ["CoalPillarDataModule", "SafetyFactor", "pillar_classes", "read_pillars", "simulated_pillars"]
 
-Labelling = Literal["agreement", "adequacy"]
+Labeling = Literal["agreement", "adequacy"]
 COLUMNS = ("w", "h", "B", "H", "failed")
-_LONGEST = {"w": 200.0, "h": 30.0, "B": 50.0, "H": 2000.0}  # metres; beyond, another unit is likelier
-# Ranges of the simulated cases, in metres: our choice, for those of the published cases are not known to us.
+_LONGEST = {"w": 200.0, "h": 30.0, "B": 50.0, "H": 2000.0}  # meters; beyond, another unit is likelier
+# Ranges of the simulated cases, in meters: our choice, for those of the published cases are not known to us.
 RANGES = {"w": (4.0, 25.0), "h": (1.5, 6.0), "B": (4.5, 7.5), "H": (20.0, 220.0)}
 
 
@@ -51,7 +51,7 @@ class SafetyFactor:
         strength: of a cube of 1 m, in MPa.
         width_power: of the pillar's width.
         height_power: of the mining height.
-        gradient: vertical stress, in MPa per metre of depth.
+        gradient: vertical stress, in MPa per meter of depth.
 
     Examples:
         >>> factor = SafetyFactor()
@@ -65,14 +65,14 @@ class SafetyFactor:
     gradient: PositiveFloat = 0.025
 
     def __call__(self, w: Tensor, h: Tensor, bord: Tensor, depth: Tensor) -> Tensor:
-        """The safety factor of pillars `w` wide and `h` high, between bords of width `bord`, in `depth`, in metres."""
+        """The safety factor of pillars `w` wide and `h` high, between bords of width `bord`, in `depth`, in meters."""
         strength = self.strength * w**self.width_power / h**self.height_power
         return strength / (self.gradient * depth * ((w + bord) / w) ** 2)
 
 
 @checked
 def pillar_classes(
-    failed: Tensor, safety: Tensor, threshold: PositiveFloat, labelling: Labelling = "agreement"
+    failed: Tensor, safety: Tensor, threshold: PositiveFloat, labeling: Labeling = "agreement"
 ) -> Tensor:
     """The class of each pillar, int64: 0 intact and 1 intact, 2 failed and 3 failed; even ones with a suitable factor.
 
@@ -84,17 +84,17 @@ def pillar_classes(
         failed: whether each failed, (N,).
         safety: safety factors, (N,).
         threshold: of the safety factor, above 0.
-        labelling: ``agreement`` or ``adequacy``.
+        labeling: ``agreement`` or ``adequacy``.
 
     Example:
         >>> failed, safety = torch.tensor([False, False, True, True]), torch.tensor([2.0, 1.0, 2.0, 1.0])
         >>> pillar_classes(failed, safety, threshold=1.6)
         tensor([0, 1, 3, 2])
-        >>> pillar_classes(failed, safety, threshold=1.6, labelling="adequacy")
+        >>> pillar_classes(failed, safety, threshold=1.6, labeling="adequacy")
         tensor([0, 1, 2, 3])
     """
     adequate = safety >= threshold
-    suitable = adequate if labelling == "adequacy" else adequate != failed.bool()
+    suitable = adequate if labeling == "adequacy" else adequate != failed.bool()
     return 2 * failed.long() + (~suitable).long()
 
 
@@ -109,7 +109,7 @@ def simulated_pillars(
     weak_share: Fraction = 0.4,
     weak_strength: PositiveFraction = 0.5,
 ) -> dict[str, Tensor]:
-    """SIMULATED pillars, in metres, by column: ``w``, ``h``, ``B``, ``H`` and ``failed``; no measurement is among them.
+    """SIMULATED pillars, in meters, by column: ``w``, ``h``, ``B``, ``H`` and ``failed``; no measurement is among them.
 
     Sizes are uniform in :data:`RANGES`. A pillar fails where its safety factor, times a log-normal factor for what the
     formula does not know, and times `weak_strength` in weak coal, is below 1. Cases are drawn until both kinds are
@@ -154,7 +154,7 @@ def read_pillars(path: str | Path) -> dict[str, Tensor]:
     """Pillars of a CSV file, by column.
 
     The file has a header and one row a pillar: ``w`` pillar width, ``h`` mining height, ``B`` bord width, ``H`` depth
-    to floor, all in metres, ``failed`` 0 or 1, and, if it likes, ``ratio``, which is w / h. Other columns are ignored.
+    to floor, all in meters, ``failed`` 0 or 1, and, if it likes, ``ratio``, which is w / h. Other columns are ignored.
 
     Args:
         path: The file.
@@ -170,7 +170,7 @@ def read_pillars(path: str | Path) -> dict[str, Tensor]:
         if missing:
             raise ValueError(
                 f"{path}: column {', '.join(missing)} is missing; it has {', '.join(header) or 'none'}. Needed are "
-                "w, h, B, H (metres) and failed (0 or 1); names are case-sensitive."
+                "w, h, B, H (meters) and failed (0 or 1); names are case-sensitive."
             )
         reader.fieldnames = header
         rows = [_checked(row, f"{path}, line {reader.line_num}") for row in reader]
@@ -184,11 +184,11 @@ def _checked(row: Mapping[str, Any], where: str) -> list[float]:
     values = {column: _number(row, column, where) for column in COLUMNS}
     for column, longest in _LONGEST.items():
         if not values[column] > 0:
-            raise ValueError(f"{where}: {column} is {values[column]:g}; give a length above 0, in metres.")
+            raise ValueError(f"{where}: {column} is {values[column]:g}; give a length above 0, in meters.")
         if values[column] > longest:
             raise ValueError(
-                f"{where}: {column} is {values[column]:g} m, more than {longest:g} m; is it in feet or millimetres? "
-                "All lengths are in metres."
+                f"{where}: {column} is {values[column]:g} m, more than {longest:g} m; is it in feet or millimeters? "
+                "All lengths are in meters."
             )
     if values["failed"] not in (0, 1):
         raise ValueError(f"{where}: failed is {values['failed']:g}; give 1 for failed and 0 for intact.")
@@ -220,11 +220,11 @@ class CoalPillarDataModule(TableDataModule):
     Args:
         path: CSV file of pillars, see :func:`read_pillars`; None: simulated ones.
         threshold: Of the safety factor, above 0; 1.0, 1.3 and 1.6 are in use.
-        labelling: Which reading of a suitable factor, ``agreement`` or ``adequacy``.
+        labeling: Which reading of a suitable factor, ``agreement`` or ``adequacy``.
         strength: Constant of the safety factor, in MPa.
         width_power: Constant of the safety factor.
         height_power: Constant of the safety factor.
-        gradient: Constant of the safety factor, in MPa per metre.
+        gradient: Constant of the safety factor, in MPa per meter.
         num_failed: Simulated failed pillars.
         num_intact: Simulated intact pillars.
         data_seed: Seed of the simulation.
@@ -255,7 +255,7 @@ class CoalPillarDataModule(TableDataModule):
         self,
         path: str | None = None,
         threshold: PositiveFloat = 1.3,
-        labelling: Labelling = "agreement",
+        labeling: Labeling = "agreement",
         *,
         strength: PositiveFloat = 7.2,
         width_power: PositiveFloat = 0.46,
@@ -267,7 +267,7 @@ class CoalPillarDataModule(TableDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.path, self.threshold, self.labelling = path, threshold, labelling
+        self.path, self.threshold, self.labeling = path, threshold, labeling
         self.factor = SafetyFactor(strength, width_power, height_power, gradient)
         self.num_failed, self.num_intact, self.data_seed = num_failed, num_intact, data_seed
 
@@ -282,5 +282,5 @@ class CoalPillarDataModule(TableDataModule):
         else:
             cases = read_pillars(self.path)
         w, h, bord, depth = (cases[column] for column in ("w", "h", "B", "H"))
-        classes = pillar_classes(cases["failed"], self.factor(w, h, bord, depth), self.threshold, self.labelling)
+        classes = pillar_classes(cases["failed"], self.factor(w, h, bord, depth), self.threshold, self.labeling)
         return torch.stack([w, h, bord, depth, w / h], 1), classes

@@ -28,7 +28,7 @@ __all__ = ["ScikitTableDataModule", "TableClassifier", "TableDataModule"]
 class TableDataModule(SplitLoaders, LightningDataModule):
     """What the tables here share; a subclass says in :meth:`load` where the rows come from.
 
-    Batches are pairs: inputs float32, (B, num_features), labels int64, (B,). Each feature is standardised with mean and
+    Batches are pairs: inputs float32, (B, num_features), labels int64, (B,). Each feature is standardized with mean and
     deviation of the training rows; rows for validation and test do not take part in that. All splits are stratified.
 
     Args:
@@ -66,7 +66,7 @@ class TableDataModule(SplitLoaders, LightningDataModule):
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Load, split and standardise; does nothing the second time."""
+        """Load, split and standardize; does nothing the second time."""
         if self._splits:
             return
         x, y = self.load()

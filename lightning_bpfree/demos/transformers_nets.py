@@ -201,7 +201,7 @@ class RobertaEncoderLM(nn.Module):
         mlp_ratio: Width of a layer's feed-forward part over `dim`.
         max_length: Longest sequence, at least 1.
         dropout: Dropout probability of embeddings, attention and branches, in [0, 1).
-        norm_first: Normalise before the branches of a layer rather than after its skips, as RoBERTa does.
+        norm_first: Normalize before the branches of a layer rather than after its skips, as RoBERTa does.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.

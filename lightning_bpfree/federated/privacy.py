@@ -38,7 +38,7 @@ class Privacy:
     The ``K`` loss differences of a sample are scaled down to a norm of ``clip`` at most. A client adds them up over the
     samples that it has drawn in the round, each with probability ``rate``, and adds Gaussian noise. The noise of all
     clients together has the standard deviation ``multiplier * clip``, so that nobody but a client, neither the server
-    nor who reads its weights, sees a sum without noise. Neighbouring data sets differ by adding or removing a sample.
+    nor who reads its weights, sees a sum without noise. Neighboring data sets differ by adding or removing a sample.
 
     Args:
         epsilon: of the whole run, > 0.

@@ -6,7 +6,7 @@
 the same steps and the same noise for all gradients of a seed; ``exact_adjoint`` and ``adjoint`` cost the same. Each
 gradient of each task has the learning rate of a grid around the recipe's that reached the highest test reward with a
 seed of its own (``TUNING_SEED``) in half of the steps; the evolution strategy has its recipe's. Figures are test metrics before and after, on noise that training does not draw (but
-for ``noise``, where the optimised noise itself is judged), and the reward of each training step. Images of the first
+for ``noise``, where the optimized noise itself is judged), and the reward of each training step. Images of the first
 seed go to ``--images``. ``--part i/n`` runs every n-th of the missing runs, so that a long study can be made in pieces.
 """
 

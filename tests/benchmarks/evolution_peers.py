@@ -9,7 +9,7 @@
 All train the same network from the same weights on the same batch of 128 samples, with populations of the same size, and
 the same settings where they have the same ones. Each peer is used in two ways: as its documentation shows (``SupervisedNE``
 of evotorch; ``SupervisedLearningProblem`` of EvoX), and in the fastest way that we have found: a fitness function of
-our own that vectorises over all members, over 8, or goes one by one, whichever takes least time. Nothing is compiled.
+our own that vectorizes over all members, over 8, or goes one by one, whichever takes least time. Nothing is compiled.
 Ours runs in a Trainer, whose time counts.
 """
 
@@ -54,12 +54,12 @@ from lightning_bpfree.methods.evolution_strategy.search.snes import SNES
 
 SIGMA, RATE, SAMPLES = 0.05, 0.002, 128
 ADAM: Optimizer = partial(torch.optim.Adam, lr=RATE)
-Chunk = int | None  # members in one vectorised pass: None for all, 0 for a loop over members
+Chunk = int | None  # members in one vectorized pass: None for all, 0 for a loop over members
 
 
 @dataclasses.dataclass
 class Peer:
-    """One run of a peer: a generation, the centre of its search, how many evaluations it has made, and how."""
+    """One run of a peer: a generation, the center of its search, how many evaluations it has made, and how."""
 
     step: Work
     center: Callable[[], torch.Tensor]
@@ -145,7 +145,7 @@ class Loss(nn.CrossEntropyLoss):
         super().__init__(reduction="none")
 
 
-class Centred(nn.Module):
+class Centered(nn.Module):
     """Fitness less its mean: without mirrored members, the noise of raw fitness drowns the search gradient."""
 
     def forward(self, fitness: torch.Tensor) -> torch.Tensor:
@@ -213,7 +213,7 @@ def evox_low_rank(task: Task, kind: str) -> Peer:
     net = copy.deepcopy(task.net)
     algorithm = VirtualLoRAES(shapes, 1, task.size, task.start.clone(), RATE, SIGMA, optimizer="adam")
     problem, how = VirtualLoRAProblem(net, task.loader(), Loss(), lora_rank=1), "VirtualLoRAES, fitness less its mean"
-    return evox_search(algorithm, problem, how, fitness_transform=Centred())
+    return evox_search(algorithm, problem, how, fitness_transform=Centered())
 
 
 # --- together ---
@@ -222,19 +222,19 @@ Make = Callable[[Task, str], Peer]
 CHUNKS: tuple[Chunk, ...] = (None, 8, 0)
 
 
-def fastest(vectorised: Callable[[Task, str, Chunk], Peer]) -> Make:
+def fastest(vectorized: Callable[[Task, str, Chunk], Peer]) -> Make:
     """Return how to make the run whose generation takes the least time."""
 
     def make(task: Task, kind: str) -> Peer:
         seconds: dict[Chunk, float] = {}
         for chunk in CHUNKS:
-            peer, best = vectorised(task, kind, chunk), float("inf")
+            peer, best = vectorized(task, kind, chunk), float("inf")
             for _ in range(3):  # the first warms up
                 start = time.process_time()
                 peer.step()
                 best = min(best, time.process_time() - start)
             seconds[chunk] = best
-        return vectorised(task, kind, min(CHUNKS, key=lambda chunk: seconds[chunk]))
+        return vectorized(task, kind, min(CHUNKS, key=lambda chunk: seconds[chunk]))
 
     return make
 
@@ -293,13 +293,13 @@ CONTESTS = [
     Contest(
         "SNES", lambda size: bpf.EvolutionStrategy(SNES(sigma=SIGMA), population_size=size), SGD_1,
         {
-            "evotorch, as documented": evotorch_documented, "evotorch, vectorised": fastest(evotorch_vectorised),
+            "evotorch, as documented": evotorch_documented, "evotorch, vectorized": fastest(evotorch_vectorised),
             "EvoX, as documented": evox_documented, "EvoX, best chunk": fastest(evox_vectorised),
         },
     ),
     Contest(
         "PGPE", lambda size: bpf.EvolutionStrategy(PGPE(sigma=SIGMA), population_size=size), ADAM,
-        {"evotorch, as documented": evotorch_documented, "evotorch, vectorised": fastest(evotorch_vectorised)},
+        {"evotorch, as documented": evotorch_documented, "evotorch, vectorized": fastest(evotorch_vectorised)},
     ),
     Contest(
         "OpenAI-ES", lambda size: bpf.EvolutionStrategy(OpenAIES(sigma=SIGMA), population_size=size), ADAM,

@@ -49,7 +49,7 @@ class Processor(FFDataProcessor):
 
     Args:
         data: where the batches come from; None where they are handed over.
-        unit: whether pixels are from 0 to 1, as in fflib's example, instead of standardised.
+        unit: whether pixels are from 0 to 1, as in fflib's example, instead of standardized.
     """
 
     def __init__(self, data: InMemoryDataModule | None = None, unit: bool = False) -> None:
@@ -159,7 +159,7 @@ STANDARD = [
     ),
     Contender(
         "fflib, test error", train_fflib,
-        "threshold 20 of its example, on the mean square; label of length 1 behind the standardised pixels, random wrong labels",
+        "threshold 20 of its example, on the mean square; label of length 1 behind the standardized pixels, random wrong labels",
     ),
     Contender("fflib, pixels 0 to 1, test error", train_fflib, "the same, pixels as in its example", {"unit": True}),
 ]  # fmt: skip

@@ -35,7 +35,7 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class Attention(nn.Module):
-    """Self-attention of the normalised input, without a skip.
+    """Self-attention of the normalized input, without a skip.
 
     Args:
         width: channels.

@@ -27,7 +27,7 @@ def measured(name: str, what: str, value: float, limit: float | None = None, uni
 
 
 class Attention(nn.Module):
-    """Self-attention of the normalised input, without a skip."""
+    """Self-attention of the normalized input, without a skip."""
 
     def __init__(self, width: int = WIDTH, dropout: float = 0.0) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Attention(nn.Module):
 
 
 def feed_forward(width: int = WIDTH, dropout: float = 0.0) -> nn.Sequential:
-    """Two linear layers of the normalised input, without a skip."""
+    """Two linear layers of the normalized input, without a skip."""
     inner = (nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
     return nn.Sequential(nn.LayerNorm(width), *inner, nn.Dropout(dropout))
 

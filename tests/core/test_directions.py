@@ -135,7 +135,7 @@ def test_adding_up_equals_remaking(how):
     orthogonal, normalize = how.get("orthogonal", False), how.get("normalize", False)
     expected = directions.combine(weights_from_slopes(slopes, directions, orthogonal, normalize))
     for name, gradient in combination.gradients(slopes)(torch.tensor(2.0)).items():
-        torch.testing.assert_close(gradient, 2 * expected[name], rtol=1e-10, atol=1e-12)  # equal maths in float64
+        torch.testing.assert_close(gradient, 2 * expected[name], rtol=1e-10, atol=1e-12)  # equal math in float64
 
 
 def test_bad_arguments():

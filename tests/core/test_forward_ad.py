@@ -99,7 +99,7 @@ def test_slope_is_the_inner_product_with_the_gradient(net, shape):
     value = loss_fn(own)
     grads = torch.autograd.grad(value, list(own.values()))
     expected = sum((g * direction[n]).sum() for n, g in zip(own, grads, strict=True))
-    torch.testing.assert_close(loss, value.detach(), rtol=1e-10, atol=1e-12)  # equal maths in float64
+    torch.testing.assert_close(loss, value.detach(), rtol=1e-10, atol=1e-12)  # equal math in float64
     torch.testing.assert_close(slope, expected, rtol=1e-10, atol=1e-12)
     assert not loss.requires_grad
     assert not slope.requires_grad

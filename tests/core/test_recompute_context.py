@@ -70,7 +70,7 @@ def test_an_inventory_refuses_what_has_changed(change):
 @pytest.mark.parametrize("kind", ["moving", "average", "uncounted", "bare"])
 @in_all
 def test_running_statistics_move_once(schedule, kind):
-    def normalised():
+    def normalized():
         norm = nn.BatchNorm1d(WIDTH, momentum=None if kind == "average" else 0.1)
         if kind == "uncounted":  # then torch moves statistics without a trace
             norm.num_batches_tracked = None
@@ -80,7 +80,7 @@ def test_running_statistics_move_once(schedule, kind):
             norm.line.register_buffer("v", torch.ones(WIDTH))
         return nn.Sequential(norm, nn.Linear(WIDTH, WIDTH), nn.Dropout(0.2))
 
-    net = small(3, normalised, schedule=schedule).double()
+    net = small(3, normalized, schedule=schedule).double()
     plain, inputs = copy.deepcopy(net), streams(6, WIDTH)
     assert relative(outcome(net, *inputs).grads, outcome(rp.Loop(plain), *inputs).grads) < 1e-12
     for (name, buffer), other in zip(net.named_buffers(), plain.buffers(), strict=True):

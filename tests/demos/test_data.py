@@ -1,4 +1,4 @@
-"""The data modules split, standardise and batch as they say."""
+"""The data modules split, standardize and batch as they say."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_bpfree.demos.split_loaders import BatchDataset, pass_through
 
 
 class NumberedDataModule(InMemoryDataModule):
-    """200 training and 20 test samples, each of which can be recognised; test values are on another scale."""
+    """200 training and 20 test samples, each of which can be recognized; test values are on another scale."""
 
     in_shape = (1, 1, 2)
 

@@ -25,7 +25,7 @@ TOKENS = 11
 
 
 class Net(nn.Module):
-    """Tokens see their neighbour."""
+    """Tokens see their neighbor."""
 
     def __init__(self) -> None:
         super().__init__()

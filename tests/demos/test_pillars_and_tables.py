@@ -27,14 +27,14 @@ def test_the_safety_factor_is_its_closed_form():
         SafetyFactor(strength=-1.0)
 
 
-@pytest.mark.parametrize("labelling", ["agreement", "adequacy"])
-def test_classes_are_a_partition(labelling):
+@pytest.mark.parametrize("labeling", ["agreement", "adequacy"])
+def test_classes_are_a_partition(labeling):
     cases = simulated_pillars()
     safety = SafetyFactor()(*(cases[column] for column in "whBH"))
-    classes = pillar_classes(cases["failed"], safety, 1.3, labelling)
+    classes = pillar_classes(cases["failed"], safety, 1.3, labeling)
     assert torch.equal(classes >= 2, cases["failed"].bool())
     dangerous = cases["failed"].bool() & (safety >= 1.3)
-    assert torch.equal(classes == (3 if labelling == "agreement" else 2), dangerous)
+    assert torch.equal(classes == (3 if labeling == "agreement" else 2), dangerous)
     assert torch.bincount(classes, minlength=4).sum() == 423
     # As the threshold goes to zero, the factor of every intact pillar is suitable.
     assert set(pillar_classes(cases["failed"], safety, 1e-9).tolist()) == {0, 3}
@@ -65,7 +65,7 @@ def test_a_file_is_read_and_checked(tmp_path):
         "w,h,B,failed\n1,1,1,0\n": "column H is missing; it has w, h, B, failed",
         HEADER + "-12,3,6,100,0\n": "line 2: w is -12; give a length above 0",
         HEADER + "12,3,6,100,0\n12,3,0,100,0\n": "line 3: B is 0",
-        HEADER + "12000,3,6,100,0\n": "w is 12000 m, more than 200 m; is it in feet or millimetres",
+        HEADER + "12000,3,6,100,0\n": "w is 12000 m, more than 200 m; is it in feet or millimeters",
         HEADER + "12,3,6,100,2\n": "failed is 2; give 1 for failed",
         HEADER + "12,3,6,deep,1\n": "H is 'deep', which is not a number",
         HEADER + "12,3,6,nan,1\n": "H is nan",
@@ -76,7 +76,7 @@ def test_a_file_is_read_and_checked(tmp_path):
             read(text)
     path = tmp_path / "cases.csv"
     path.write_text(HEADER + "".join(f"{12 + i % 7},3,6,{60 + i},{int(i % 3 == 0)}\n" for i in range(60)))
-    data = CoalPillarDataModule(str(path), threshold=1.6, labelling="adequacy")
+    data = CoalPillarDataModule(str(path), threshold=1.6, labeling="adequacy")
     data.setup()
     assert data.dataset("train").tensors[0].shape[1] == 5
 
@@ -84,7 +84,7 @@ def test_a_file_is_read_and_checked(tmp_path):
 def test_arguments_are_checked():
     for arguments, message in (
         ({"threshold": 0.0}, "threshold=0.0: give a positive number"),
-        ({"labelling": "both"}, "labelling='both': choose 'agreement' or 'adequacy'"),
+        ({"labeling": "both"}, "labeling='both': choose 'agreement' or 'adequacy'"),
         ({"test_fraction": 1.0}, "test_fraction=1.0: give a number in"),
         ({"batch_size": 0}, "batch_size=0: give a whole number of at least 1"),
     ):

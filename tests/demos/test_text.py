@@ -102,7 +102,7 @@ def test_each_sequence_has_the_same_number_of_labels_and_they_are_the_true_chara
     tokens = torch.randint(32, 127, (30, length))
     inputs, labels = masked(tokens, share, np.random.RandomState(0))
     assert (labels != IGNORED).sum(1).tolist() == [num] * 30
-    assert torch.equal(unmasked(inputs, labels), tokens)  # hence inputs differ at labelled positions only
+    assert torch.equal(unmasked(inputs, labels), tokens)  # hence inputs differ at labeled positions only
     assert inputs.dtype == labels.dtype == torch.int64
 
 

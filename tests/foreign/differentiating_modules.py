@@ -112,5 +112,5 @@ class AllDirections(pl.Callback):
             params = {slot.name: slot.parameter for slot in step.trained}
             grads = torch.autograd.grad(step.loss(recorded=False), list(params.values()))
         for (name, _), grad in zip(params.items(), grads, strict=True):
-            # Equal maths in float64, through the inverse of a Gram matrix with a condition number of about 1e3.
+            # Equal math in float64, through the inverse of a Gram matrix with a condition number of about 1e3.
             torch.testing.assert_close(found[name].to(grad.dtype), grad, rtol=1e-5, atol=1e-8, msg=name)

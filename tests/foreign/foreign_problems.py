@@ -81,7 +81,7 @@ def assert_slopes_are_backprops(module: pl.LightningModule, data: Any, rule: str
     made = bpf.ZerothOrder(2, sigma=1e-5) if rule == "zeroth_order" else RULES[rule]()
     fitted(module, data, made, slopes, limit_train_batches=STEPS, limit_val_batches=0, precision="64-true")
     assert len(slopes.errors) == STEPS
-    # Equal maths in float64. Zeroth order: what a central difference neglects, chiefly at the kinks of ReLU within
+    # Equal math in float64. Zeroth order: what a central difference neglects, chiefly at the kinks of ReLU within
     # sigma |v| < 1e-3 of the parameters; other dropout noise in one of its evaluations gives 1e-2 and more.
     assert max(slopes.errors) < (1e-4 if rule == "zeroth_order" else 1e-10), slopes.errors
 

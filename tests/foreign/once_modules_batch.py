@@ -246,7 +246,7 @@ class DrawsFromAnIterator(Once):
 
 
 class DrawsFromASecondLoader(Once):
-    """The usual way to go through unlabelled data beside labelled ones: start again at the end."""
+    """The usual way to go through unlabelled data beside labeled ones: start again at the end."""
 
     def prepare(self):
         self.unlabelled = torch.utils.data.DataLoader(torch.arange(6.0).double(), batch_size=2, shuffle=True)

@@ -122,7 +122,7 @@ def exact_rule(make: Callable[[], Once]) -> bpf.ForwardGradient:
 def difference(a: Any, b: Any, where: str = "") -> str:
     """Return where two traces differ, or an empty string."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        # Equal maths in float64: an evaluation in forward mode may sum in another order.
+        # Equal math in float64: an evaluation in forward mode may sum in another order.
         same = a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-10, atol=1e-12, equal_nan=True)
         return "" if same else f"{where}: {a} is not {b}"
     if isinstance(a, float):

@@ -31,7 +31,7 @@ def assert_slopes_are_exact(module: pl.LightningModule, data: DataLoader, rule: 
     slopes = Slopes()
     fitted(module, data, SLOPES[rule](), slopes, limit_train_batches=3, precision="64-true")
     assert len(slopes.errors) == 3
-    # Equal maths in float64; zeroth order: rounding 1e-16 / sigma and sigma^2 times the third derivative, all smooth.
+    # Equal math in float64; zeroth order: rounding 1e-16 / sigma and sigma^2 times the third derivative, all smooth.
     assert max(slopes.errors) < (1e-7 if rule == "zeroth_order" else 1e-10), slopes.errors
 
 
@@ -50,7 +50,7 @@ def test_members_see_the_loss_that_differentiates(kind, algorithm):
         rule = bpf.EvolutionStrategy(algorithm, population_size=8, chunk_size=chunk_size)
         fitted(module, vector_data(), rule, limit_train_batches=3, precision="64-true")
         found.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
-    # Losses are compared in float32, 6e-8 of them; centred ranks divide out the rest.
+    # Losses are compared in float32, 6e-8 of them; centered ranks divide out the rest.
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 
@@ -65,7 +65,7 @@ def test_the_true_gradient_beside_backprop_is_the_same(kind):
     measured = Measured(1)
     fitted(kind(smooth()), vector_data(), bpf.Backprop(), measured, limit_train_batches=3)
     assert measured.measured == 3
-    assert abs(measured.mean_cosine - 1) < 1e-5  # equal maths in float32
+    assert abs(measured.mean_cosine - 1) < 1e-5  # equal math in float32
 
 
 @pytest.mark.parametrize("rule", [lambda: bpf.ForwardGradient(4, chunk_size=2),

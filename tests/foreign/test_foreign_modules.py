@@ -123,7 +123,7 @@ class TwoLoaders(DictBatch):
     """Takes one batch of each of two loaders."""
 
     def training_step(self, batch: dict[str, list[Tensor]], batch_idx: int) -> Tensor:
-        x, y = batch["labelled"]
+        x, y = batch["labeled"]
         (unlabelled,) = batch["unlabelled"]
         entropy = torch.distributions.Categorical(logits=self.net(unlabelled)).entropy().mean()
         return F.cross_entropy(self.net(x), y) + 0.1 * entropy
@@ -132,7 +132,7 @@ class TwoLoaders(DictBatch):
 def two_loaders() -> CombinedLoader:
     x, y = vectors()
     unlabelled = DataLoader(TensorDataset(x.flip(0)), batch_size=4)
-    return CombinedLoader({"labelled": DataLoader(TensorDataset(x, y), batch_size=8), "unlabelled": unlabelled})
+    return CombinedLoader({"labeled": DataLoader(TensorDataset(x, y), batch_size=8), "unlabelled": unlabelled})
 
 
 class Positional(DictBatch):

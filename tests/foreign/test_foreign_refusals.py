@@ -134,7 +134,7 @@ def test_unsupported_layer_that_does_not_train_is_no_obstacle(frozen):
     slopes = Slopes()
     rule = bpf.ForwardGradient(2) if frozen else bpf.ForwardGradient(2, params="head.*")
     fitted(module, language_data(), rule, slopes, precision="64-true")
-    assert max(slopes.errors) < 1e-10  # equal maths in float64
+    assert max(slopes.errors) < 1e-10  # equal math in float64
     assert torch.equal(module.bag.weight.float(), before)
 
 
@@ -216,7 +216,7 @@ def test_manual_optimization_is_refused(rule):
 
 
 class Accuracy(Small):
-    """Maximises the accuracy itself."""
+    """Maximizes the accuracy itself."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A vectorised route that a later step cannot take ends in the loop, with one line, and never the run."""
+"""A vectorized route that a later step cannot take ends in the loop, with one line, and never the run."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ class Shapes(Base):
 LATER = [Item, Branch, Float, Lists, ToList, Numpy, Shapes]
 # A forward gradient has tangents, and no losses, for each direction: it reads numbers and branches in one pass too.
 ONE_PASS_DOES = {("forward_gradient", kind) for kind in LATER if kind is not Numpy}
-VECTORISED = {
+VECTORIZED = {
     "forward_gradient": lambda size: bpf.ForwardGradient(4, chunk_size=size),
     "evolution": lambda size: bpf.EvolutionStrategy(population_size=8, chunk_size=size),
     "low_rank": lambda size: bpf.EvolutionStrategy(population_size=8, chunk_size=size, rank=1),
 }
-every_route = pytest.mark.parametrize("rule", VECTORISED)
+every_route = pytest.mark.parametrize("rule", VECTORIZED)
 
 
 def trained(kind: type[pl.LightningModule], rule: bpf.TrainingRule, **settings) -> tuple[pl.LightningModule, Tensor]:
@@ -92,13 +92,13 @@ def trained(kind: type[pl.LightningModule], rule: bpf.TrainingRule, **settings) 
 @pytest.mark.parametrize("kind", LATER)
 def test_a_later_step_that_cannot_be_vectorised_goes_on_in_the_loop(kind, rule, caplog):
     with caplog.at_level(logging.INFO):
-        module, found = trained(kind, VECTORISED[rule]("auto"), precision="64-true")
+        module, found = trained(kind, VECTORIZED[rule]("auto"), precision="64-true")
     said = [r.message for r in caplog.records if "one by one" in r.message]
     assert len(said) == (0 if (rule, kind) in ONE_PASS_DOES else 1)
     assert all(re.search("vectori[sz]ing fails", line) for line in said)
     assert len(module.kept) == (2 if kind is Lists else 0)  # once a batch, in two epochs
-    # Fitness is compared in float32; equal maths in another order.
-    _, looped = trained(kind, VECTORISED[rule](1), precision="64-true")
+    # Fitness is compared in float32; equal math in another order.
+    _, looped = trained(kind, VECTORIZED[rule](1), precision="64-true")
     torch.testing.assert_close(found, looped, rtol=1e-5, atol=1e-7)
 
 
@@ -106,10 +106,10 @@ def test_a_later_step_that_cannot_be_vectorised_goes_on_in_the_loop(kind, rule, 
 @pytest.mark.parametrize("kind", [Item, Branch, Lists, Numpy])
 def test_a_chunk_size_that_stops_working_is_refused_with_the_cure(kind, rule):
     if (rule, kind) in ONE_PASS_DOES:
-        trained(kind, VECTORISED[rule](2))
+        trained(kind, VECTORIZED[rule](2))
         return
     with pytest.raises(MisconfigurationException, match=r"chunk_size=2\).*cannot be vectori[sz]ed.*chunk_size=1"):
-        trained(kind, VECTORISED[rule](2))
+        trained(kind, VECTORIZED[rule](2))
 
 
 class AtOnce(Item):
@@ -124,7 +124,7 @@ def test_a_chunk_size_that_cannot_work_is_refused_at_the_first_batch(rule):
     module = AtOnce()
     before = module.net.weight.detach().clone()
     with pytest.raises(MisconfigurationException, match=r"chunk_size=4\).*chunk_size=1"):
-        fitted(module, vector_data(), VECTORISED[rule](4))
+        fitted(module, vector_data(), VECTORIZED[rule](4))
     assert torch.equal(module.net.weight, before)
 
 
@@ -137,7 +137,7 @@ class Breaks(Base):
 @pytest.mark.parametrize("size", ["auto", 4])
 def test_an_error_of_the_step_itself_stays_the_same(rule, size):
     with pytest.raises(ValueError, match="the user's own"):
-        trained(Breaks, VECTORISED[rule](size))
+        trained(Breaks, VECTORIZED[rule](size))
 
 
 class Skips(Base):
@@ -149,7 +149,7 @@ class Skips(Base):
 @every_route
 def test_a_later_step_without_a_loss_is_left_out(rule, caplog):
     with caplog.at_level(logging.INFO):
-        trained(Skips, VECTORISED[rule]("auto"))
+        trained(Skips, VECTORIZED[rule]("auto"))
     assert not [r for r in caplog.records if re.search("vectori[sz]ing fails", r.message)]
 
 
@@ -168,7 +168,7 @@ class WritesToFrozen(Base):
 
 @every_route
 def test_a_step_that_writes_to_parameters_takes_the_loop(rule):
-    found = [trained(WritesToFrozen, VECTORISED[rule](size))[1] for size in ("auto", 1)]
+    found = [trained(WritesToFrozen, VECTORIZED[rule](size))[1] for size in ("auto", 1)]
     assert torch.equal(*found)  # the same route
     with pytest.raises(MisconfigurationException, match=r"chunk_size=4\).*writes to parameters.*chunk_size=1"):
-        trained(WritesToFrozen, VECTORISED[rule](4))
+        trained(WritesToFrozen, VECTORIZED[rule](4))

@@ -82,7 +82,7 @@ def test_vectorised_and_looped_forward_gradients_agree_batch_norm_included():
     many = gradients_of(ForwardGradient(5, seed=4, chunk_size=2), dropout=0.0)
     for a, b in zip(one, many, strict=True):
         for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-12)  # equal maths in float64
+            torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-12)  # equal math in float64
 
 
 @pytest.mark.parametrize("make", [partial(ForwardGradient, chunk_size=1), partial(ZerothOrder, sigma=1e-5)])

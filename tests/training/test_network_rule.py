@@ -273,7 +273,7 @@ def test_evaluations_predict_as_trained(epochs: dict[str, int], replaced: bool):
         accelerator="cpu", logger=False, callbacks=[rule], enable_progress_bar=False, enable_checkpointing=False
     )
     found = torch.cat(trainer.predict(module, loader()))
-    # One product of all rows, or of 16 at once: equal maths in float32.
+    # One product of all rows, or of 16 at once: equal math in float32.
     torch.testing.assert_close(found, plain / 2 if replaced else plain, rtol=1e-5, atol=1e-6)
 
 

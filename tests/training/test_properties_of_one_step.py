@@ -63,7 +63,7 @@ def test_normalized_directions_are_on_the_sphere(make):
     sigma = {"sigma": 1e-4} if make is bpf.ZerothOrder else {}
     seen = Weights(lambda slope, square, num: coordinates * slope / (num * square))
     fitted(Once(), pairs(), make(3, normalize=True, **sigma), seen, precision="64-true", max_steps=1)
-    # Equal maths in float64; central differences neglect O(sigma^2) of the slope.
+    # Equal math in float64; central differences neglect O(sigma^2) of the slope.
     assert seen.error < (1e-6 if sigma else 1e-10)
     assert seen.plain > 1e-2  # without the norms it is another estimate
 
@@ -313,7 +313,7 @@ class OnlyTheBatch(Once):
 def test_a_step_without_an_index_trains_as_in_a_plain_fit(make):
     found, expected = outcome(OnlyTheBatch, make()), outcome(OnlyTheBatch)
     assert found["trace"] == expected["trace"] == [2] * 4
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-10)  # equal maths in float64
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-10)  # equal math in float64
 
 
 class SeveralLoaders(Once):
@@ -332,7 +332,7 @@ class SeveralLoaders(Once):
 @pytest.mark.parametrize("make", [bpf.Backprop, lambda: bpf.ForwardGradient(2), lambda: bpf.ZerothOrder(2)])
 def test_several_loaders_train_as_in_a_plain_fit(make):
     found, expected = outcome(SeveralLoaders, make()), outcome(SeveralLoaders)
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-10)  # equal maths in float64
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-10)  # equal math in float64
     assert found["logged"] == expected["logged"] == {"index": 6.0}
     exact = first_gradient(SeveralLoaders, bpf.ForwardGradient(8, orthogonal=True))
     torch.testing.assert_close(exact, first_gradient(SeveralLoaders), rtol=1e-7, atol=1e-9)  # a small linear system

@@ -100,12 +100,12 @@ def assert_bit_equal(ranks: list[dict[str, Any]]) -> None:
 def assert_equal_to_one_process(strategy: str, outcome: dict[str, Any], single: dict[str, Any]) -> None:
     for name, parameter in outcome["parameters"].items():
         if strategy == "ddp":
-            # Equal maths in float64, added up in another order.
+            # Equal math in float64, added up in another order.
             torch.testing.assert_close(parameter, single["parameters"][name], rtol=1e-10, atol=1e-11)
         else:
             # The slopes cross ranks as float32, with a relative error of 6e-8 each. To first order, an error of that
             # size in every coefficient changes what a parameter moves by as much; the rest is room for momentum and
-            # for cancelling directions.
+            # for canceling directions.
             error = (parameter - single["parameters"][name]).abs().max()
             start = start_parameters()[name]
             assert error <= 1e-6 * (single["parameters"][name] - start).abs().max(), name

@@ -332,7 +332,7 @@ def direction_cases() -> dict[str, Callable[[], dict[str, Any]]]:
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         f"same_{name}": partial(same_batch, rule(), 2, strategy=strategy()) for name, rule in DIRECTION_RULES.items()
     }
-    for rule in ("loop", "vectorised", "zeroth"):
+    for rule in ("loop", "vectorized", "zeroth"):
         cases[f"noisy_{rule}"] = partial(noisy, rule, strategy=strategy())
         cases[f"nan_{rule}"] = partial(nan_batch, rule, RANK, 2, strategy=strategy())
     return cases

@@ -52,7 +52,7 @@ def parts(base: Study, targets: Sequence[Study], options: argparse.Namespace) ->
 
 
 def _lines(study: Study, kind: str, seed: int, levels: list[Result]) -> Iterator[tuple[str, Result]]:
-    """Yield barriers between neighbouring levels, and between two trainings of each ticket."""
+    """Yield barriers between neighboring levels, and between two trainings of each ticket."""
     for one, other in itertools.pairwise(levels):
         yield "barrier", _barrier(study, "levels", one, other)
     for result in levels:
@@ -90,7 +90,7 @@ def _studies(options: argparse.Namespace, overrides: list[str]) -> tuple[Study, 
     if KINDS[first]["weights"] != "init" and (targets or not options.no_connectivity):
         good = ", ".join(kind for kind, arguments in KINDS.items() if arguments["weights"] == "init")
         raise CommandError(
-            f"--kinds {first} ...: tickets of the first kind are trained again, from the first initialisation, with "
+            f"--kinds {first} ...: tickets of the first kind are trained again, from the first initialization, with "
             f"which {first} tickets are not trained. Put one of {good} first, or leave out --transfer and give "
             "--no-connectivity."
         )

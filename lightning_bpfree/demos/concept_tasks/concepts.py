@@ -111,7 +111,7 @@ def inside_quotation(inputs: Tensor, _targets: Tensor | None = None) -> Tensor:
 
 
 class feature_above_mean:  # noqa: N801  # used as a function of its arguments
-    """Whether a standardised feature is above its mean of 0: a label function for tables (B, D).
+    """Whether a standardized feature is above its mean of 0: a label function for tables (B, D).
 
     Args:
         feature: Its column, at least 0.

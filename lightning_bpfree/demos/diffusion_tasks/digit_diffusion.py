@@ -20,7 +20,7 @@ _BRIGHTEST = 16.0  # of scikit-learn's digits
 class DigitDiffusion(LightningModule):
     """A class-conditional UNet2DModel that predicts noise, for images of one channel.
 
-    Batches are those of :class:`~lightning_bpfree.demos.data.DigitsDataModule`: standardised images and labels. A tenth
+    Batches are those of :class:`~lightning_bpfree.demos.data.DigitsDataModule`: standardized images and labels. A tenth
     of the labels is left out, as classifier-free guidance needs it. Logs ``train_loss`` and ``val_loss``, mean squared
     errors of the predicted noise, on averaged weights for the latter. When the fit ends, `folder` gets the pipeline
     (averaged weights, safetensors), ``embeddings.safetensors`` with the ten class embeddings as ``prompt_embeds`` and
@@ -76,9 +76,9 @@ class DigitDiffusion(LightningModule):
         predicted: Tensor = parts["unet"](noisy, times, class_labels=parts["classes"](labels)).sample
         return torch.nn.functional.mse_loss(predicted, noise)
 
-    def _images(self, standardised: Tensor) -> Tensor:
+    def _images(self, standardized: Tensor) -> Tensor:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        pixels: Tensor = standardised * data.std + data.mean
+        pixels: Tensor = standardized * data.std + data.mean
         return pixels / (_BRIGHTEST / 2) - 1.0
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

@@ -88,13 +88,13 @@ class ConceptBackprop(Callback):
         True
 
     References:
-        P. Hammersborg, I. Strümke, "Concept backpropagation: An Explainable AI approach for visualising learned
+        P. Hammersborg, I. Strümke, "Concept backpropagation: An Explainable AI approach for visualizing learned
         concepts in neural network models", 2023, arXiv 2307.12601. B. Kim et al., "Interpretability Beyond Feature
         Attribution: Quantitative Testing with Concept Activation Vectors (TCAV)", 2018, arXiv 1711.11279.
     """
 
     citation: ClassVar[str] = (
-        "@article{hammersborg2023concept, title={Concept backpropagation: An Explainable AI approach for visualising "
+        "@article{hammersborg2023concept, title={Concept backpropagation: An Explainable AI approach for visualizing "
         'learned concepts in neural network models}, author={Hammersborg, Patrik and Str{\\"u}mke, Inga}, '
         "journal={arXiv preprint arXiv:2307.12601}, year={2023}}"
     )

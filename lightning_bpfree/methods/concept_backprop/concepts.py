@@ -17,7 +17,7 @@ MIN_OF_A_CLASS = 10  # of each class, or of all samples of a continuous concept:
 
 
 class Concept:
-    """A concept, and where its labels come from: a function, a key of the batch, or labelled examples.
+    """A concept, and where its labels come from: a function, a key of the batch, or labeled examples.
 
     Args:
         name: under which scores are logged.
@@ -95,14 +95,14 @@ class Concept:
         return labels
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     """A sample set of one concept."""
 
     rows: Tensor
     labels: Tensor
 
 
-def known(concept: Concept, labels: Tensor) -> Labelled:
+def known(concept: Concept, labels: Tensor) -> Labeled:
     """Return the rows whose label is known, and their labels.
 
     Raises:
@@ -124,7 +124,7 @@ def known(concept: Concept, labels: Tensor) -> Labelled:
             f"concept {concept.name!r}: {state} in {len(values)} samples; a probe of a continuous concept needs "
             f"{2 * MIN_OF_A_CLASS} samples that differ."
         )
-    return Labelled(rows, values)
+    return Labeled(rows, values)
 
 
 def as_concepts(concepts: Concept | Sequence[Concept] | Mapping[str, LabelFunction | str]) -> list[Concept]:

@@ -1,4 +1,4 @@
-"""Changing discrete inputs one exact step after another: the best of all neighbours, until the probe agrees."""
+"""Changing discrete inputs one exact step after another: the best of all neighbors, until the probe agrees."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_bpfree.methods.concept_backprop.frozen import Forward, device_of,
 from lightning_bpfree.methods.concept_backprop.layers import find_layers, run
 from lightning_bpfree.methods.concept_backprop.probe import LinearProbe
 
-Neighbours = Callable[[Tensor], Tensor]
+Neighbors = Callable[[Tensor], Tensor]
 """From one input ``(...)`` to all that may follow it in one step, ``(K, ...)``."""
 
 
@@ -22,7 +22,7 @@ def flip_concept(
     module: nn.Module,
     inputs: Tensor,
     probe: LinearProbe,
-    neighbours: Neighbours,
+    neighbors: Neighbors,
     settings: ChangeSettings | None = None,
     *,
     max_flips: PositiveInt = 4,
@@ -31,18 +31,18 @@ def flip_concept(
 ) -> ConceptChange:
     """Return inputs after as few steps as a greedy search needs to bring the probe's score to its target.
 
-    Each step takes the neighbour of the highest score (or lowest, where the concept is to go). No gradient is needed,
-    and every intermediate input is one that ``neighbours`` allows: a legal position, a printable text.
+    Each step takes the neighbor of the highest score (or lowest, where the concept is to go). No gradient is needed,
+    and every intermediate input is one that ``neighbors`` allows: a legal position, a printable text.
 
     Args:
         module: any trained module.
         inputs: ``(B, ...)``.
         probe: on a layer of the module.
-        neighbours: rule of the steps; see :func:`single_changes` and :func:`token_changes`.
+        neighbors: rule of the steps; see :func:`single_changes` and :func:`token_changes`.
         settings: target and direction; penalties, steps and learning rate do not matter here.
         max_flips: steps at most, >= 1.
         forward: how the module is evaluated.
-        chunk_size: neighbours in one forward pass.
+        chunk_size: neighbors in one forward pass.
 
     Examples:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 1))
@@ -65,7 +65,7 @@ def flip_concept(
             ]
             return torch.cat(parts)
 
-        changed = torch.stack([_climb(sample, scores, neighbours, sign, goal, max_flips) for sample in x])
+        changed = torch.stack([_climb(sample, scores, neighbors, sign, goal, max_flips) for sample in x])
         seen = [run(module, y, layers, pool=probe.pool, forward=forward, whole=True) for y in (x, changed)]
         before, after = (probe.score(part.features[probe.layer]).cpu() for part in seen)
         outputs = [None if part.output is None else part.output.cpu() for part in seen]
@@ -87,13 +87,13 @@ def flip_concept(
 
 
 def _climb(
-    sample: Tensor, scores: Callable[[Tensor], Tensor], neighbours: Neighbours, sign: float, goal: float, limit: int
+    sample: Tensor, scores: Callable[[Tensor], Tensor], neighbors: Neighbors, sign: float, goal: float, limit: int
 ) -> Tensor:
     height = sign * float(scores(sample[None]))
     for _ in range(limit):
         if height >= sign * goal:
             break
-        options = neighbours(sample)
+        options = neighbors(sample)
         if not len(options):
             break
         heights = sign * scores(options)

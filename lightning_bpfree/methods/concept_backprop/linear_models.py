@@ -1,6 +1,6 @@
-"""Penalised linear models in float64: logistic and least squares, with an L2 or L1 penalty, several targets at once.
+"""Penalized linear models in float64: logistic and least squares, with an L2 or L1 penalty, several targets at once.
 
-Targets are columns, and share the inputs. Every solver minimises a mean over the samples plus a penalty, so that its
+Targets are columns, and share the inputs. Every solver minimizes a mean over the samples plus a penalty, so that its
 strength does not depend on their number. scikit-learn's ``LogisticRegression(C=1 / (N * strength))`` is the same model.
 """
 
@@ -54,21 +54,21 @@ def logistic(x: Tensor, targets: Tensor, strength: float, weights: Tensor, l1: b
 def least_squares(x: Tensor, targets: Tensor, strength: float, l1: bool = False) -> Linear:
     """Return least squares fits of ``(N, M)`` targets, of half the squared error; ridge or lasso."""
     means, offsets = x.mean(0), targets.mean(0)
-    centred, wanted = x - means, targets - offsets
+    centered, wanted = x - means, targets - offsets
     count, width = x.shape
     if l1:
 
         def slope(model: Linear) -> Linear:
-            error = (centred @ model.weight - wanted) / count
-            return Linear(centred.T @ error, torch.zeros_like(model.bias))
+            error = (centered @ model.weight - wanted) / count
+            return Linear(centered.T @ error, torch.zeros_like(model.bias))
 
-        weight = _proximal(centred, targets.shape[1], slope, strength, curvature=1.0).weight
+        weight = _proximal(centered, targets.shape[1], slope, strength, curvature=1.0).weight
     elif width <= count:
         eye = torch.eye(width, dtype=x.dtype, device=x.device)
-        weight = torch.linalg.solve(centred.T @ centred / count + strength * eye, centred.T @ wanted / count)
+        weight = torch.linalg.solve(centered.T @ centered / count + strength * eye, centered.T @ wanted / count)
     else:  # fewer samples than features: the same solution, in the space of samples
         eye = torch.eye(count, dtype=x.dtype, device=x.device)
-        weight = centred.T @ torch.linalg.solve(centred @ centred.T / count + strength * eye, wanted) / count
+        weight = centered.T @ torch.linalg.solve(centered @ centered.T / count + strength * eye, wanted) / count
     return Linear(weight, offsets - means @ weight)
 
 

@@ -207,5 +207,5 @@ def check_range(inputs: Tensor, low: float | None, high: float | None) -> None:
         raise ValueError(
             f"inputs run from {float(inputs.min()):g} to {float(inputs.max()):g}, out of the range low={low}, high="
             f"{high} that changed inputs are kept in: give the range of the inputs as the network sees them "
-            "(standardised images: (0 - mean) / std to (1 - mean) / std)."
+            "(standardized images: (0 - mean) / std to (1 - mean) / std)."
         )

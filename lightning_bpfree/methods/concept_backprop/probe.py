@@ -23,7 +23,7 @@ class ProbeSettings:
     """How probes are fitted.
 
     Args:
-        penalty: on the weights of standardised features: ``"l2"`` or ``"l1"``; ``"mean_difference"``: the direction
+        penalty: on the weights of standardized features: ``"l2"`` or ``"l1"``; ``"mean_difference"``: the direction
             from the mean of all samples to that of those with the concept, without a fit (as FastCAV).
         strength: of the penalty, >= 0.
         held_out: share of the samples on which scores are measured, in (0, 1).
@@ -231,8 +231,8 @@ def _class_weights(targets: Tensor) -> Tensor:
 
 def _mean_difference(x: Tensor, targets: Tensor, kind: Kind) -> Linear:
     """Directions from the mean of all to that of the concept; threshold and slope come from one number a sample."""
-    centred = targets - targets.mean(0)
-    directions = x.T @ centred / len(x)  # proportional to mean(x | concept) - mean(x)
+    centered = targets - targets.mean(0)
+    directions = x.T @ centered / len(x)  # proportional to mean(x | concept) - mean(x)
     columns = []
     for i in range(targets.shape[1]):
         line = x @ directions[:, i : i + 1]
@@ -248,15 +248,15 @@ def _mean_difference(x: Tensor, targets: Tensor, kind: Kind) -> Linear:
 
 def _probe(models: Linear, column: int, x: Tensor, targets: Tensor, **named: Any) -> LinearProbe:
     weight = models.weight[:, column].clone()
-    centred = x - x.mean(0)
-    line = centred @ weight
+    centered = x - x.mean(0)
+    line = centered @ weight
     variance = float(line.square().mean())
     labels = targets[:, column]
     low, high = torch.quantile(labels, torch.tensor([0.1, 0.9], dtype=labels.dtype)).tolist()
     return LinearProbe(
         weight=weight,
         bias=models.bias[column].clone(),
-        pattern=centred.T @ line / len(x) / max(variance, 1e-24),
+        pattern=centered.T @ line / len(x) / max(variance, 1e-24),
         spread=math.sqrt(variance) if named["kind"] == "binary" else float(labels.std()),
         quantiles=(low, high),
         **named,

@@ -177,7 +177,7 @@ def candidates(probe: LinearProbe, features: Tensor, settings: ChangeSettings, c
 
 
 def _without(concept: Concept, labels: Tensor, settings: ChangeSettings, rows: Tensor) -> Tensor:
-    """Return the labelled rows in their order, first those whose labels lack what is asked for."""
+    """Return the labeled rows in their order, first those whose labels lack what is asked for."""
     if concept.kind == "continuous":
         return rows[~labels.isnan()]
     has_not = labels == (0.0 if settings.direction == "raise" else 1.0)

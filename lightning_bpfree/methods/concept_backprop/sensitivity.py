@@ -91,8 +91,8 @@ def concept_sensitivity(
     shifts = [probe.pattern * probe.spread if probe.kind == "binary" else _unit(probe)]
     generator = torch.Generator().manual_seed(seed)
     with frozen(module), torch.no_grad():
-        centred = features.double() - features.double().mean(0)
-        shifts += [_random_shift(centred, generator) for _ in range(num_random)]
+        centered = features.double() - features.double().mean(0)
+        shifts += [_random_shift(centered, generator) for _ in range(num_random)]
         x = usable(inputs, device_of(module))
         layers = find_layers(module, probe.layer)
         plain = _output(run(module, x, layers, pool=probe.pool, forward=forward, whole=True).output, output_of)
@@ -161,12 +161,12 @@ def _unit(probe: LinearProbe) -> Tensor:
     return probe.pattern * probe.spread if probe.pattern is not None else probe.weight
 
 
-def _random_shift(centred: Tensor, generator: torch.Generator) -> Tensor:
+def _random_shift(centered: Tensor, generator: torch.Generator) -> Tensor:
     """Return ``cov r / sqrt(r' cov r)``: a pattern as long, by the covariance, as every probe's is."""
-    scale = centred.std(0).clamp_min(1e-12)
-    weights = torch.randn(centred.shape[1], generator=generator, dtype=torch.float64) / scale
-    line = centred @ weights
-    return centred.T @ line / len(centred) / line.square().mean().sqrt().clamp_min(1e-24)
+    scale = centered.std(0).clamp_min(1e-12)
+    weights = torch.randn(centered.shape[1], generator=generator, dtype=torch.float64) / scale
+    line = centered @ weights
+    return centered.T @ line / len(centered) / line.square().mean().sqrt().clamp_min(1e-24)
 
 
 def _moved(

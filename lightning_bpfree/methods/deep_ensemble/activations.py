@@ -138,7 +138,7 @@ class MemberActivations:
 
 
 def group_of(member: int, members: int, groups: int) -> int:
-    """Return the group of a member: neighbours share one, so that one call computes them side by side.
+    """Return the group of a member: neighbors share one, so that one call computes them side by side.
 
     Examples:
         >>> [group_of(m, 6, 3) for m in range(6)]

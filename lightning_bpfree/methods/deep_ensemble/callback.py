@@ -21,7 +21,7 @@ from lightning_bpfree.methods.deep_ensemble.checks import check_fit, check_strat
 from lightning_bpfree.methods.deep_ensemble.combining.combination import Combination, Combine, Task
 from lightning_bpfree.methods.deep_ensemble.combining.exported import EnsembleModule
 from lightning_bpfree.methods.deep_ensemble.combining.report import LOGGED, TargetsOf
-from lightning_bpfree.methods.deep_ensemble.initialisation import Initialise, initial_states
+from lightning_bpfree.methods.deep_ensemble.initialization import Initialize, initial_states
 from lightning_bpfree.methods.deep_ensemble.optimizers import MemberOptimizers
 from lightning_bpfree.methods.deep_ensemble.run import EnsembleRun
 from lightning_bpfree.methods.deep_ensemble.settings import Route, Settings
@@ -42,7 +42,7 @@ class DeepEnsemble(Callback):
 
     Args:
         members: how many, >= 1; None: 5, or as many as there are activations.
-        activations: names of activations that replace the module's own: neighbouring members share one, and members
+        activations: names of activations that replace the module's own: neighboring members share one, and members
             must be a multiple of their number. Of ``relu``, ``relu6``, ``elu``, ``selu``, ``celu``, ``gelu``, ``silu``,
             ``mish``, ``tanh``, ``leaky_relu``, ``softplus``, ``hardswish``.
         combine: ``"mean"`` of the probabilities or values; ``"vote"``: the class of most votes, a tie going to the
@@ -52,9 +52,9 @@ class DeepEnsemble(Callback):
         weights: of the members in mean or vote, each >= 0, summing to 1; None for equal ones.
         bootstrap: whether each member trains on its own sample of the training set, drawn with replacement.
         lr_factors: by which each member's learning rates differ from the configured ones, each > 0; None for 1.
-        initialise: how members after the first, which starts from the module as it is, get other weights: ``"reset"``:
+        initialize: how members after the first, which starts from the module as it is, get other weights: ``"reset"``:
             by ``reset_parameters()`` of the module or of its parts (pretrained weights are lost, frozen ones kept);
-            ``"same"``: not at all; or a function that initialises the module it is given, in place.
+            ``"same"``: not at all; or a function that initializes the module it is given, in place.
         seed: of the members' seeds, or a list of these; None takes torch's initial seed (``seed_everything``).
         route: ``"stacked"``: all members in one vmapped step; ``"sequential"``: one after the other; ``"auto"``
             chooses, and says which and why.
@@ -94,7 +94,7 @@ class DeepEnsemble(Callback):
         weights: Annotated[Sequence[Fraction], NonEmpty()] | None = None,
         bootstrap: bool = False,
         lr_factors: Annotated[Sequence[PositiveFloat], NonEmpty()] | None = None,
-        initialise: Initialise = "reset",
+        initialize: Initialize = "reset",
         seed: int | Annotated[Sequence[int], NonEmpty()] | None = None,
         route: Route = "auto",
         network: str | None = None,
@@ -111,7 +111,7 @@ class DeepEnsemble(Callback):
             weights=weights,
             bootstrap=bootstrap,
             lr_factors=lr_factors or (),
-            initialise=initialise,
+            initialize=initialize,
             seed=seed,
             route=route,
             network=network,
@@ -192,7 +192,7 @@ class DeepEnsemble(Callback):
         if loaded is None:
             run = self._run if self._run is not None and self._run.module is pl_module else None
             seeds = self.settings.seeds(torch.initial_seed()) if run is None else run.seeds
-            states = initial_states(pl_module, seeds, self.settings.initialise) if run is None else self.member_states()
+            states = initial_states(pl_module, seeds, self.settings.initialize) if run is None else self.member_states()
             streams = None if run is None else run.streams.to_plain()
             resumed = None
         else:

@@ -27,7 +27,7 @@ def check_strategy(trainer: pl.Trainer) -> None:
     # By name, for a Trainer from `pytorch_lightning` brings its own class.
     if "SingleDeviceStrategy" not in {kind.__name__ for kind in type(trainer.strategy).__mro__}:
         raise MisconfigurationException(
-            f"DeepEnsemble trains all members on one device, and {type(trainer.strategy).__name__} would synchronise "
+            f"DeepEnsemble trains all members on one device, and {type(trainer.strategy).__name__} would synchronize "
             "the gradients of the first alone: use devices=1, or one run for each member."
         )
 

@@ -11,7 +11,7 @@ from lightning_bpfree.methods.deep_ensemble.activations import check_activations
 from lightning_bpfree.methods.deep_ensemble.combining.aggregation import check_weights
 from lightning_bpfree.methods.deep_ensemble.combining.combination import Combine, Task
 from lightning_bpfree.methods.deep_ensemble.combining.report import TargetsOf
-from lightning_bpfree.methods.deep_ensemble.initialisation import Initialise
+from lightning_bpfree.methods.deep_ensemble.initialization import Initialize
 
 Route = Literal["auto", "stacked", "sequential"]
 
@@ -31,7 +31,7 @@ class Settings:
     weights: Sequence[float] | None
     bootstrap: bool
     lr_factors: Sequence[float]
-    initialise: Initialise
+    initialize: Initialize
     seed: int | Sequence[int] | None
     route: Route
     network: str | None

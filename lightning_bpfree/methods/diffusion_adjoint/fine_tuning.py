@@ -82,7 +82,7 @@ class RewardFineTuning(pl.LightningModule):
             ``"kl"``, the divergence of the model's reverse diffusion from the frozen model's; None.
         prior_weight: its factor, above 0.
         ema_decay: of averages of what is trained, with which validation samples; in (0, 1), None for none.
-        keep_norm: keep the norm of each optimised noise, as of a standard normal.
+        keep_norm: keep the norm of each optimized noise, as of a standard normal.
         fixed_noise: train on the same noise in every epoch, instead of new noise.
         image_every: epochs between grids of images, PNG files and W&B; 0 for none.
         seed: of noise; None takes torch's initial seed (``seed_everything``).

@@ -201,7 +201,7 @@ class DiffusionSampler(nn.Module):
         if last_steps is not None and torch.is_grad_enabled() and noise.requires_grad and not field.tensors:
             raise ValueError(
                 "gradient='truncated' stops before the initial noise, and nothing else needs a gradient: use "
-                "gradient='exact_adjoint' to optimise noise."
+                "gradient='exact_adjoint' to optimize noise."
             )
         start, end = solve.nodes[0], solve.nodes[-1]
         y = noise.to(torch.promote_types(noise.dtype, torch.float32)) / start.scale

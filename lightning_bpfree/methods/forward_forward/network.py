@@ -100,14 +100,14 @@ class GoodnessNetwork(ForwardOverride):
         def leave(index: int, activity: Tensor) -> Tensor:
             return rescaled(cut_off(activity), self.settings.length) if index == last else cut_off(activity)
 
-        return self.run(self.labelled(inputs, None), None, call, leave)
+        return self.run(self.labeled(inputs, None), None, call, leave)
 
     def goodness_of_labels(self, inputs: Tensor, call: Call) -> Tensor:
         """Return the goodness, summed over blocks, of the inputs with each label; labels are folded into the batch."""
         columns = []
         for labels in _chunks(self.num_classes, max(1, ROWS_AT_ONCE // max(1, len(inputs)))):
             rows = torch.arange(labels.start, labels.stop, device=inputs.device).repeat_interleave(len(inputs))
-            folded = self.labelled(inputs.repeat(len(labels), *[1] * (inputs.dim() - 1)), rows)
+            folded = self.labeled(inputs.repeat(len(labels), *[1] * (inputs.dim() - 1)), rows)
             found = self.goodness_of_rows(folded, rows, call.times(len(inputs), len(labels)))
             columns.append(self.total(found).view(len(labels), len(inputs)))
         return torch.cat(columns).T
@@ -136,7 +136,7 @@ class GoodnessNetwork(ForwardOverride):
         """Return the sum over the blocks that count."""
         return torch.stack(list(found[self.settings.first_block :])).sum(0)
 
-    def labelled(self, inputs: Tensor, labels: Tensor | None) -> Tensor:
+    def labeled(self, inputs: Tensor, labels: Tensor | None) -> Tensor:
         """Return the inputs with labels in them (None: the neutral one), where labels come in with the input."""
         label = self.settings.label
         if callable(label):
@@ -177,8 +177,8 @@ class GoodnessNetwork(ForwardOverride):
         def behind_tokens(x: Tensor) -> Tensor:
             if not waits or self.label_embedding is None:
                 return x
-            labelled: Tensor = self.label_embedding(x)(x, labels)
-            return labelled
+            labeled: Tensor = self.label_embedding(x)(x, labels)
+            return labeled
 
         def left(index: int, activity: Tensor) -> Tensor:
             made = leave(index, activity)

@@ -149,7 +149,7 @@ class GoodnessPass:
     ) -> tuple[Tensor | None, Tensor]:
         """Return the wrong labels, if negatives are made by labels, and positive and negative inputs in one batch."""
         negative, wrong = self._negative(network, inputs, labels, call, scores)
-        positive = inputs if self.settings.label == "none" else network.labelled(inputs, labels)
+        positive = inputs if self.settings.label == "none" else network.labeled(inputs, labels)
         return wrong, torch.cat([positive.detach(), negative.detach()])
 
     def _negative(
@@ -172,7 +172,7 @@ class GoodnessPass:
             wrong = hard_labels(scores.nan_to_num(), labels, self.generator)  # what is not finite is found in the end
         else:
             wrong = wrong_labels(labels, network.num_classes, self.generator)
-        return network.labelled(inputs, wrong), wrong
+        return network.labeled(inputs, wrong), wrong
 
     @staticmethod
     def _checked(made: Tensor, labels: Tensor, num_classes: int) -> Tensor:

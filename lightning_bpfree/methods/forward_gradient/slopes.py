@@ -48,7 +48,7 @@ def chosen_chunk(step: Step, params: Params, directions: Directions, fastest: bo
     loss = step.loss()
     stacked = directions.stack(ks)
     try:
-        vectorised, (again, _) = timed(lambda: along_many(step, params, stacked), loss.device, 3 if by_clock else 1)
+        vectorized, (again, _) = timed(lambda: along_many(step, params, stacked), loss.device, 3 if by_clock else 1)
     except Exception as error:  # of any kind: the loop remains
         rank_zero_info(f"ForwardGradient: directions one by one, since vectorizing fails: {first_line(error)}")
         return 1
@@ -61,9 +61,9 @@ def chosen_chunk(step: Step, params: Params, directions: Directions, fastest: bo
         return len(ks)
     loop, _ = timed(lambda: along_one(step, params, directions[0]), loss.device, 3)
     step.forward_evals = counted + 1
-    chosen = len(ks) if vectorised < loop * len(ks) else 1
+    chosen = len(ks) if vectorized < loop * len(ks) else 1
     rank_zero_info(
-        f"ForwardGradient: {len(ks)} directions take {vectorised:.3g} s in one pass, {loop * len(ks):.3g} s one by "
+        f"ForwardGradient: {len(ks)} directions take {vectorized:.3g} s in one pass, {loop * len(ks):.3g} s one by "
         f"one: chunk_size={chosen} from here on."
     )
     return chosen

@@ -166,15 +166,15 @@ class Arrays(Foreign):
 
 @case
 class TwoLoaders(Foreign):
-    """Labelled and unlabelled batches, side by side."""
+    """Labeled and unlabelled batches, side by side."""
 
     def train_dataloader(self) -> Any:
         x, y = table()
-        return CombinedLoader({"labelled": loader(x, y), "unlabelled": loader(x.flip(0))}, "min_size")
+        return CombinedLoader({"labeled": loader(x, y), "unlabelled": loader(x.flip(0))}, "min_size")
 
     def training_step(self, batch: dict[str, list[Tensor]], batch_idx: int) -> Tensor:
         entropy = torch.distributions.Categorical(logits=self.net(batch["unlabelled"][0])).entropy().mean()
-        return self.loss(*batch["labelled"]) + 0.1 * entropy
+        return self.loss(*batch["labeled"]) + 0.1 * entropy
 
 
 @case

@@ -49,6 +49,6 @@ def test_more_features_than_samples_give_the_same_ridge(data):
     x, line = data
     few, wanted = x[:8], line[:8, None]
     eye = torch.eye(12, dtype=torch.float64)
-    centred = few - few.mean(0)
-    expected = torch.linalg.solve(centred.T @ centred / 8 + 0.1 * eye, centred.T @ (wanted - wanted.mean()) / 8)
+    centered = few - few.mean(0)
+    expected = torch.linalg.solve(centered.T @ centered / 8 + 0.1 * eye, centered.T @ (wanted - wanted.mean()) / 8)
     torch.testing.assert_close(least_squares(few, wanted, 0.1).weight, expected, rtol=1e-10, atol=1e-12)

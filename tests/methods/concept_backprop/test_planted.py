@@ -113,7 +113,7 @@ def test_tables_name_what_is_used(found):
 def test_inputs_to_change_are_those_whose_labels_lack_the_concept(direction):
     x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
     labels = (x[:, 0] > 0).double()
-    labels[1::8] = 1 - labels[1::8]  # some are labelled against what the probe will say of them
+    labels[1::8] = 1 - labels[1::8]  # some are labeled against what the probe will say of them
     labels[::4] = torch.nan
     concept = Concept("c", key="c")
     analysis = ConceptBackprop(

@@ -133,8 +133,8 @@ def test_stacking_weights_come_from_validation_and_serve_in_test():
 
 
 def test_training_logs_the_mean_over_members():
-    ensemble = bpf.DeepEnsemble(3, seed=3, route="sequential", initialise="same")
-    one = bpf.DeepEnsemble(3, seed=3, route="stacked", initialise="same")
+    ensemble = bpf.DeepEnsemble(3, seed=3, route="sequential", initialize="same")
+    one = bpf.DeepEnsemble(3, seed=3, route="stacked", initialize="same")
     # One epoch, for the first batch is the one on which the routes are tried.
     found = [fit(e, epochs=1, limit_val_batches=0)[0].callback_metrics for e in (ensemble, one)]
     for name in ("train_acc", "train_loss", "batch_acc"):
@@ -144,7 +144,7 @@ def test_training_logs_the_mean_over_members():
     def make():
         return Judged(dropout=0.0)
 
-    first = fit(bpf.DeepEnsemble(3, seed=3, initialise="same"), make, limit_val_batches=0)[0].callback_metrics
+    first = fit(bpf.DeepEnsemble(3, seed=3, initialize="same"), make, limit_val_batches=0)[0].callback_metrics
     alone = fit(bpf.DeepEnsemble(1, seed=3), make, limit_val_batches=0)[0].callback_metrics
     for name in ("train_acc", "train_loss", "batch_acc"):
         assert float(first[name]) == pytest.approx(float(alone[name]), rel=1e-5), name
@@ -229,7 +229,7 @@ def test_members_whose_outputs_differ_in_shape_are_refused():
     def two_classes(module):
         module.classes.fill_(2)
 
-    ensemble = bpf.DeepEnsemble(2, initialise=two_classes, route="sequential")
+    ensemble = bpf.DeepEnsemble(2, initialize=two_classes, route="sequential")
     with pytest.raises(ValueError, match=r"outputs differ in shape \(\(16, 3\), \(16, 2\)\)"):
         fit(ensemble, Ragged, limit_train_batches=0, num_sanity_val_steps=1)
 

@@ -36,7 +36,7 @@ import lightning_bpfree as bpf
         ({"combine": "vote", "task": "regression"}, "use combine='mean'"),
         ({"lr_factors": [1.0, -1.0], "members": 2}, r"lr_factors=\[1.0, -1.0\]: give a list of"),
         ({"lr_factors": [1.0], "members": 2}, "give 2 numbers above 0"),
-        ({"initialise": "fresh"}, "initialise='fresh'"),
+        ({"initialize": "fresh"}, "initialize='fresh'"),
         ({"seed": [1, 1], "members": 2}, "2 different seeds"),
         ({"route": "vmap"}, "route='vmap'"),
     ],
@@ -58,7 +58,7 @@ class Functional(Small):
 
 
 class Unreachable(Small):
-    """Has parameters that nothing initialises."""
+    """Has parameters that nothing initializes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -273,8 +273,8 @@ def test_initialisation_by_a_function_and_none_at_all():
     def ones(module):
         nn.init.constant_(module.net[4].bias, torch.rand(()).item())
 
-    _, _, before, _ = train(Small, bpf.DeepEnsemble(2, seed=3, initialise=ones))
+    _, _, before, _ = train(Small, bpf.DeepEnsemble(2, seed=3, initialize=ones))
     assert torch.equal(before[0]["net.0.weight"], before[1]["net.0.weight"])
     assert not torch.equal(before[0]["net.4.bias"], before[1]["net.4.bias"])
-    _, _, before, _ = train(Small, bpf.DeepEnsemble(2, seed=3, initialise="same"))
+    _, _, before, _ = train(Small, bpf.DeepEnsemble(2, seed=3, initialize="same"))
     assert all(torch.equal(before[0][name], before[1][name]) for name in before[0])

@@ -124,11 +124,11 @@ class Faulty(Net):
             return loss
         if self.fault == "constant":
             return loss * 0 + 1
-        moved = (self.net.bias[0] > self.centre).float()  # of about half the members
+        moved = (self.net.bias[0] > self.center).float()  # of about half the members
         return loss + torch.where(moved > 0, torch.tensor(float(self.fault)), 0.0)
 
     def on_train_start(self):
-        self.centre = self.net.bias[0].detach().clone() + 1e-6
+        self.center = self.net.bias[0].detach().clone() + 1e-6
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=0.5, weight_decay=0.1)

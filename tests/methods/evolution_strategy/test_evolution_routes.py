@@ -1,4 +1,4 @@
-"""Routes of EvolutionStrategy agree: members one by one, vectorised, and layer by layer."""
+"""Routes of EvolutionStrategy agree: members one by one, vectorized, and layer by layer."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_forward_passes_are_counted():
         assert rule.record.forward_evals == 3 * 9
 
 
-# --- what vectorising may get wrong ----------------------------------------------------------------------------------
+# --- what vectorizing may get wrong ----------------------------------------------------------------------------------
 
 
 class Later(Net):

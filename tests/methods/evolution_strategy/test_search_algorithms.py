@@ -24,7 +24,7 @@ def fitness_of(function, population) -> torch.Tensor:
 
 
 def searched(algorithm, function, x, generations, size, optimizer=None, transform=lambda f: f, seed=0):
-    """Minimise; returns the points and the standard deviations on the way."""
+    """Minimize; returns the points and the standard deviations on the way."""
     x = x.clone().requires_grad_()
     optimizer = torch.optim.SGD([x], lr=1.0) if optimizer is None else optimizer([x])
     points, stds = [], []

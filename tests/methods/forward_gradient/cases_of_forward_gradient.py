@@ -26,11 +26,11 @@ ANY_MODULE = {
 }
 RANKS = {
     "loop": partial(ForwardGradient, 4, chunk_size=1),
-    "vectorised": partial(ForwardGradient, 4, chunk_size=4),
+    "vectorized": partial(ForwardGradient, 4, chunk_size=4),
 }
 SHARED_RANKS = {
     **{f"loop{num}": partial(ForwardGradient, num, chunk_size=1) for num in (4, 3, 1)},
-    **{f"vectorised{num}": partial(ForwardGradient, num, chunk_size=num) for num in (4, 3)},
+    **{f"vectorized{num}": partial(ForwardGradient, num, chunk_size=num) for num in (4, 3)},
     **{f"auto{num}": partial(ForwardGradient, num) for num in (4, 3)},
 }
 LOCAL_RANKS = {

@@ -49,7 +49,7 @@ def test_random_reinit_redraws_masks_and_weights(tmp_path):
     for name in ("net.0.bias", "net.2.weight"):
         assert not torch.equal(second[name], first[name])
         assert not torch.equal(third[name], second[name])
-    # torch's own initialisation of the first layer is uniform within 1/sqrt(6)
+    # torch's own initialization of the first layer is uniform within 1/sqrt(6)
     assert 0.35 < float(second["net.0.weight"].abs().max()) <= 6**-0.5
     _, again, _ = levels_of(tmp_path / "again", score="random", weights="fresh")
     assert_equal(again.starts[2], third)

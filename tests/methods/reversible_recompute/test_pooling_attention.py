@@ -67,7 +67,7 @@ def test_every_head_is_normalised_over_its_own_channels():
 
 
 def identity(attention):
-    """Pools that change nothing: kernels that are 1 at their centre, and no normalisation."""
+    """Pools that change nothing: kernels that are 1 at their center, and no normalization."""
     for pool in (attention.pool_q, attention.pool_k, attention.pool_v):
         nn.init.dirac_(pool.conv.weight, groups=pool.conv.groups)
         pool.norm = nn.Identity()

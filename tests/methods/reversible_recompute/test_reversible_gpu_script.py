@@ -20,7 +20,7 @@ KEYS = {"command", "date", "seed", "device", "versions", "rows", "checks", "poin
 
 @pytest.fixture
 def script(monkeypatch):
-    """The script as a module; its neighbours are found, and forgotten again."""
+    """The script as a module; its neighbors are found, and forgotten again."""
     monkeypatch.setattr(sys, "path", [str(SCRIPT.parent), *sys.path])
     before = set(sys.modules)
     yield importlib.import_module("reversible_gpu")

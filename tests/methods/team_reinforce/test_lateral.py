@@ -85,14 +85,14 @@ def gibbs_sweep(unit: bpf.Bernoulli, x: torch.Tensor, u: torch.Tensor, groups: l
     return total
 
 
-# --- colours -------------------------------------------------------------------------------------------------------
+# --- colors -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "colors"), [(4, 2), (5, 2), (7, 3), (4, 4), (3, 8), (1, 2)])
 def test_weights_connect_units_of_different_colours_symmetrically(n, colors):
     machine = bpf.Boltzmann(colors=colors)
     groups = machine.groups(n)
-    assert [i for group in groups for i in range(n)[group]] == list(range(n))  # every unit has one colour
+    assert [i for group in groups for i in range(n)[group]] == list(range(n))  # every unit has one color
     assert len(groups) == min(n, colors)
     sizes = [group.stop - group.start for group in groups]
     assert max(sizes) - min(sizes) <= 1

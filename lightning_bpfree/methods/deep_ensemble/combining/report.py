@@ -30,7 +30,7 @@ LOGGED = {
 
 
 def targets_of(batch: Any, pick: TargetsOf) -> Tensor | None:
-    """Return the targets of a batch, or None if it has none that can be recognised.
+    """Return the targets of a batch, or None if it has none that can be recognized.
 
     Args:
         batch: what the data loader gives: a pair (inputs, targets), or a mapping.

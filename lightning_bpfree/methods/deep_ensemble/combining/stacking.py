@@ -15,8 +15,8 @@ _STEPS = 500  # of the fixed-point iteration; both problems are convex and their
 def stacking_weights(outputs: Tensor, targets: Tensor, *, regression: bool = False) -> Tensor:
     """Return weights ``(M,)``, at least 0 and summing to 1, with which the ensemble's mean predicts ``targets`` best.
 
-    Classification maximises the likelihood of the weighted mean probability (a concave problem, solved by expectation
-    maximisation of the mixture's weights); regression minimises the squared error of the weighted mean.
+    Classification maximizes the likelihood of the weighted mean probability (a concave problem, solved by expectation
+    maximization of the mixture's weights); regression minimizes the squared error of the weighted mean.
 
     Args:
         outputs: the members' probabilities ``(M, N, C)``, or with ``regression`` their values ``(M, N, ...)``, on
@@ -51,7 +51,7 @@ def _normalised(weights: Tensor) -> Tensor:
 
 
 def _least_squares(values: Tensor, targets: Tensor) -> Tensor:
-    """Return the point of the simplex that minimises ``|weights @ values - targets|^2``, by projected gradient."""
+    """Return the point of the simplex that minimizes ``|weights @ values - targets|^2``, by projected gradient."""
     gram, moment = values @ values.T, values @ targets
     step = 1 / torch.linalg.matrix_norm(gram, 2).clamp_min(1e-12)
     weights = torch.full((len(values),), 1 / len(values), dtype=values.dtype, device=values.device)

@@ -17,19 +17,19 @@ from lightning_bpfree.core.replay.random_streams import RandomStreams
 from lightning_bpfree.methods.deep_ensemble.members import State, state_of
 from lightning_bpfree.methods.deep_ensemble.streams import seed_streams
 
-Initialise = Literal["reset", "same"] | Callable[[pl.LightningModule], Any]
+Initialize = Literal["reset", "same"] | Callable[[pl.LightningModule], Any]
 
 
-def initial_states(module: pl.LightningModule, seeds: list[int], initialise: Initialise) -> list[State]:
+def initial_states(module: pl.LightningModule, seeds: list[int], initialize: Initialize) -> list[State]:
     """Return the members' first parameters and buffers; the module and the global random streams stay as they are.
 
     The first member starts from the module as it is. Frozen parameters are those of the module in all members.
 
     Args:
         module: the module.
-        seeds: of the members; each decides its member's initialisation alone.
-        initialise: ``"reset"``: by ``reset_parameters()`` of the module, or of its parts; ``"same"``: not at all; or a
-            function that initialises the module that it is given, in place.
+        seeds: of the members; each decides its member's initialization alone.
+        initialize: ``"reset"``: by ``reset_parameters()`` of the module, or of its parts; ``"same"``: not at all; or a
+            function that initializes the module that it is given, in place.
 
     Raises:
         MisconfigurationException: if nothing in the module can be reset, or parameters have no shape yet.
@@ -41,9 +41,9 @@ def initial_states(module: pl.LightningModule, seeds: list[int], initialise: Ini
             "module see one batch before fit, or give its layers their sizes."
         )
     own = state_of(module)
-    if initialise == "same" or len(seeds) == 1:
+    if initialize == "same" or len(seeds) == 1:
         return [own] * len(seeds)
-    draw = redraw_of(module) if initialise == "reset" else initialise
+    draw = redraw_of(module) if initialize == "reset" else initialize
     streams = RandomStreams([module.device])
     before, states = streams.save(), [own]
     try:
@@ -61,20 +61,20 @@ def initial_states(module: pl.LightningModule, seeds: list[int], initialise: Ini
 
 
 def redraw_of(module: pl.LightningModule) -> Callable[[Any], None]:
-    """Return a function that initialises the module anew, and say which parameters it cannot reach."""
+    """Return a function that initializes the module anew, and say which parameters it cannot reach."""
     if callable(getattr(module, "reset_parameters", None)):
         return lambda whole: whole.reset_parameters()
     resets, reached = _resets(module)
     left = [slot.name for slot in ParameterSlots(module).trainable() if id(slot.parameter) not in reached]
     if not resets:
         raise MisconfigurationException(
-            f"DeepEnsemble(initialise='reset'): no part of {type(module).__name__} has a method reset_parameters() or "
+            f"DeepEnsemble(initialize='reset'): no part of {type(module).__name__} has a method reset_parameters() or "
             "is a transformers model, so that members would start alike. Define reset_parameters(self) on the module, "
-            "pass a function that initialises it, or say initialise='same'."
+            "pass a function that initializes it, or say initialize='same'."
         )
     if left:
         some = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-        rank_zero_info(f"DeepEnsemble: {some} start alike in all members, for nothing initialises them anew.")
+        rank_zero_info(f"DeepEnsemble: {some} start alike in all members, for nothing initializes them anew.")
 
     def draw(_: Any) -> None:
         for reset in resets:
@@ -84,7 +84,7 @@ def redraw_of(module: pl.LightningModule) -> Callable[[Any], None]:
 
 
 def _resets(module: nn.Module) -> tuple[list[Callable[[], Any]], set[int]]:
-    """Return what initialises parts of the module anew, inner parts first, and ids of the parameters reached."""
+    """Return what initializes parts of the module anew, inner parts first, and ids of the parameters reached."""
     resets: list[Callable[[], Any]] = []
     reached: set[int] = set()
     pretrained = [part for part in module.modules() if _is_transformers(part)]
@@ -109,7 +109,7 @@ def _is_transformers(part: nn.Module) -> bool:
 
 
 def _redraw_transformers(model: Any) -> None:
-    """Initialise a transformers model as its constructor does."""
+    """Initialize a transformers model as its constructor does."""
     for part in [*model.modules(), *model.parameters()]:
         part.__dict__.pop("_is_hf_initialized", None)
     model.init_weights()
