@@ -53,6 +53,7 @@ NO_INPUT = {
     "Pixels",
 }
 
+HANDS_KEYWORDS_ON = {"count_macs"}  # to the forward pass of the user's network
 SET_INSIDE = {("LanguageModel", "num_classes")}  # arguments of a base class that are not the caller's
 
 
@@ -155,6 +156,14 @@ GOOD: dict[str, Callable[[], Any]] = {
     "measure": lambda: torch.mean,
     "target": lambda: 1.0,
     "num_classes": lambda: 3,
+    "channels": lambda: 2,
+    "sides": lambda: [8],
+    "count_macs.network": lambda: nn.Linear(2, 2),
+    "fourier_resize.x": lambda: torch.ones(1, 1, 4),
+    "fourier_resize.size": lambda: [2],
+    "positions": lambda: torch.linspace(0, 1, 4),
+    "spread": lambda: torch.tensor(0.5),
+    "edge": lambda: torch.tensor(0.5),
     "InProcessFederation.module": lambda: Classifier(MLP(64, [2], 10)),
     "InProcessFederation.datamodule": DigitsDataModule,
     "InProcessFederation.federation": bpf.Federation,
@@ -256,7 +265,8 @@ def cases(name: str, target: Callable[..., Any]) -> Iterator[Case]:
         for value in [*VALUES, *misspelt(hint)]:
             if allowed(hint, evaluated(value)) is False:
                 yield Case(name, argument, value)
-        yield Case(name, argument + argument[-1], "1")  # a keyword that there is not
+        if name not in HANDS_KEYWORDS_ON:
+            yield Case(name, argument + argument[-1], "1")  # an unknown keyword
 
 
 @functools.cache

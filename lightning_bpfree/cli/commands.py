@@ -31,7 +31,9 @@ COMMANDS: dict[str, Command] = {
         f"{_CLI}.compare.command:run", "train a module under several rules", f"{_CLI}.compare.options:parser"
     ),
     "tickets": Command(f"{_CLI}.tickets.command:run", "find lottery tickets", f"{_CLI}.tickets.options:parser"),
-    "federate": Command(f"{_CLI}.federate.command:run", "train in a federation of clients"),
+    "federate": Command(
+        f"{_CLI}.federate.command:run", "train in a federation of clients", f"{_CLI}.federate.options:parser"
+    ),
     "metrics": Command(f"{_CLI}.metrics:run", "list what a rule logs", f"{_CLI}.metrics:parser"),
     "recipes": Command(f"{_CLI}.common.recipes:run", "list, show or copy the shipped YAML files"),
     "completion": Command(f"{_CLI}.completion:run", "print a script for shell completion", f"{_CLI}.completion:parser"),

@@ -18,7 +18,7 @@ from lightning_bpfree.federated.messages import Instructions, Reply
 from lightning_bpfree.federated.partition import LocalData
 from lightning_bpfree.federated.settings import Baffle, data_seed, noise_seed, weights_digest
 from lightning_bpfree.federated.update import ServerUpdate
-from lightning_bpfree.training.peak_memory import PeakMemory
+from lightning_bpfree.training.measurement.peak_memory import PeakMemory
 
 
 def loss_differences(

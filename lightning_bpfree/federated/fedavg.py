@@ -18,7 +18,7 @@ from lightning_bpfree.federated.partition import LocalData
 from lightning_bpfree.federated.server import MovingAverage, RoundReport
 from lightning_bpfree.federated.settings import data_seed, noise_seed, round_seed
 from lightning_bpfree.federated.update import OptimizerSteps, configured_optimizer
-from lightning_bpfree.training.peak_memory import PeakMemory
+from lightning_bpfree.training.measurement.peak_memory import PeakMemory
 
 
 class FedAvg:

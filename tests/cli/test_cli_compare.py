@@ -20,7 +20,7 @@ from lightning_bpfree.cli.compare import command
 from lightning_bpfree.cli.compare import worker as compare_worker
 from lightning_bpfree.cli.compare.results import confidence, rows, t95
 from lightning_bpfree.cli.compare.runs import PROFILED_STEPS, profile, train
-from lightning_bpfree.training.peak_memory import MIB, PeakMemory
+from lightning_bpfree.training.measurement.peak_memory import MIB, PeakMemory
 
 Overlay = Callable[..., str]
 

@@ -88,7 +88,7 @@ def test_resume_is_exact(small: str) -> None:
 BAD = {
     "engine": (
         ["--engine", "flower"],
-        "--engine: no such engine: 'flower'. Did you mean flower-processes, flower-simulation?",
+        "--engine: no such engine: 'flower'. Choose in-process, flower-simulation, flower-processes.",
     ),
     "sigma": (
         ["--federation.method.init_args.sigma=1e-7"],

@@ -27,7 +27,7 @@ EXPECTED = {
 MODELS = ("Classifier", "ControlModule", "ActorCritic", "LanguageModel", "DigitDiffusion", "RewardFineTuning")
 
 # Ensembles and analyses, which are no rules; overlays with these names bring a rule beside them.
-NO_RULES = ("loggers/", "papers/ann_bp_ensemble", "papers/concept_backprop")
+NO_RULES = ("loggers/", "papers/ann_bp_ensemble", "papers/concept_backprop", "papers/dnarch")
 WITH_RULE = ("/evolution_strategy", "/forward_forward")
 
 

@@ -15,7 +15,7 @@ from lightning_bpfree.cli.common.configured import Blueprint, Built
 from lightning_bpfree.cli.common.evaluation import evaluated, mean_cosine
 from lightning_bpfree.cli.common.records import finite
 from lightning_bpfree.training.gradient_alignment import GradientAlignment
-from lightning_bpfree.training.peak_memory import PeakMemory
+from lightning_bpfree.training.measurement.peak_memory import PeakMemory
 from lightning_bpfree.training.trainer_attributes import callbacks_of
 from lightning_bpfree.training.training_rule import TrainingRule
 

@@ -14,6 +14,7 @@ from lightning_bpfree.cli.common.records import finite, provenance, write_csv, w
 from lightning_bpfree.cli.common.tables import console, number
 from lightning_bpfree.cli.federate.configured import Configured, configured
 from lightning_bpfree.cli.federate.engines import ENGINES, Job
+from lightning_bpfree.cli.federate.options import parser
 from lightning_bpfree.federated.run import Row, Run
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 def run(arguments: Sequence[str]) -> int:
     """Run ``bpfree federate``."""
-    options, overrides = _parser().parse_known_args(arguments)
+    options, overrides = parser().parse_known_args(arguments)
     require("rich")
     if options.engine not in ENGINES:
         raise CommandError(
@@ -130,30 +131,3 @@ def _show(made: Configured, history: list[Row], test: dict[str, float], folder: 
     console().print(table)
     for name in ("rounds.csv", "result.json", "federation.ckpt"):
         console().print(str(folder / name), soft_wrap=True, highlight=False, markup=False)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "bpfree federate",
-        allow_abbrev=False,
-        description="Train a module by a federation whose clients make forward passes only. Further options, such as "
-        "--rounds=50 or --federation.num_clients=4, override the configuration.",
-    )
-    add = parser.add_argument
-    add(
-        "-c",
-        "--config",
-        action="append",
-        required=True,
-        metavar="FILE",
-        help="YAML files or recipes; later ones overlay",
-    )
-    add("--engine", default="in-process", metavar="ENGINE", help=f"{', '.join(ENGINES)} (default: in-process)")
-    add("--out", type=Path, default=Path("runs/federate"), metavar="DIR", help="default: runs/federate")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--save-every", type=int, default=10, metavar="N", help="rounds between checkpoints (default: 10)")
-    add("--timeout", type=float, default=60.0, metavar="S", help="seconds a round waits for answers (default: 60)")
-    add("--nodes", type=int, metavar="N", help="nodes that Flower starts (default: one a client)")
-    add("--port", type=int, metavar="PORT", help="of flower-processes' SuperLink (default: a free one)")
-    add("--tls", action="store_true", help="flower-processes: TLS and node authentication, by files made for the run")
-    return parser

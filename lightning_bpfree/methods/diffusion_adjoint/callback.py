@@ -16,7 +16,7 @@ from lightning_bpfree.methods.diffusion_adjoint.held_samplers import Held, held_
 from lightning_bpfree.methods.diffusion_adjoint.plans import Solver
 from lightning_bpfree.methods.diffusion_adjoint.sampler import Settings
 from lightning_bpfree.training.checks import TESTED_STRATEGIES
-from lightning_bpfree.training.peak_memory import peak_mib, reset_peak
+from lightning_bpfree.training.measurement.peak_memory import peak_mib, reset_peak
 from lightning_bpfree.training.trainer_attributes import log_every_n_steps
 
 _WHOLE_PARAMETERS = ("exact_adjoint", "adjoint", "truncated")

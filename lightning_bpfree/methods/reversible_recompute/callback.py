@@ -32,9 +32,9 @@ from lightning_bpfree.methods.reversible_recompute.sequential import ReversibleS
 from lightning_bpfree.methods.reversible_recompute.stream_fusion import FusionOfOneWidth
 from lightning_bpfree.training.checks import check_whole_parameters
 from lightning_bpfree.training.logging_of_rules import log_settings
+from lightning_bpfree.training.measurement.throughput import Throughput
 from lightning_bpfree.training.refusal import refusing
 from lightning_bpfree.training.saved_streams import SavedStreams
-from lightning_bpfree.training.throughput import Throughput
 from lightning_bpfree.training.trainer_attributes import log_every_n_steps, without_module
 
 Stack = ReversibleSequential | ReversibleLayers

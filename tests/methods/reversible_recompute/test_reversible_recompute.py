@@ -113,7 +113,7 @@ def test_loggers_get_every_measurement(accumulate, tmp_path):
 
 def test_samples_are_counted(tmp_path, monkeypatch):
     ticks = iter(range(100))
-    monkeypatch.setattr("lightning_bpfree.training.throughput.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("lightning_bpfree.training.measurement.throughput.time.perf_counter", lambda: next(ticks))
     trainer = fit(Encoder(), [ReversibleRecompute("all")], tmp_path, logger=CSVLogger(tmp_path))
     assert float(trainer.logged_metrics["bpfree/samples_per_second"]) == 4 * 4  # four batches of four in one tick
 

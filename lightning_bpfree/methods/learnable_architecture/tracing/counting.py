@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_bpfree.core.arguments import checked
 from lightning_bpfree.methods.learnable_architecture.architecture import Architecture
 from lightning_bpfree.methods.learnable_architecture.continuous.convolution import (
     ContinuousConv,
@@ -23,6 +24,7 @@ from lightning_bpfree.methods.learnable_architecture.tracing.layers import Layer
 from lightning_bpfree.methods.learnable_architecture.tracing.probe import ExampleCall, quiet_evaluation
 
 
+@checked
 def count_macs(network: nn.Module, *args: Any, **kwargs: Any) -> int:
     """Return the multiply-accumulates of one forward pass, as PyTorch's own counter sees them.
 

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from lightning_bpfree.training.peak_memory import peak_mib, reset_peak
+from lightning_bpfree.training.measurement.peak_memory import peak_mib, reset_peak
 
 
 class Throughput:
