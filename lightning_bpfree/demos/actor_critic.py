@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_bpfree.core.arguments import Fraction, Name, PositiveFloat, PositiveInt, check_arguments, checked
 from lightning_bpfree.demos.control import _SEEDS, _TRAINING_SEEDS, EpisodeSeeds, NumEpisodes, SeedDataset
 from lightning_bpfree.demos.episodes import Episodes, RunningEpisodes, check_seeds
-from lightning_bpfree.demos.split_loaders import pass_through
+from lightning_bpfree.demos.loading.split_loaders import pass_through
 
 __all__ = ["ActorCritic", "OnlineSteps"]
 

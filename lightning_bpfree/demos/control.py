@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_bpfree.core.arguments import Name, PositiveFloat, PositiveInt, Range, check_arguments, checked
 from lightning_bpfree.demos.episodes import Episodes, check_seeds
-from lightning_bpfree.demos.split_loaders import pass_through
+from lightning_bpfree.demos.loading.split_loaders import pass_through
 
 __all__ = ["ControlModule", "EpisodeSeeds"]
 

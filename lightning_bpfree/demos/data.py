@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from lightning_bpfree.core.arguments import Range, Seed32, checked
-from lightning_bpfree.demos.idx import FASHION_MNIST, MNIST, fetch, load_splits
 from lightning_bpfree.demos.in_memory import Arrays, InMemoryDataModule, stratified_split
+from lightning_bpfree.demos.loading.idx import FASHION_MNIST, MNIST, fetch, load_splits
 
 __all__ = [
     "DigitsDataModule",

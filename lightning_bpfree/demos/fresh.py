@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_bpfree.core.arguments import PositiveInt, checked
 from lightning_bpfree.demos.control import FreshSampler
-from lightning_bpfree.demos.split_loaders import BatchDataset, pass_through
+from lightning_bpfree.demos.loading.split_loaders import BatchDataset, pass_through
 
 __all__ = ["Batch", "FreshBatches", "FreshDataModule"]
 

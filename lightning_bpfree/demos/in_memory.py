@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_bpfree.core.arguments import NonNegativeInt, OpenFraction, PositiveInt, Seed32, checked
 from lightning_bpfree.demos.corruption import Corruption, CorruptionName, Pixels, chosen_corruption
-from lightning_bpfree.demos.split_loaders import BatchDataset, Split, SplitLoaders
+from lightning_bpfree.demos.loading.split_loaders import BatchDataset, Split, SplitLoaders
 
 Arrays = tuple[Tensor, Tensor, Tensor, Tensor]  # training inputs, training labels, test inputs, test labels
 

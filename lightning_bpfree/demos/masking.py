@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from lightning_bpfree.demos.split_loaders import BatchDataset
+from lightning_bpfree.demos.loading.split_loaders import BatchDataset
 
 __all__ = ["IGNORED", "MASK", "VOCABULARY", "EpochSampler", "MaskedSequences", "masked"]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lightning_bpfree.core.arguments import PositiveInt, Range, checked
 from lightning_bpfree.demos.fresh import Batch, FreshDataModule
+from lightning_bpfree.demos.loading.split_loaders import BatchDataset
 from lightning_bpfree.demos.modules import Classifier
-from lightning_bpfree.demos.split_loaders import BatchDataset
 from lightning_bpfree.training.trainer_attributes import log_every_n_steps
 
 __all__ = ["MultiplexerDataModule", "PolicyClassifier"]

@@ -19,8 +19,8 @@ from torchmetrics.classification import (
 
 from lightning_bpfree.core.arguments import AtLeastTwo, OpenFraction, PositiveInt, Seed32, check_arguments, checked
 from lightning_bpfree.demos.in_memory import stratified_split
+from lightning_bpfree.demos.loading.split_loaders import BatchDataset, SplitLoaders
 from lightning_bpfree.demos.modules import Classifier
-from lightning_bpfree.demos.split_loaders import BatchDataset, SplitLoaders
 
 __all__ = ["ScikitTableDataModule", "TableClassifier", "TableDataModule"]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_bpfree.core.arguments import NonNegativeInt, PositiveFraction, PositiveInt, Seed32, checked
+from lightning_bpfree.demos.loading.split_loaders import BatchDataset, pass_through
 from lightning_bpfree.demos.masking import VOCABULARY, EpochSampler, MaskedSequences, masked
-from lightning_bpfree.demos.split_loaders import BatchDataset, pass_through
 
 __all__ = ["MODULES", "StandardLibraryTextDataModule"]
 

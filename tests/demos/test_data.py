@@ -19,7 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_bpfree.demos.data import DigitsDataModule, MNIST1DDataModule
 from lightning_bpfree.demos.in_memory import InMemoryDataModule, stratified_split
-from lightning_bpfree.demos.split_loaders import BatchDataset, pass_through
+from lightning_bpfree.demos.loading.split_loaders import BatchDataset, pass_through
 
 
 class NumberedDataModule(InMemoryDataModule):

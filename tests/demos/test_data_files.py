@@ -17,8 +17,8 @@ import pytest
 import torch
 from data_problems import ready
 
-from lightning_bpfree.demos import idx
 from lightning_bpfree.demos.data import FashionMNISTDataModule, MNISTDataModule
+from lightning_bpfree.demos.loading import idx
 
 FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}

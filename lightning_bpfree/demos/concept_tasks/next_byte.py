@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_bpfree.core.arguments import AtLeastTwo, PositiveInt, checked
-from lightning_bpfree.demos.split_loaders import BatchDataset, Split, SplitLoaders, pass_through
+from lightning_bpfree.demos.loading.split_loaders import BatchDataset, Split, SplitLoaders, pass_through
 from lightning_bpfree.demos.text import MODULES, read_docstrings, split_of
 
 __all__ = ["ByteGRU", "NextByteDataModule", "QuotedWindows"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_bpfree.core.arguments import PositiveInt, Range, checked
 from lightning_bpfree.demos.in_memory import stratified_split
-from lightning_bpfree.demos.split_loaders import BatchDataset, SplitLoaders
+from lightning_bpfree.demos.loading.split_loaders import BatchDataset, SplitLoaders
 
 __all__ = ["TicTacToeDataModule", "broken_rules", "center_is_mine", "legal", "must_defend", "win_in_one"]
 
