@@ -1,0 +1,1 @@
+"""Continuous convolutions, Fourier crops, and the CCNN."""

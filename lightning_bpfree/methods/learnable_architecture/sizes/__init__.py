@@ -1,0 +1,1 @@
+"""Masks with a size, crops, and what they cost."""

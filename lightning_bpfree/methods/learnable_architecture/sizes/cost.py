@@ -1,0 +1,222 @@
+"""What a network costs, as a differentiable function of its sizes and as a number for its crops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_bpfree.methods.learnable_architecture.sizes.axes import Axis
+from lightning_bpfree.methods.learnable_architecture.sizes.masks import clamped
+
+Measure = Literal["macs", "params", "latency"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The share of the channels of a layer that is left: a constant part and the parts of several sizes.
+
+    Args:
+        constant: share of channels that stay.
+        parts: sizes, each with its share.
+    """
+
+    constant: float
+    parts: tuple[tuple[Axis, float], ...]
+
+    def value(self) -> Tensor:
+        """Return the differentiable share."""
+        total = self.parts[0][0].length() * 0 + self.constant
+        for axis, weight in self.parts:
+            total = total + weight * axis.length() / axis.crops[-1]
+        return total
+
+    def number(self) -> float:
+        """Return the share of the present crop."""
+        return self.constant + sum(weight * axis.crop / axis.crops[-1] for axis, weight in self.parts)
+
+
+@dataclass(frozen=True)
+class Smallest:
+    """The share of samples that is left along one axis behind several resolutions: that of the smallest.
+
+    Args:
+        axes: the resolutions.
+    """
+
+    axes: tuple[Axis, ...]
+
+    def value(self) -> Tensor:
+        """Return the differentiable share."""
+        return torch.stack([axis.length() / axis.crops[-1] for axis in self.axes]).min()
+
+    def number(self) -> float:
+        """Return the share of the present crop."""
+        return min(axis.crop / axis.crops[-1] for axis in self.axes)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Whether a block is left: 1, 0, or between them for the block at which the depth ends.
+
+    Args:
+        axis: the number of blocks.
+        index: of the block.
+    """
+
+    axis: Axis
+    index: int
+
+    def value(self) -> Tensor:
+        """Return the differentiable share."""
+        length = self.axis.length()
+        inside = length.detach() - self.index
+        # The block at the end gets the gradient; those far from it have none.
+        return clamped(length - self.index, 0.0, 1.0) if -1 <= inside <= 1 else inside.clamp(0, 1)
+
+    def number(self) -> float:
+        """Return whether the block is left."""
+        return float(self.index < self.axis.kept)
+
+
+Factor = Share | Smallest | Kept
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the cost: what it is where nothing is cropped, and the shares of it that are left.
+
+    Args:
+        full: multiply-accumulates, or parameters.
+        factors: shares.
+    """
+
+    full: float
+    factors: tuple[Factor, ...]
+
+
+@dataclass
+class Cost:
+    """The cost of a network: a sum of products of shares.
+
+    Args:
+        terms: the summands.
+    """
+
+    terms: list[Term] = field(default_factory=list)
+
+    @property
+    def full(self) -> float:
+        """The cost where nothing is cropped."""
+        return sum(term.full for term in self.terms)
+
+    def value(self) -> Tensor:
+        """Return the differentiable cost of the present masks."""
+        total: Tensor | float = 0.0
+        cache: dict[Factor, Tensor] = {}
+        for term in self.terms:
+            product: Tensor | float = term.full
+            for factor in term.factors:
+                if factor not in cache:
+                    cache[factor] = factor.value()
+                product = product * cache[factor]
+            total = total + product
+        return torch.as_tensor(total)
+
+    def number(self) -> float:
+        """Return the cost of the present crops."""
+        cache: dict[Factor, float] = {}
+        total = 0.0
+        for term in self.terms:
+            product = term.full
+            for factor in term.factors:
+                if factor not in cache:
+                    cache[factor] = factor.number()
+                product *= cache[factor]
+            total += product
+        return total
+
+    def at(self, axes: Iterable[Axis], smallest: bool) -> float:
+        """Return the cost at the smallest or the largest sizes of some axes; the present ones come back.
+
+        Args:
+            axes: the axes.
+            smallest: whether the smallest sizes are meant.
+        """
+        listed = list(axes)
+        before = [axis.kept for axis in listed]
+        managed = [axis.managed for axis in listed]
+        for axis in listed:
+            axis.managed = True
+            axis.set_kept(_kept_for(axis, axis.crops[0 if smallest else -1]))
+        try:
+            return self.number()
+        finally:
+            for axis, kept, was in zip(listed, before, managed, strict=True):
+                axis.set_kept(kept)
+                axis.managed = was
+
+
+def _kept_for(axis: Axis, crop: int) -> int:
+    """Return how many positions are kept at a crop."""
+    return next(kept for kept in range(axis.count + 1) if axis.crop_of(kept) >= crop)
+
+
+def settle(cost: Cost, axes: Sequence[Axis], target: float, tolerance: float) -> bool:
+    """Change sizes by single steps until the cost of the crops is near its target; says whether it is.
+
+    Each step is the one that moves a parameter least among those that bring the cost nearer to its target.
+
+    Args:
+        cost: of the network.
+        axes: the sizes that may change.
+        target: of the cost.
+        tolerance: relative.
+    """
+    for _ in range(100_000):
+        off = cost.number() - target
+        if abs(off) <= tolerance * target:
+            return True
+        best: tuple[float, Axis, int] | None = None
+        for axis in axes:
+            crops, now = axis.crops, axis.crop
+            place = crops.index(now)
+            step = place - 1 if off > 0 else place + 1
+            if not 0 <= step < len(crops):
+                continue
+            before = axis.size.detach().clone()
+            axis.set_crop(crops[step])
+            axis.clamp_()
+            moved, new = abs(float(axis.size - before)), cost.number() - target
+            _put(axis, before, now)
+            if abs(new) < abs(off) and (best is None or moved < best[0]):
+                best = moved, axis, crops[step]
+        if best is None:
+            return False
+        best[1].set_crop(best[2])
+        best[1].clamp_()
+    return False
+
+
+def _put(axis: Axis, size: Tensor, crop: int) -> None:
+    with torch.no_grad():
+        axis.size.copy_(size)
+    axis.set_kept(_kept_for(axis, crop))
+
+
+def deviation(cost: Cost, target: float) -> Tensor:
+    """Return the squared relative deviation of the cost from its target.
+
+    Its value is that of the crops, and its gradient that of the differentiable sizes: it is zero where the network that
+    is computed meets the budget, and not where a network of fractional sizes would.
+
+    Args:
+        cost: of the network.
+        target: above 0.
+    """
+    value = cost.value()
+    exact = value + (cost.number() - value).detach()
+    return (exact / target - 1).square()
