@@ -34,6 +34,12 @@ from lightning_bpfree.methods.deep_ensemble.combining.stacking import cross_fitt
 from lightning_bpfree.methods.deep_ensemble.combining.stacking import stacking_weights as stacking_weights
 from lightning_bpfree.methods.evolution_strategy.search.fitness_shaping import shaped as shaped
 from lightning_bpfree.methods.forward_gradient.rule import forward_gradient as forward_gradient
+from lightning_bpfree.methods.learnable_architecture.continuous.fourier import fourier_resize as fourier_resize
+from lightning_bpfree.methods.learnable_architecture.sizes.masks import gaussian_mask as gaussian_mask
+from lightning_bpfree.methods.learnable_architecture.sizes.masks import gaussian_root as gaussian_root
+from lightning_bpfree.methods.learnable_architecture.sizes.masks import sigmoid_mask as sigmoid_mask
+from lightning_bpfree.methods.learnable_architecture.sizes.masks import sigmoid_root as sigmoid_root
+from lightning_bpfree.methods.learnable_architecture.tracing.counting import count_macs as count_macs
 from lightning_bpfree.methods.lottery_ticket.connectivity import Barrier as Barrier
 from lightning_bpfree.methods.lottery_ticket.connectivity import loss_barrier as loss_barrier
 from lightning_bpfree.methods.lottery_ticket.connectivity import module_loss as module_loss
