@@ -160,7 +160,7 @@ class Architecture(nn.Module):
         if not self.wants("kernel") or self._excluded(name) or not fits:
             return
         for d, (size, pad, spacing) in enumerate(zip(conv.kernel_size, conv.padding, conv.dilation, strict=True)):
-            if size > 1 and size % 2 and pad >= size // 2 * spacing:
+            if size > 3 and size % 2 and pad >= size // 2 * spacing:
                 axis = KernelAxis(size, _START)
                 self._new(f"kernel/{name}.{d}", axis)
                 self._tensor(name, module, "weight").taps.append(Taps(2 + d, axis))

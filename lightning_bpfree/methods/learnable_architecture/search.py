@@ -15,7 +15,6 @@ from lightning_bpfree.methods.learnable_architecture.sizes.axes import refresh
 from lightning_bpfree.methods.learnable_architecture.sizes.cost import Cost, deviation, settle
 from lightning_bpfree.methods.learnable_architecture.tracing.probe import quiet_evaluation
 
-
 class Search:
     """Moves the sizes of one network, and brings its cost to a budget.
 
@@ -24,7 +23,7 @@ class Search:
         cost: of the network, in the unit of the target.
         target: the budget.
         weight: of the budget's term beside the loss.
-        lr: learning rate of Adam for the sizes.
+        lr: learning rate of SGD with momentum for the sizes: a size that takes much of the cost gets much of its gradient.
         tolerance: relative, within which the cost is brought where the sizes are fixed.
         update_every: steps between two changes of the crops.
     """
@@ -43,7 +42,7 @@ class Search:
         self.architecture, self.cost, self.target = architecture, cost, target
         self.weight, self.lr, self.tolerance, self.update_every = weight, lr, tolerance, update_every
         self.parameters = [axis.size for axis in architecture.axes]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=lr)
+        self.optimizer = torch.optim.SGD(self.parameters, lr=lr, momentum=0.9)
         self.steps = 0
         self.fixed = False
         self.collapsed: dict[str, int] = {}

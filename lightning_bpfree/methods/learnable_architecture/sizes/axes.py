@@ -181,7 +181,9 @@ class KernelAxis(Axis):
     def __init__(self, count: int, start: float, causal: bool = False) -> None:
         self.mean = 1.0 if causal else 0.0
         self._reach = math.sqrt(-2 * math.log(THRESHOLD))
-        bounds = (0.5 / count, 2.5)
+        # A kernel of one tap has a mask of 1 whatever its spread, so that no gradient would lead back from it.
+        self.least = 1 if count == 1 else 2 if causal else 3
+        bounds = ((self.least / 2 if not causal else self.least - 0.5) * 2 / max(count - 1, 1) / self._reach, 2.5)
         super().__init__("kernel", tap_positions(count), start, bounds)
 
     def mask(self) -> Tensor:
@@ -204,12 +206,12 @@ class KernelAxis(Axis):
     def length(self) -> Tensor:
         """Return the differentiable number of taps."""
         steps = self.root() * (self.count - 1) / 2  # from the maximum to the threshold
-        return clamped(steps + 0.5 if self.mean else 2 * steps, 1, self.count)
+        return clamped(steps + 0.5 if self.mean else 2 * steps, self.least, self.count)
 
     @property
     def crops(self) -> Sequence[int]:
         """The possible numbers of taps."""
-        return range(1, self.count + 1, 1 if self.mean else 2)
+        return range(self.least, self.count + 1, 1 if self.mean else 2)
 
     @torch.no_grad()
     def set_crop(self, crop: int) -> None:

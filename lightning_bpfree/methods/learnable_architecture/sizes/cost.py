@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -168,7 +168,8 @@ def _kept_for(axis: Axis, crop: int) -> int:
 def settle(cost: Cost, axes: Sequence[Axis], target: float, tolerance: float) -> bool:
     """Change sizes by single steps until the cost of the crops is near its target; says whether it is.
 
-    Each step is the one that moves a parameter least among those that bring the cost nearer to its target.
+    Each step is the one that moves a parameter least among those that bring the cost nearer to its target. Where none
+    does, a step of one size and the opposite step of another are tried together.
 
     Args:
         cost: of the network.
@@ -176,29 +177,70 @@ def settle(cost: Cost, axes: Sequence[Axis], target: float, tolerance: float) ->
         target: of the cost.
         tolerance: relative.
     """
-    for _ in range(100_000):
+    for _ in range(10_000):
         off = cost.number() - target
         if abs(off) <= tolerance * target:
             return True
-        best: tuple[float, Axis, int] | None = None
-        for axis in axes:
-            crops, now = axis.crops, axis.crop
-            place = crops.index(now)
-            step = place - 1 if off > 0 else place + 1
-            if not 0 <= step < len(crops):
-                continue
+        moves = _moves(cost, axes, target, -1 if off > 0 else 1)
+        better = [move for move in moves if abs(move.off) < abs(off)]
+        if better:
+            _apply(min(better, key=lambda move: move.moved))
+        elif not _exchange(cost, axes, target, moves):
+            return False
+    return False
+
+
+class _Move(NamedTuple):
+    """One step of one size.
+
+    Args:
+        axis: the size.
+        crop: what it becomes.
+        moved: how far its parameter moves.
+        off: the cost less its target, after the step.
+    """
+
+    axis: Axis
+    crop: int
+    moved: float
+    off: float
+
+
+def _moves(cost: Cost, axes: Sequence[Axis], target: float, direction: int) -> list[_Move]:
+    """Return the single steps of all sizes in a direction."""
+    found = []
+    for axis in axes:
+        crops, now = axis.crops, axis.crop
+        step = crops.index(now) + direction if now in crops else -1
+        if 0 <= step < len(crops):
             before = axis.size.detach().clone()
             axis.set_crop(crops[step])
-            axis.clamp_()
-            moved, new = abs(float(axis.size - before)), cost.number() - target
+            found.append(_Move(axis, crops[step], abs(float(axis.size - before)), cost.number() - target))
             _put(axis, before, now)
-            if abs(new) < abs(off) and (best is None or moved < best[0]):
-                best = moved, axis, crops[step]
-        if best is None:
-            return False
-        best[1].set_crop(best[2])
-        best[1].clamp_()
-    return False
+    return found
+
+
+def _exchange(cost: Cost, axes: Sequence[Axis], target: float, moves: Sequence[_Move]) -> bool:
+    """Make the two opposite steps that together come nearest to the target; says whether they come nearer."""
+    off = cost.number() - target
+    best: tuple[float, _Move, _Move] | None = None
+    for move in moves:
+        before, now = move.axis.size.detach().clone(), move.axis.crop
+        _apply(move)
+        others = [axis for axis in axes if axis is not move.axis]
+        for other in _moves(cost, others, target, 1 if off > 0 else -1):
+            if abs(other.off) < (abs(off) if best is None else best[0]):
+                best = abs(other.off), move, other
+        _put(move.axis, before, now)
+    if best is None:
+        return False
+    _apply(best[1])
+    _apply(best[2])
+    return True
+
+
+def _apply(move: _Move) -> None:
+    move.axis.set_crop(move.crop)
 
 
 def _put(axis: Axis, size: Tensor, crop: int) -> None:
