@@ -157,7 +157,9 @@ class ModuleState:
 
     def _moved_by_optimizers(self) -> set[int]:
         groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
-        return {id(parameter) for group in groups for parameter in group["params"]}
+        # A callback that moves parameters of the module by itself says so on them.
+        own = {id(p) for p in self.module.parameters() if getattr(p, "moved_by_callback", False)}
+        return own | {id(parameter) for group in groups for parameter in group["params"]}
 
     def _parts_now(self) -> list[Any]:
         """Return parameters, submodules and names of buffers, of which each tells whether it has changed by itself."""

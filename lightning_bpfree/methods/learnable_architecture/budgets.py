@@ -36,12 +36,14 @@ class Budget(NamedTuple):
         target: in the cost's unit.
         reference: the cost of the reference, in the budget's unit.
         seconds: target in seconds, for latency.
+        slope: seconds for one multiply-accumulate, for latency.
     """
 
     cost: Cost
     target: float
     reference: float
     seconds: float | None = None
+    slope: float = 0.0
 
 
 def make_budget(
@@ -69,33 +71,28 @@ def make_budget(
     cost = builder.params() if measure == "params" else builder.macs()
     axes = architecture.axes
     low, high = cost.at(axes, smallest=True), cost.at(axes, smallest=False)
-    full = _reference(trainer, architecture, measure, reference, high)
-    wanted = budget * full if relative else budget
     if measure != "latency":
+        full = _reference(architecture, measure, reference, high)
+        wanted = budget * full if relative else budget
         _check(measure, wanted, low, high, full)
         return Budget(cost, wanted, full)
     line = _line(trainer, architecture, low, high)
     ends = line.constant + line.slope * low, line.constant + line.slope * high
+    full = ends[1]
+    if reference is not None:
+        full = float(trainer.strategy.broadcast(seconds(reference, architecture.call)))
+    wanted = budget * full if relative else budget
     _check(measure, wanted, *ends, full)
-    return Budget(cost, (wanted - line.constant) / line.slope, full, wanted)
+    return Budget(cost, (wanted - line.constant) / line.slope, full, wanted, line.slope)
 
 
-def _reference(
-    trainer: pl.Trainer, architecture: Architecture, measure: Measure, reference: nn.Module | None, high: float
-) -> float:
-    call = architecture.call
-    if measure == "latency":
-        other = architecture if reference is None else Architecture(reference, call, dims=())
-        return float(trainer.strategy.broadcast(_seconds_of(other)))
+def _reference(architecture: Architecture, measure: Measure, reference: nn.Module | None, high: float) -> float:
     if reference is None:
         return high
     if measure == "params":
         return float(sum(p.numel() for p in reference.parameters()))
+    call = architecture.call
     return float(count_macs(reference, *call.args, **call.kwargs))
-
-
-def _seconds_of(architecture: Architecture) -> float:
-    return seconds(architecture)
 
 
 def _line(trainer: pl.Trainer, architecture: Architecture, low: float, high: float) -> Latency:
@@ -108,7 +105,7 @@ def _line(trainer: pl.Trainer, architecture: Architecture, low: float, high: flo
             for axis in architecture.axes:
                 wanted = axis.crops[end]
                 axis.set_kept(next(k for k in range(axis.count + 1) if axis.crop_of(k) >= wanted))
-            times.append(float(trainer.strategy.broadcast(seconds(architecture))))
+            times.append(float(trainer.strategy.broadcast(seconds(architecture.network, architecture.call))))
     finally:
         for axis, number in zip(architecture.axes, kept, strict=True):
             axis.set_kept(number)

@@ -332,12 +332,12 @@ class LearnableArchitecture(Callback):
         budget = self._budget
         if budget is None or budget.seconds is None or self.search.fixed:
             return
-        now = float(trainer.strategy.broadcast(seconds(self.architecture)))
-        # The slope from the largest and the smallest network stays; the line goes through the network of now.
-        search, cost = self.search, budget.cost.number()
-        slope = now / cost
-        moved = cost + (budget.seconds - now) / slope
-        search.target = min(max(moved, 0.01 * budget.cost.full), budget.cost.full)
+        architecture, cost = self.architecture, budget.cost
+        now = float(trainer.strategy.broadcast(seconds(architecture.network, architecture.call)))
+        # The slope between the largest and the smallest network stays, and the line goes through the network of now.
+        target = cost.number() + (budget.seconds - now) / budget.slope
+        low = cost.at(architecture.axes, smallest=True)
+        self.search.target = min(max(target, low), cost.at(architecture.axes, smallest=False))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fix the sizes if the fit ended before that, and draw the architecture over training."""

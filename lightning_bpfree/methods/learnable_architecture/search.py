@@ -8,12 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_bpfree.methods.learnable_architecture.architecture import Architecture
 from lightning_bpfree.methods.learnable_architecture.continuous.convolution import sampled_kernels
 from lightning_bpfree.methods.learnable_architecture.sizes.axes import refresh
 from lightning_bpfree.methods.learnable_architecture.sizes.cost import Cost, deviation, settle
-from lightning_bpfree.methods.learnable_architecture.tracing.probe import quiet_evaluation
+from lightning_bpfree.methods.learnable_architecture.tracing.probe import ExampleCall, quiet_evaluation
+
 
 class Search:
     """Moves the sizes of one network, and brings its cost to a budget.
@@ -23,7 +25,8 @@ class Search:
         cost: of the network, in the unit of the target.
         target: the budget.
         weight: of the budget's term beside the loss.
-        lr: learning rate of SGD with momentum for the sizes: a size that takes much of the cost gets much of its gradient.
+        lr: learning rate of SGD with momentum for the sizes. Adam would move a size that costs little as fast as one
+            that costs much.
         tolerance: relative, within which the cost is brought where the sizes are fixed.
         update_every: steps between two changes of the crops.
     """
@@ -43,6 +46,8 @@ class Search:
         self.weight, self.lr, self.tolerance, self.update_every = weight, lr, tolerance, update_every
         self.parameters = [axis.size for axis in architecture.axes]
         self.optimizer = torch.optim.SGD(self.parameters, lr=lr, momentum=0.9)
+        for parameter in self.parameters:
+            parameter.moved_by_callback = True  # type: ignore[attr-defined]  # which training rules look for
         self.steps = 0
         self.fixed = False
         self.collapsed: dict[str, int] = {}
@@ -139,22 +144,23 @@ class Search:
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
 
-def seconds(architecture: Architecture, repeats: int = 5) -> float:
-    """Return the time of one evaluation of the example, the shortest of several.
+def seconds(network: nn.Module, call: ExampleCall, repeats: int = 5) -> float:
+    """Return the time of one evaluation of an example, the shortest of several.
 
     Args:
-        architecture: in whose network it is evaluated.
+        network: what is evaluated.
+        call: of it.
         repeats: at least 1.
     """
-    network, device = architecture.network, architecture.axes[0].size.device
-    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    on_cuda = any(p.is_cuda for p in network.parameters())
+    wait: Callable[[], None] = torch.cuda.synchronize if on_cuda else lambda: None
     best = float("inf")
     with quiet_evaluation(network), sampled_kernels(network):
-        architecture.call(network)
+        call(network)
         for _ in range(repeats):
             wait()
             start = time.perf_counter()
-            architecture.call(network)
+            call(network)
             wait()
             best = min(best, time.perf_counter() - start)
     return best

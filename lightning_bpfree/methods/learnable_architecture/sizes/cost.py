@@ -215,7 +215,7 @@ def _moves(cost: Cost, axes: Sequence[Axis], target: float, direction: int) -> l
         if 0 <= step < len(crops):
             before = axis.size.detach().clone()
             axis.set_crop(crops[step])
-            found.append(_Move(axis, crops[step], abs(float(axis.size - before)), cost.number() - target))
+            found.append(_Move(axis, crops[step], abs(float(axis.size.detach() - before)), cost.number() - target))
             _put(axis, before, now)
     return found
 

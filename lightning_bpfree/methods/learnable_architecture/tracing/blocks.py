@@ -57,17 +57,20 @@ def trace_blocks(network: nn.Module, call: ExampleCall, layers: Mapping[str, Lay
         layers: its layers.
     """
     names = {id(module): name for name, module in network.named_modules()}
-    stacks = []
-    for name, container in network.named_modules():
+    stacks: list[Stack] = []
+    # Inner lists first: a stage of blocks that can be left out is no such block itself.
+    for name, container in reversed(list(network.named_modules())):
         if not isinstance(container, nn.ModuleList | nn.Sequential) or name in layers:
             continue
+        inside = [block.name for stack in stacks for block in stack.blocks]
         children = [names[id(child)] for child in container if names[id(child)] not in layers]
         inner = {child: [x for x in layers if x.startswith(f"{child}.")] for child in children}
-        candidates = [child for child in children if len(inner[child]) > 1]
+        whole = [child for child in children if not any(block.startswith(f"{child}.") for block in inside)]
+        candidates = [child for child in whole if len(inner[child]) > 1]
         found = [block for child in candidates if (block := _block(network, call, layers, child)) is not None]
         if found:
             stacks.append(Stack(name, tuple(found), int(len(found) == len(container))))
-    return stacks
+    return stacks[::-1]
 
 
 def _block(network: nn.Module, call: ExampleCall, layers: Mapping[str, Layer], name: str) -> Block | None:
