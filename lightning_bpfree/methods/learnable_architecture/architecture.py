@@ -174,9 +174,18 @@ class Architecture(nn.Module):
             self._installed.append(CroppedLayer(modules[name], list(tensors.values())))
         for stack in self.stacks:
             for block in stack.blocks:
-                self._installed.append(SkippedBlock(block.module, self.gates[block.name], block.in_tuple))
+                inner = self._axes_within(block.name)
+                self._installed.append(SkippedBlock(block.module, self.gates[block.name], block.in_tuple, inner))
         for installed in self._installed:
             installed.install()
+
+    def _axes_within(self, block: str) -> list[Axis]:
+        found: dict[int, Axis] = {}
+        for name, tensors in self.tensors.items():
+            if f"{name}.".startswith(f"{block}."):
+                for part in (part for t in tensors.values() for part in (*t.cuts, *t.taps)):
+                    found[id(part.axis)] = part.axis
+        return list(found.values())
 
     def remove(self) -> None:
         """Crop no more; the layers are as they were, with the weights of now."""

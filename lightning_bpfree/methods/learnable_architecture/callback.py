@@ -251,6 +251,14 @@ class LearnableArchitecture(Callback):
         )
 
     def _check_found(self, architecture: Architecture) -> None:
+        if architecture.fixed:
+            said = "; ".join(f"{name} ({why})" for name, why in list(architecture.fixed.items())[:5])
+            if self.strict:
+                raise MisconfigurationException(
+                    f"LearnableArchitecture: the width of some layers cannot be learned: {said}. Pass strict=False to "
+                    "leave them as they are, or name them in exclude=."
+                )
+            rank_zero_warn(f"LearnableArchitecture leaves the width of some layers as it is: {said}.")
         missing = architecture.missing()
         if missing or not architecture.axes:
             cures = {
@@ -264,14 +272,6 @@ class LearnableArchitecture(Callback):
                 f"LearnableArchitecture(dims={self.dims}): {type(architecture.network).__name__} has no size of the "
                 f"kind: {wanted}. Leave it out of dims, or change the network."
             )
-        if architecture.fixed:
-            said = "; ".join(f"{name} ({why})" for name, why in list(architecture.fixed.items())[:5])
-            if self.strict:
-                raise MisconfigurationException(
-                    f"LearnableArchitecture: the width of some layers cannot be learned: {said}. Pass strict=False to "
-                    "leave them as they are, or name them in exclude=."
-                )
-            rank_zero_warn(f"LearnableArchitecture leaves the width of some layers as it is: {said}.")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the random streams of a checkpoint, and with its sizes."""

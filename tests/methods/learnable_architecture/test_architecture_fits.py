@@ -269,7 +269,7 @@ class OneConvolution(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.expand = nn.Conv1d(1, 8, 1)
-        self.conv = bpf.ContinuousConv(8, 31, 1, spread=0.15, omega=3.0)
+        self.conv = bpf.ContinuousConv(8, 31, 1, spread=0.35, omega=3.0)
         self.mix = nn.Conv1d(8, 16, 1)
         self.head = nn.Linear(16, 2)
 
@@ -282,17 +282,18 @@ class Adam(Module):
         return torch.optim.Adam(self.parameters(), self.lr)
 
 
-@pytest.mark.slow  # trains three networks
-def test_the_kernel_grows_with_the_lag_of_what_is_to_be_seen():
+@pytest.mark.slow  # trains two networks
+def test_the_kernel_is_as_large_as_the_lag_of_what_is_to_be_seen():
     sizes = []
-    for lag in (1, 4, 9):
+    for lag in (1, 9):
         pl.seed_everything(0, verbose=False)
         module = Adam(OneConvolution(), lr=0.01)
-        # The budget asks for half of the taps, and has little weight against the loss.
-        callback = search(0.5, ("kernel",), network="net", lr=0.01, weight=0.05, fix_at=1.0, tolerance=10.0)
-        trainer(callback, max_epochs=50).fit(module, lagged(lag))
+        # The budget asks for the smallest kernel, of three taps, and has little weight against the loss.
+        callback = search(0.42, ("kernel",), network="net", lr=0.01, weight=0.1, fix_at=1.0, tolerance=10.0)
+        trainer(callback, max_epochs=40).fit(module, lagged(lag))
         sizes.append(next(iter(callback.sizes.values())))
-    assert sizes[0] < sizes[1] < sizes[2]
+    assert sizes[0] <= 5
+    assert sizes[1] >= 10  # two samples that are nine apart are within one kernel
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bpfree.core.forward_override import ForwardOverride
-from lightning_bpfree.methods.learnable_architecture.sizes.axes import KernelAxis, UnitAxis
+from lightning_bpfree.methods.learnable_architecture.sizes.axes import Axis, KernelAxis, UnitAxis
 from lightning_bpfree.methods.learnable_architecture.tracing.groups import Layout
 
 
@@ -239,11 +239,12 @@ class SkippedBlock(ForwardOverride):
         module: the block.
         gate: its mask.
         in_tuple: whether the block returns a tuple.
+        inner: the sizes of its layers, which have no effect where it is left out.
     """
 
-    def __init__(self, module: nn.Module, gate: Gate, in_tuple: bool) -> None:
+    def __init__(self, module: nn.Module, gate: Gate, in_tuple: bool, inner: Sequence[Axis] = ()) -> None:
         super().__init__(module)
-        self.gate, self.in_tuple = gate, in_tuple
+        self.gate, self.in_tuple, self.inner = gate, in_tuple, [gate.axis, *inner]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the block's output, or its input where it is left out."""
@@ -252,7 +253,8 @@ class SkippedBlock(ForwardOverride):
         x = args[0] if args else next(iter(kwargs.values()))
         if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
             # DistributedDataParallel waits for the gradient of every parameter.
-            x = cast("Tensor", _WithUnused.apply(x, self.gate.axis.size, *self.module.parameters()))
+            sizes = [axis.size for axis in self.inner]
+            x = cast("Tensor", _WithUnused.apply(x, *sizes, *self.module.parameters()))
         return (x,) if self.in_tuple else x
 
 
