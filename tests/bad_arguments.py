@@ -35,6 +35,7 @@ MODULES += [
     "concept_tasks.concepts",
     "concept_tasks.next_byte",
     "concept_tasks.tictactoe",
+    "learned_sizes",
 ]
 BUILDERS = "lightning_bpfree.methods.reversible_recompute.models"
 

@@ -35,10 +35,10 @@ def show(figure: Figure, name: str, step: int, *, folder: Path | None, loggers: 
 
 
 def _rgb(figure: Figure) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  # optional
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    import numpy as np
+    import numpy as np  # noqa: PLC0415
 
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

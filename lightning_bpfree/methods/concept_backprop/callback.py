@@ -23,12 +23,12 @@ from lightning_bpfree.methods.concept_backprop.detection import Inputs, Samples,
 from lightning_bpfree.methods.concept_backprop.frozen import Forward
 from lightning_bpfree.methods.concept_backprop.generators import untouched_generators
 from lightning_bpfree.methods.concept_backprop.layers import find_layers
-from lightning_bpfree.training.shown_pictures import show
 from lightning_bpfree.methods.concept_backprop.parameterizations import Parameterization
 from lightning_bpfree.methods.concept_backprop.pictures import change_picture, detection_picture, emergence_picture
 from lightning_bpfree.methods.concept_backprop.probe import ProbeSettings
 from lightning_bpfree.methods.concept_backprop.ranks import gathered
 from lightning_bpfree.methods.concept_backprop.report import Plan, Report, report_on
+from lightning_bpfree.training.shown_pictures import show
 from lightning_bpfree.training.trainer_attributes import is_dry_run
 
 

@@ -123,10 +123,13 @@ class Architecture(nn.Module):
         self.groups.append(group)
         for member in group.members:
             cut = Cut(member.held.dim, axis, member.layout, member.role == "reads")
-            self._tensor(member.layer or self._owner_of(member.held.owner), member.held.owner, member.held.name).cuts.append(cut)
+            self._tensor(
+                member.layer or self._owner_of(member.held.owner), member.held.owner, member.held.name
+            ).cuts.append(cut)
 
     def _owner_of(self, owner: nn.Module) -> str:
-        return next(name for name, module in self.network.named_modules() if module is owner)
+        names: dict[int, str] = {id(module): name for name, module in self.network.named_modules()}
+        return names[id(owner)]
 
     def _add_stack(self, stack: Stack) -> None:
         axis = UnitAxis("depth", len(stack.blocks), stack.least)
@@ -183,8 +186,10 @@ class Architecture(nn.Module):
         found: dict[int, Axis] = {}
         for name, tensors in self.tensors.items():
             if f"{name}.".startswith(f"{block}."):
-                for part in (part for t in tensors.values() for part in (*t.cuts, *t.taps)):
-                    found[id(part.axis)] = part.axis
+                for tensor in tensors.values():
+                    axes: list[Axis] = [cut.axis for cut in tensor.cuts]
+                    axes += [taps.axis for taps in tensor.taps]
+                    found.update({id(axis): axis for axis in axes})
         return list(found.values())
 
     def remove(self) -> None:
@@ -194,7 +199,7 @@ class Architecture(nn.Module):
         self._installed = []
 
     def manage(self, managed: bool = True) -> None:
-        """Let crops follow the masks when :func:`refresh` says so, or, in layers with sizes of their own, by themselves."""
+        """Let crops follow the masks when :func:`refresh` says so, or in layers with sizes of their own at once."""
         learned = {id(axis) for axis in self.axes}
         for module in self.network.modules():
             for axis in module.axes if isinstance(module, ContinuousConv | FrequencyCrop) else ():
@@ -225,7 +230,7 @@ class Architecture(nn.Module):
         return (axis for axis in self.axes if axis.dimension == dimension)
 
 
-def _without_own(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _without_own(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
     for key in [key for key in state if key.startswith(f"{prefix}own.")]:
         del state[key]
 
@@ -244,4 +249,3 @@ def frequency_axes(network: nn.Module) -> dict[str, FrequencyAxis]:
         if isinstance(module, FrequencyCrop)
         for d, axis in enumerate(module.frequency_axes)
     }
-

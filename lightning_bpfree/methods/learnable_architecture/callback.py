@@ -31,7 +31,7 @@ from lightning_bpfree.methods.learnable_architecture.examples import Example, ex
 from lightning_bpfree.methods.learnable_architecture.export import ExportedNetwork, export
 from lightning_bpfree.methods.learnable_architecture.pictures import architecture_picture
 from lightning_bpfree.methods.learnable_architecture.search import Search, seconds
-from lightning_bpfree.methods.learnable_architecture.sizes.axes import Dimension
+from lightning_bpfree.methods.learnable_architecture.sizes.axes import DIMENSIONS, Dimension
 from lightning_bpfree.methods.learnable_architecture.sizes.cost import Measure
 from lightning_bpfree.training.checks import check_whole_parameters
 from lightning_bpfree.training.logging_of_rules import is_log_due, log_settings, settings_of
@@ -76,7 +76,8 @@ class LearnableArchitecture(Callback):
             ``example_input_array`` of the module, or the first training batch.
         exclude: patterns of names of layers and blocks that keep their sizes.
         weight: of the squared relative deviation from the budget, beside the loss; above 0.
-        lr: learning rate of the sizes at the start (SGD with momentum 0.9), above 0; it falls to 0 until they are fixed.
+        lr: learning rate of the sizes at the start (SGD with momentum 0.9), above 0; it falls to 0 by the time that they
+            are fixed.
         fix_at: share of the fit's steps after which sizes are fixed, in [0, 1].
         tolerance: relative deviation from the budget that is allowed when sizes are fixed, above 0.
         update_every: optimizer steps between two changes of the crops, >= 1; masks follow at each step.
@@ -246,8 +247,8 @@ class LearnableArchitecture(Callback):
         )
         kinds = [f"{sum(1 for _ in architecture.of(d))} of {d}" for d in ("width", "depth", "kernel", "resolution")]
         rank_zero_info(
-            f"LearnableArchitecture: {len(architecture.axes)} sizes ({', '.join(kinds)}); budget {budget.target:.4g} of "
-            f"{budget.cost.full:.4g} {'parameters' if self.cost == 'params' else 'multiply-accumulates'}."
+            f"LearnableArchitecture: {len(architecture.axes)} sizes ({', '.join(kinds)}); budget {budget.target:.4g} "
+            f"of {budget.cost.full:.4g} {'parameters' if self.cost == 'params' else 'multiply-accumulates'}."
         )
 
     def _check_found(self, architecture: Architecture) -> None:
@@ -267,7 +268,7 @@ class LearnableArchitecture(Callback):
                 "kernel": "ContinuousConv, or convolutions of odd size whose padding keeps the sides",
                 "resolution": "FrequencyCrop layers (CCNN has them)",
             }
-            wanted = "; ".join(f"{d!r} needs {cures[d]}" for d in missing or list(cures))
+            wanted = "; ".join(f"{d!r} needs {cures[d]}" for d in missing or DIMENSIONS)
             raise MisconfigurationException(
                 f"LearnableArchitecture(dims={self.dims}): {type(architecture.network).__name__} has no size of the "
                 f"kind: {wanted}. Leave it out of dims, or change the network."

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 import contextlib
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +18,7 @@ _WITH = "Backprop, ForwardGradient and ZerothOrder go with it"
 _REFUSED = {
     "LotteryTicket": "prunes and rewinds weights whose shapes this one changes: search first, then prune the export",
     "DeepEnsemble": "trains members whose sizes would differ: search one network, then make an ensemble of the export",
-    "ReversibleRecompute": "recomputes blocks of one width, which this one crops: search first, then convert the export",
+    "ReversibleRecompute": "recomputes blocks of one width, which this one crops: search first, and convert the export",
     "ForwardForward": f"trains each block by a loss of its own, so that no gradient says what a size is worth; {_WITH}",
     "TeamReinforce": f"trains layers by rewards, so that no gradient says what a size is worth; {_WITH}",
     "DirectFeedbackAlignment": f"has feedback matrices of fixed shapes, which do not fit cropped layers; {_WITH}",

@@ -20,7 +20,9 @@ Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """Inputs of a network: one tensor, the positional arguments, or keywords."""
 
 
-def example_call(trainer: pl.Trainer, module: pl.LightningModule, network: nn.Module, given: Example | None) -> ExampleCall:
+def example_call(
+    trainer: pl.Trainer, module: pl.LightningModule, network: nn.Module, given: Example | None
+) -> ExampleCall:
     """Return a call of the network with one sample.
 
     Args:

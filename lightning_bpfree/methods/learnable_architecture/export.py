@@ -117,11 +117,12 @@ def _copied(architecture: Architecture) -> tuple[nn.Module, dict[int, nn.Module]
 
 
 def _without_blocks(architecture: Architecture, plain: nn.Module) -> dict[str, list[str]]:
-    skipped, removed = [], []
+    skipped: list[str] = []
+    removed: list[str] = []
     for stack in architecture.stacks:
         for block in stack.blocks:
             gate = architecture.gates[block.name]
-            if gate.index >= gate.axis.kept:
+            if gate.number >= gate.axis.kept:
                 (skipped if block.plain_call else removed).append(block.name)
     for name in skipped:
         parent, _, last = name.rpartition(".")

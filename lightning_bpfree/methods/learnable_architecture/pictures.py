@@ -43,7 +43,9 @@ def architecture_picture(history: Sequence[Mapping[str, Any]], fixed_at: int | N
     labels = [f"{name if len(name) <= 44 else '…' + name[-43:]}  {last[name]:.2f}" for name in shown]
     sizes.set_yticks([row + 0.5 for row in range(len(shown))], labels, fontsize=7)
     sizes.invert_yaxis()
-    sizes.set_xlabel("steps of the optimizer" + (f"; first {MOST_ROWS} sizes" if len(names) > MOST_ROWS else ""), fontsize=8)
+    sizes.set_xlabel(
+        "steps of the optimizer" + (f"; first {MOST_ROWS} sizes" if len(names) > MOST_ROWS else ""), fontsize=8
+    )
     for axes in (cost, sizes):
         axes.tick_params(axis="x", labelsize=8)
         if fixed_at is not None:

@@ -94,7 +94,7 @@ class Search:
             refresh(self.architecture.axes)
 
     def fix(self) -> bool:
-        """Bring the cost to the budget by the smallest changes, and hold the sizes from now on; says whether it fits."""
+        """Bring the cost to the budget by small changes, and hold the sizes from now on; says whether it fits."""
         refresh(self.architecture.axes)
         self.fixed = True
         return settle(self.cost, self.architecture.axes, self.target, self.tolerance)

@@ -59,7 +59,10 @@ def test_exports_are_loaded_without_this_package(tmp_path):
             torch.save([x, exported.network(x)], tmp_path / name.replace(" ", "_") / "example.pt")
         folders.append(str(tmp_path / name.replace(" ", "_")))
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", LOAD, str(tmp_path), *folders], capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "ignore", "-c", LOAD, str(tmp_path), *folders],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
 

@@ -14,10 +14,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_bpfree as bpf
-from lightning_bpfree.methods.learnable_architecture import budgets as budgets_module
-from lightning_bpfree.methods.learnable_architecture import callback as callback_module
 from lightning_bpfree.demos.nets import MLP
 from lightning_bpfree.functional import count_macs
+from lightning_bpfree.methods.learnable_architecture import budgets as budgets_module
+from lightning_bpfree.methods.learnable_architecture import callback as callback_module
 
 
 def sized(seed: int = 0) -> Module:
@@ -157,7 +157,9 @@ def test_a_resumed_fit_is_exact_while_sizes_change(stop, kind, tmp_path):
     assert len({h["cost"] for h in straight.search.history}) > 1  # sizes did change
     first = make()
     torch.manual_seed(1)
-    with pytest.warns(UserWarning, match="ended before the sizes were fixed") if stop < 10 else contextlib.nullcontext():
+    with (
+        pytest.warns(UserWarning, match="ended before the sizes were fixed") if stop < 10 else contextlib.nullcontext()
+    ):
         trainer(own(), Stop(stop), max_epochs=4, default_root_dir=tmp_path, min_epochs=0).fit(first, data())
     second, resumed = make(), own()
     torch.manual_seed(7)

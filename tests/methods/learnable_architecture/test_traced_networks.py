@@ -154,9 +154,7 @@ def test_the_gradients_of_masks_are_those_of_finite_differences(name):
     architecture.manage()
     network.double().eval()
     architecture.double().install()
-    call = ExampleCall(
-        tuple(a.double() for a in call.args), {k: v.double() for k, v in call.kwargs.items()}
-    )
+    call = ExampleCall(tuple(a.double() for a in call.args), {k: v.double() for k, v in call.kwargs.items()})
     weights = torch.randn(logits(call(network)).shape, dtype=torch.float64)
 
     def value() -> torch.Tensor:
@@ -204,7 +202,7 @@ def test_tracing_and_removing_leave_the_network_as_it_was(name):
 
 @pytest.mark.parametrize(("name", "start"), [("resnet", "large"), ("resnet", "small"), ("transformers ViT", "large")])
 def test_the_budget_alone_is_reached_from_above_and_below(name, start):
-    network, _, architecture = built(name)
+    _, _, architecture = built(name)
     cost = CostBuilder(architecture).macs()
     low, high = cost.at(architecture.axes, smallest=True), cost.full
     target = low + 0.4 * (high - low)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -110,7 +111,7 @@ class CCNN(nn.Module):
         kernel = max_kernel or min(33, max(sides) - 1 + max(sides) % 2)
 
         def conv(count: int) -> ContinuousConv:
-            one_or_two = 1 if dims == 1 else 2
+            one_or_two: Literal[1, 2] = 1 if dims == 1 else 2
             return ContinuousConv(count, kernel, one_or_two, kernel_hidden, omega=omega, spread=spread)
 
         self.stem = nn.Sequential(conv(channels), _POINTWISE[dims](channels, width, 1), _NORMS[dims](width), nn.GELU())
@@ -134,7 +135,9 @@ class CCNN(nn.Module):
                 f"CCNN was built for inputs of shape {('B', *self.in_shape)}, got {tuple(x.shape)}; build it with the "
                 "data's shape, or feed it such inputs."
             )
-        crops: Sequence[nn.Module] = [nn.Identity()] * (len(self.blocks) + 1) if self.crops is None else list(self.crops)
+        crops: Sequence[nn.Module] = (
+            [nn.Identity()] * (len(self.blocks) + 1) if self.crops is None else list(self.crops)
+        )
         x = crops[0](self.stem(x))
         for block, crop in zip(self.blocks, crops[1:], strict=True):
             x = crop(block(x))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -17,7 +17,7 @@ from lightning_bpfree.methods.learnable_architecture.sizes.axes import KernelAxi
 
 FFT_FROM = 50
 """Kernels whose sides are all above this go through the Fourier domain."""
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d}
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d}
 
 
 class ContinuousConv(nn.Module):

@@ -1,4 +1,4 @@
-"""Resizing of signals in the Fourier domain: a low-pass mask, an exact crop of the spectrum, and the right amplitude."""
+"""Resizing of signals in the Fourier domain: a low-pass mask, an exact crop of the spectrum, the right amplitude."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def _resized_by_fft(x: Tensor, size: int, mask: Tensor | None) -> Tensor:
         weights = torch.ones(n // 2 + 1, dtype=x.dtype, device=x.device)
         weights[-1] = 0.5
         spectrum = torch.nn.functional.pad(spectrum * weights, (0, (size - n) // 2))
-    return torch.fft.irfft(spectrum, n=size) * (size / n)
+    resized: Tensor = torch.fft.irfft(spectrum, n=size) * (size / n)
+    return resized
 
 
 def resize_matrix(n: int, size: int, mask: Tensor | None = None, like: Tensor | None = None) -> Tensor:

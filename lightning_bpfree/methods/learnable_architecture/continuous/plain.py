@@ -124,7 +124,9 @@ class PlainCCNN(nn.Module):
         self.crops = None if crops is None else nn.ModuleList(PlainResize(shapes) for shapes in crops["shapes"])
         self.restore = PlainResize(crops["restore"]) if crops and crops["restore"] else nn.Identity()
         self.norm = NORMS[dims](width)
-        self.head = CONVOLUTIONS[dims](width, config["outputs"], 1) if self.dense else nn.Linear(width, config["outputs"])
+        self.head = (
+            CONVOLUTIONS[dims](width, config["outputs"], 1) if self.dense else nn.Linear(width, config["outputs"])
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, or with ``dense`` an output at every position."""

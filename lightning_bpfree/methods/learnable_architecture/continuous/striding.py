@@ -17,7 +17,7 @@ Stride = Annotated[float, Range(ge=1)]
 
 
 class DiffStride(nn.Module):
-    """Downsamples by strides that are learned: a ramp over frequencies, and a crop of the spectrum to where it is not 0.
+    """Downsamples by learned strides: a ramp over frequencies, and a crop of the spectrum to where it is not 0.
 
     In place of a pooling layer, or behind a convolution in place of its stride. The output has about
     ``side / stride + 2 ramp`` samples along each axis, and never more than the input; amplitudes stay. Strides are kept

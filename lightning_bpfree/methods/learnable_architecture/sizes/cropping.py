@@ -34,11 +34,11 @@ class Gate(NamedTuple):
 
     Args:
         axis: the learnable number of blocks.
-        index: of the block.
+        number: of the block, from 0.
     """
 
     axis: UnitAxis
-    index: int
+    number: int
 
 
 class Taps(NamedTuple):
@@ -100,8 +100,8 @@ class CroppedTensor:
             masks.append((dim, kernel.values()))
         for dim, mask in masks:
             tensor = tensor * mask.to(tensor.dtype).view([-1 if d == dim else 1 for d in range(tensor.dim())])
-        for axis, index in self.gates:
-            tensor = tensor * axis.mask()[index].to(tensor.dtype)
+        for axis, number in self.gates:
+            tensor = tensor * axis.mask()[number].to(tensor.dtype)
         return tensor
 
     def _cut(self, tensor: Tensor, dim: int, cuts: Sequence[Cut]) -> tuple[Tensor, Tensor | None]:
@@ -196,40 +196,45 @@ def set_sizes(module: Any, tapped: Sequence[CroppedTensor] = ()) -> dict[str, An
         module: the layer.
         tapped: tensors of it whose kernel is cropped.
     """
-    new: dict[str, Any] = {}
     weight = module._parameters.get("weight")
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        assert weight is not None
-        depthwise = module.groups > 1
-        new = {"out_channels": weight.shape[0], "in_channels": weight.shape[0 if depthwise else 1]}
-        if depthwise:
-            new["groups"] = weight.shape[0]
-        for tensor in tapped:
-            padding, size = list(cast("Any", module.padding)), list(module.kernel_size)
-            for dim, axis in tensor.taps:
-                padding[dim - 2] -= (axis.count - axis.kept) // 2 * module.dilation[dim - 2]
-                size[dim - 2] = axis.kept
-            new |= {"padding": tuple(padding), "kernel_size": tuple(size)}
-    elif isinstance(module, nn.Linear):
-        assert weight is not None
-        new = {"out_features": weight.shape[0], "in_features": weight.shape[1]}
-    elif isinstance(module, nn.Embedding):
-        assert weight is not None
-        new = {"embedding_dim": weight.shape[1]}
+        new = _sizes_of_convolution(module, cast("Tensor", weight), tapped)
     elif weight is None:
         mean = module._buffers.get("running_mean")
         new = {"num_features": mean.shape[0]} if mean is not None else {}
-    elif isinstance(module, nn.LayerNorm):
-        new = {"normalized_shape": (weight.shape[0],)}
-    elif isinstance(module, nn.GroupNorm):
-        per_group = module.num_channels // module.num_groups
-        new = {"num_channels": weight.shape[0], "num_groups": weight.shape[0] // per_group}
-    elif hasattr(module, "num_features"):
-        new = {"num_features": weight.shape[0]}
+    else:
+        new = _sizes_of_others(module, weight)
     before = {name: getattr(module, name) for name in new}
     for name, value in new.items():
         setattr(module, name, value)
     return before
+
+
+def _sizes_of_convolution(module: Any, weight: Tensor, tapped: Sequence[CroppedTensor]) -> dict[str, Any]:
+    depthwise = module.groups > 1
+    new: dict[str, Any] = {"out_channels": weight.shape[0], "in_channels": weight.shape[0 if depthwise else 1]}
+    if depthwise:
+        new["groups"] = weight.shape[0]
+    for tensor in tapped:
+        padding, size = list(module.padding), list(module.kernel_size)
+        for dim, axis in tensor.taps:
+            padding[dim - 2] -= (axis.count - axis.kept) // 2 * module.dilation[dim - 2]
+            size[dim - 2] = axis.kept
+        new |= {"padding": tuple(padding), "kernel_size": tuple(size)}
+    return new
+
+
+def _sizes_of_others(module: Any, weight: Tensor) -> dict[str, Any]:
+    if isinstance(module, nn.Linear):
+        return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
+    if isinstance(module, nn.Embedding):
+        return {"embedding_dim": weight.shape[1]}
+    if isinstance(module, nn.LayerNorm):
+        return {"normalized_shape": (weight.shape[0],)}
+    if isinstance(module, nn.GroupNorm):
+        per_group = module.num_channels // module.num_groups
+        return {"num_channels": weight.shape[0], "num_groups": weight.shape[0] // per_group}
+    return {"num_features": weight.shape[0]} if hasattr(module, "num_features") else {}
 
 
 class SkippedBlock(ForwardOverride):
@@ -248,7 +253,7 @@ class SkippedBlock(ForwardOverride):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the block's output, or its input where it is left out."""
-        if self.gate.index < self.gate.axis.kept:
+        if self.gate.number < self.gate.axis.kept:
             return self.original(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():

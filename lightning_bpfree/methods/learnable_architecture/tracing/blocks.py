@@ -91,7 +91,9 @@ def _block(network: nn.Module, call: ExampleCall, layers: Mapping[str, Layer], n
                 last_key = norms[-1] if behind else key
                 last[last_key] = _affine(inside[last_key])
     held = tuple((key, h) for key, affine in last.items() for h in affine if h.tensor is not None)
-    if not held or any(not any(h.name == "weight" and h.tensor is not None for h in affine) for affine in last.values()):
+    if not held or any(
+        not any(h.name == "weight" and h.tensor is not None for h in affine) for affine in last.values()
+    ):
         return None
     with _zeroed([h for _, h in held]):
         given, returned, alone = _passed(network, call, module)[0]
@@ -140,7 +142,7 @@ def _passed(network: nn.Module, call: ExampleCall, module: nn.Module) -> list[_P
         # A copy: some blocks add to their input in place.
         given.append((first.clone() if isinstance(first, Tensor) else first, len(args) == 1 and not kwargs))
 
-    def after(_: nn.Module, args: Any, out: Any) -> None:
+    def after(_: nn.Module, __: Any, out: Any) -> None:
         first, alone = given.pop()
         calls.append(_Passed(first, out, alone))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +144,7 @@ class CostBuilder:
 
     def _blocks(self, name: str) -> list[Factor]:
         gates = self.architecture.gates
-        return [Kept(gate.axis, gate.index) for block, gate in gates.items() if f"{name}.".startswith(f"{block}.")]
+        return [Kept(gate.axis, gate.number) for block, gate in gates.items() if f"{name}.".startswith(f"{block}.")]
 
     def _samples(self, name: str) -> list[Factor]:
         layer = self.architecture.layers[name]

@@ -133,8 +133,11 @@ def trace_widths(network: nn.Module, call: ExampleCall, layers: Mapping[str, Lay
         every = look({maker: range(channels) if known else _ALL})
         if not every.columns and not every.output:
             continue  # it takes no part in this call
-        ends = [look({maker: [c]}) for c in (0, min(1, channels - 1), channels - 1)] if known else [every] * 3
-        reach[maker] = _Reach(*ends, every)
+        if known:
+            first, second, last = (look({maker: [c]}) for c in (0, min(1, channels - 1), channels - 1))
+            reach[maker] = _Reach(first, second, last, every)
+        else:
+            reach[maker] = _Reach(every, every, every, every)
     for raw in _raw_parameters(network, layers):
         found = _raw_reach(look, raw)
         if found is not None:
@@ -259,7 +262,7 @@ def _layouts(
             return None
         layouts[place] = layout = Layout(base, min(after) - base[0])
         for found, units in ((second, [1]), (last, [count - 1]), (several, half)):
-            if found.columns.get(place) != layout.of(units):
+            if set(found.columns.get(place, ())) != layout.of(units):
                 return None
     return layouts
 

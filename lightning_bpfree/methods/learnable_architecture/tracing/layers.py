@@ -83,7 +83,10 @@ def layer_of(name: str, module: nn.Module) -> Layer | None:
         if isinstance(module, kind):
             return Layer(name, module, "fixed", axis, (), 0, 0, why)
     if isinstance(module, ContinuousConv):
-        held = (Held(module.generator.out, "weight", 0, "in"), Held(module.generator.out, "bias", 0, "in"))
+        held: tuple[Held, ...] = (
+            Held(module.generator.out, "weight", 0, "in"),
+            Held(module.generator.out, "bias", 0, "in"),
+        )
         held += (Held(module, "bias", 0, "in"),)
         return Layer(name, module, "passes", 1, held, module.channels, module.channels)
     if isinstance(module, FrequencyCrop | FrequencyRestore):
@@ -100,6 +103,7 @@ def layer_of(name: str, module: nn.Module) -> Layer | None:
 
 
 def _convolution(name: str, module: Any) -> Layer:
+    held: tuple[Held, ...]
     reads, makes, groups = module.in_channels, module.out_channels, module.groups
     if groups == 1:
         held = (Held(module, "weight", 0, "out"), Held(module, "weight", 1, "in"), Held(module, "bias", 0, "out"))
@@ -112,6 +116,7 @@ def _convolution(name: str, module: Any) -> Layer:
 
 
 def _norm(name: str, module: Any) -> Layer | None:
+    names: tuple[str, ...]
     if isinstance(module, _BATCH_NORMS):
         names, size, axis = ("weight", "bias", "running_mean", "running_var"), module.num_features, 1
     elif isinstance(module, nn.GroupNorm):
@@ -153,4 +158,3 @@ def layers_of(network: nn.Module) -> dict[str, Layer]:
             found[name] = layer
             inside.append(f"{name}.")
     return found
-

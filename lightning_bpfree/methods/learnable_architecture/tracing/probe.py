@@ -177,7 +177,7 @@ def _emit(
     columns: Mapping[str, frozenset[int]],
     rows: Sequence[int],
     module: nn.Module,
-    args: Any,
+    _: Any,
     out: Any,
 ) -> Any:
     """Set channels of the output to NaN: those asked for, and those that came in where channels stay apart."""
@@ -194,6 +194,6 @@ def _emit(
     return tree_map_only(Tensor, fill, out)
 
 
-def _watch(name: str, left: set[str], module: nn.Module, args: Any, out: Any) -> None:
+def _watch(name: str, left: set[str], _: nn.Module, __: Any, out: Any) -> None:
     if any(bool(t.isnan().any()) for t in _floats(out)):
         left.add(name)
