@@ -82,7 +82,9 @@ class SmallResNet(nn.Module):
     ) -> None:
         super().__init__()
         first = widths[0]
-        self.stem = nn.Sequential(nn.Conv2d(channels, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU()
+        )
         before = [first, *widths[:-1]]
         self.stages = nn.ModuleList(
             nn.Sequential(

@@ -16,6 +16,8 @@ from lightning_bpfree.methods.learnable_architecture.sizes.axes import refresh
 from lightning_bpfree.methods.learnable_architecture.sizes.cost import Cost, deviation, settle
 from lightning_bpfree.methods.learnable_architecture.tracing.probe import ExampleCall, quiet_evaluation
 
+_MAX_NORM = 1.0  # of the gradient: far from the budget its square is steep
+
 
 class Search:
     """Moves the sizes of one network, and brings its cost to a budget.
@@ -25,8 +27,8 @@ class Search:
         cost: of the network, in the unit of the target.
         target: the budget.
         weight: of the budget's term beside the loss.
-        lr: learning rate of SGD with momentum for the sizes. Adam would move a size that costs little as fast as one
-            that costs much.
+        lr: learning rate of SGD for the sizes. Adam would move a size that costs little as fast as one that costs much,
+            and momentum would carry the cost far beyond the budget.
         tolerance: relative, within which the cost is brought where the sizes are fixed.
         update_every: steps between two changes of the crops.
     """
@@ -45,7 +47,7 @@ class Search:
         self.architecture, self.cost, self.target = architecture, cost, target
         self.weight, self.lr, self.tolerance, self.update_every = weight, lr, tolerance, update_every
         self.parameters = [axis.size for axis in architecture.axes]
-        self.optimizer = torch.optim.SGD(self.parameters, lr=lr, momentum=0.9)
+        self.optimizer = torch.optim.SGD(self.parameters, lr=lr)
         for parameter in self.parameters:
             parameter.moved_by_callback = True  # type: ignore[attr-defined]  # which training rules look for
         self.steps = 0
@@ -82,6 +84,7 @@ class Search:
             parameter.grad = total if gradient is None else total + gradient
         finite = bool(torch.stack([p.grad.isfinite() for p in self.parameters if p.grad is not None]).all())
         if finite:  # as a gradient scaler leaves out such a step of the weights
+            torch.nn.utils.clip_grad_norm_(self.parameters, _MAX_NORM)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * left
             self.optimizer.step()

@@ -291,7 +291,7 @@ def test_the_kernel_is_as_large_as_the_lag_of_what_is_to_be_seen():
         pl.seed_everything(0, verbose=False)
         module = Adam(OneConvolution(), lr=0.01)
         # The budget asks for the smallest kernel, of three taps, and has little weight against the loss.
-        callback = search(0.42, ("kernel",), network="net", lr=0.01, weight=0.1, fix_at=1.0, tolerance=10.0)
+        callback = search(0.42, ("kernel",), network="net", lr=0.05, weight=0.1, fix_at=1.0, tolerance=10.0)
         trainer(callback, max_epochs=40).fit(module, lagged(lag))
         sizes.append(next(iter(callback.sizes.values())))
     assert sizes[0] <= 5

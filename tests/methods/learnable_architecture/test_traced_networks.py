@@ -12,7 +12,8 @@ from torch import nn
 from lightning_bpfree.functional import count_macs
 from lightning_bpfree.methods.learnable_architecture.architecture import Architecture
 from lightning_bpfree.methods.learnable_architecture.export import export
-from lightning_bpfree.methods.learnable_architecture.sizes.axes import UnitAxis, refresh
+from lightning_bpfree.methods.learnable_architecture.search import Search
+from lightning_bpfree.methods.learnable_architecture.sizes.axes import UnitAxis
 from lightning_bpfree.methods.learnable_architecture.sizes.cost import deviation, settle
 from lightning_bpfree.methods.learnable_architecture.tracing.counting import CostBuilder
 from lightning_bpfree.methods.learnable_architecture.tracing.probe import ExampleCall, quiet_evaluation
@@ -210,15 +211,16 @@ def test_the_budget_alone_is_reached_from_above_and_below(name, start):
         axis.set_crop(axis.crops[-1 if start == "large" else len(axis.crops) // 8])
     begin = cost.number()
     assert begin > target if start == "large" else begin < target
-    optimizer = torch.optim.SGD([axis.size for axis in architecture.axes], 5e-3, momentum=0.9)
-    for _ in range(150):
-        optimizer.zero_grad()
-        (10 * (cost.value() / target - 1).square()).backward()
-        optimizer.step()
-        for axis in architecture.axes:
-            axis.clamp_()
-    refresh(architecture.axes)
-    assert float(cost.value().detach()) == pytest.approx(target, rel=0.01)
+    own = Search(architecture, cost, target, weight=10.0, lr=0.02, tolerance=0.02)
+    costs = []
+    for step in range(250):
+        own.step(left=1 - step / 250)
+        costs.append(float(cost.value().detach()))
+    # The deviation in the objective is that of the crops, which a cost between two of them can but straddle.
+    coarse = 0.04 if name == "resnet" else 0.01
+    assert costs[-1] == pytest.approx(target, rel=coarse)
+    beyond = min(costs) / target if start == "large" else target / max(costs)
+    assert beyond > 0.75  # no overshoot that leaves little of the network
     assert settle(cost, architecture.axes, target, 0.02)
     assert cost.number() == pytest.approx(target, rel=0.02)
 
