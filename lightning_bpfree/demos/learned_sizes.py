@@ -82,9 +82,8 @@ class SmallResNet(nn.Module):
     ) -> None:
         super().__init__()
         first = widths[0]
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU()
-        )
+        conv = nn.Conv2d(channels, first, 3, padding=1, bias=False)
+        self.stem = nn.Sequential(conv, nn.BatchNorm2d(first), nn.ReLU())
         before = [first, *widths[:-1]]
         self.stages = nn.ModuleList(
             nn.Sequential(

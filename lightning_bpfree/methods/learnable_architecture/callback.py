@@ -76,8 +76,8 @@ class LearnableArchitecture(Callback):
             ``example_input_array`` of the module, or the first training batch.
         exclude: patterns of names of layers and blocks that keep their sizes.
         weight: of the squared relative deviation from the budget, beside the loss; above 0.
-        lr: learning rate of the sizes at the start (SGD, gradient clipped to norm 1), above 0; it falls to 0 by the time
-            that they are fixed.
+        lr: learning rate of the sizes at the start (SGD, gradient clipped to norm 1), above 0; it falls to 0 by the
+            time that they are fixed.
         fix_at: share of the fit's steps after which sizes are fixed, in [0, 1].
         tolerance: relative deviation from the budget that is allowed when sizes are fixed, above 0.
         update_every: optimizer steps between two changes of the crops, >= 1; masks follow at each step.
