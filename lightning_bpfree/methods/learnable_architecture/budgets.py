@@ -36,14 +36,14 @@ class Budget(NamedTuple):
         target: in the cost's unit.
         reference: the cost of the reference, in the budget's unit.
         seconds: target in seconds, for latency.
-        slope: seconds for one multiply-accumulate, for latency.
+        constant: seconds of a network without multiply-accumulates, for latency.
     """
 
     cost: Cost
     target: float
     reference: float
     seconds: float | None = None
-    slope: float = 0.0
+    constant: float = 0.0
 
 
 def make_budget(
@@ -83,7 +83,7 @@ def make_budget(
         full = float(trainer.strategy.broadcast(seconds(reference, architecture.call)))
     wanted = budget * full if relative else budget
     _check(measure, wanted, *ends, full)
-    return Budget(cost, (wanted - line.constant) / line.slope, full, wanted, line.slope)
+    return Budget(cost, (wanted - line.constant) / line.slope, full, wanted, line.constant)
 
 
 def _reference(architecture: Architecture, measure: Measure, reference: nn.Module | None, high: float) -> float:

@@ -335,8 +335,9 @@ class LearnableArchitecture(Callback):
             return
         architecture, cost = self.architecture, budget.cost
         now = float(trainer.strategy.broadcast(seconds(architecture.network, architecture.call)))
-        # The slope between the largest and the smallest network stays, and the line goes through the network of now.
-        target = cost.number() + (budget.seconds - now) / budget.slope
+        # The constant part stays, and the line goes through the network of now.
+        slope = max(now - budget.constant, 0.01 * now) / cost.number()
+        target = (budget.seconds - budget.constant) / slope
         low = cost.at(architecture.axes, smallest=True)
         self.search.target = min(max(target, low), cost.at(architecture.axes, smallest=False))
 

@@ -85,8 +85,9 @@ def export(architecture: Architecture) -> ExportedNetwork:
             layers[name] = {"attributes": changed, "shapes": shapes}
         config: dict[str, Any] = {"layers": layers, **_without_blocks(architecture, plain)}
         config["replaced"] = _replace_continuous(architecture, plain)
-        for name in config["replaced"]:
-            layers.pop(name, None)
+        gone = [*config["replaced"], *config["skipped"], *config["removed"]]
+        for name in [n for n in layers if any(f"{n}.".startswith(f"{prefix}.") for prefix in gone)]:
+            del layers[name]
         if isinstance(network, CCNN):
             config = _config_of_ccnn(cast("CCNN", plain))
         plain.eval()

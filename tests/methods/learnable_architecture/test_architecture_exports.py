@@ -68,6 +68,7 @@ def test_exports_are_loaded_without_this_package(tmp_path):
 
 
 @pytest.mark.slow  # torch.export takes seconds
+@pytest.mark.filterwarnings("ignore:No complete tensor found in the group")
 @pytest.mark.parametrize("name", ["ccnn", "resnet"])
 def test_exports_go_through_torch_export(name, tmp_path):
     _, call, architecture = built(name)

@@ -61,8 +61,7 @@ def test_a_budget_of_seconds_is_translated_and_followed(monkeypatch):
     assert callback._budget.target == pytest.approx((0.6 * reference - 1e-6) / 1e-9)
     assert callback.search.target < callback._budget.target  # what was measured since is slower
     found = 1e-6 + 1.1e-9 * callback.export().macs
-    # The target was moved before the sizes were fixed, at the end of an epoch.
-    assert found == pytest.approx(0.6 * reference, rel=0.05)
+    assert found == pytest.approx(0.6 * reference, rel=0.02)
 
 
 def test_a_reference_network_counts_as_one():
@@ -148,7 +147,7 @@ def test_a_resumed_fit_is_exact_while_sizes_change(stop, kind, tmp_path):
         return Module(bpf.CCNN((1, 8, 8), 3, width=4, blocks=1))
 
     def own() -> bpf.LearnableArchitecture:
-        return search(budget, dims, lr=0.02, fix_at=0.6, weight=30.0)
+        return search(budget, dims, lr=0.2, fix_at=0.6, weight=30.0)
 
     whole, straight = make(), own()
     torch.manual_seed(1)
