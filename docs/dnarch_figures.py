@@ -91,7 +91,12 @@ def architectures(found, part="sequence", seed=0):
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.2])
     for run in arms:
-        left.plot([h["step"] for h in run["history"]], [h["cost"] for h in run["history"]], color=COLORS[run["arm"]], label=run["arm"])
+        left.plot(
+            [h["step"] for h in run["history"]],
+            [h["cost"] for h in run["history"]],
+            color=COLORS[run["arm"]],
+            label=run["arm"],
+        )
     left.axhline(1, color="0.4", linewidth=0.8)
     left.set_xlabel("step", fontsize=8)
     left.set_ylabel("cost / budget", fontsize=8)

@@ -254,47 +254,9 @@ def test_sizes_and_cost_are_logged_and_drawn(tmp_path):
     assert (tmp_path / "architecture.png").stat().st_size > 1000
 
 
-def lagged(lag: int, rows: int = 192) -> DataLoader:
-    """Signals whose label is the sign of the product of two samples, so far apart."""
-    generator = torch.Generator().manual_seed(lag)
-    x = torch.zeros(rows, 1, 32)
-    start = torch.randint(1, 30 - lag, (rows,), generator=generator)
-    signs = torch.randint(0, 2, (rows, 2), generator=generator) * 2.0 - 1
-    x[torch.arange(rows), 0, start], x[torch.arange(rows), 0, start + lag] = signs[:, 0], signs[:, 1]
-    return DataLoader(TensorDataset(x, (signs.prod(1) > 0).long()), 32, shuffle=True)
-
-
-class OneConvolution(nn.Module):
-    """Sees two samples together only within one kernel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.expand = nn.Conv1d(1, 8, 1)
-        self.conv = bpf.ContinuousConv(8, 31, 1, spread=0.35, omega=3.0)
-        self.mix = nn.Conv1d(8, 16, 1)
-        self.head = nn.Linear(16, 2)
-
-    def forward(self, x):
-        return self.head(self.mix(self.conv(self.expand(x))).relu().mean(-1))
-
-
 class Adam(Module):
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), self.lr)
-
-
-@pytest.mark.slow  # trains two networks
-def test_the_kernel_is_as_large_as_the_lag_of_what_is_to_be_seen():
-    sizes = []
-    for lag in (1, 9):
-        pl.seed_everything(0, verbose=False)
-        module = Adam(OneConvolution(), lr=0.01)
-        # The budget asks for the smallest kernel, of three taps, and has little weight against the loss.
-        callback = search(0.42, ("kernel",), network="net", lr=0.05, weight=0.1, fix_at=1.0, tolerance=10.0)
-        trainer(callback, max_epochs=40).fit(module, lagged(lag))
-        sizes.append(next(iter(callback.sizes.values())))
-    assert sizes[0] <= 5
-    assert sizes[1] >= 10  # two samples that are nine apart are within one kernel
 
 
 @pytest.mark.slow

@@ -154,7 +154,8 @@ def convolved(x: Tensor, kernel: Tensor, bias: Tensor | None, causal: bool = Fal
         x, padding = F.pad(x, (taps[0] - 1, 0)), [0]
     else:
         padding = [k // 2 for k in taps]
-    return _CONVOLUTIONS[len(taps)](x, kernel, bias, padding=padding, groups=kernel.shape[0])
+    out: Tensor = _CONVOLUTIONS[len(taps)](x, kernel, bias, padding=padding, groups=kernel.shape[0])
+    return out
 
 
 def _by_fft(x: Tensor, kernel: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
@@ -164,7 +165,7 @@ def _by_fft(x: Tensor, kernel: Tensor, bias: Tensor | None, causal: bool) -> Ten
     # A convolution layer computes a correlation: the kernel is turned around.
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     product = torch.fft.rfftn(x.to(wide), full, axes) * torch.fft.rfftn(kernel[:, 0].flip(axes).to(wide), full, axes)
-    out = torch.fft.irfftn(product, full, axes)
+    out: Tensor = torch.fft.irfftn(product, full, axes)
     for axis, n, k in zip(axes, sides, taps, strict=True):
         out = out.narrow(axis, 0 if causal else k // 2, n)
     out = out.to(x.dtype)
