@@ -40,12 +40,12 @@ def scores(runs, **key):
 
 
 def draw(axis, rows, runs, keys):
-    for place, (label, arm, key) in enumerate(zip(rows, keys, [k for k in keys], strict=True)):
+    for place, key in enumerate(keys):
         values = scores(runs, **key)
         if not values:
             continue
         mean, half = interval(values)
-        color = COLORS[arm["arm"]]
+        color = COLORS[key["arm"]]
         axis.plot(values, [place] * len(values), "|", color=color, alpha=0.5, markersize=9)
         axis.errorbar(mean, place, xerr=half, fmt="o", color=color, markersize=5)
     axis.set_yticks(range(len(rows)), rows, fontsize=8)
@@ -91,12 +91,8 @@ def architectures(found, part="sequence", seed=0):
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.2])
     for run in arms:
-        left.plot(
-            [h["step"] for h in run["history"]],
-            [h["cost"] for h in run["history"]],
-            color=COLORS[run["arm"]],
-            label=run["arm"],
-        )
+        steps, costs = ([h[key] for h in run["history"]] for key in ("step", "cost"))
+        left.plot(steps, costs, color=COLORS[run["arm"]], label=run["arm"])
     left.axhline(1, color="0.4", linewidth=0.8)
     left.set_xlabel("step", fontsize=8)
     left.set_ylabel("cost / budget", fontsize=8)
