@@ -114,7 +114,7 @@ def architectures(found, part="sequence", seed=0):
 
 
 def main() -> None:
-    found = json.loads((HERE / "results" / "dnarch_study.json").read_text())
+    found = json.loads((HERE / "results" / "dnarch_accuracy.json").read_text())
     for name, figure in (
         ("dnarch_smaller", smaller(found)),
         ("dnarch_ablation", ablation(found)),

@@ -283,7 +283,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
     found |= {
-        "command": "python tests/benchmarks/dnarch_study.py docs/results/dnarch_study.json --peers FOLDER",
+        "command": "python tests/benchmarks/dnarch_study.py docs/results/dnarch_accuracy.json --peers FOLDER",
         "date": datetime.date.today().isoformat(),
         "versions": {"torch": torch.__version__, "lightning": lightning.__version__, "torch-pruning": "1.6.1"},
         "seeds": options.seeds,
