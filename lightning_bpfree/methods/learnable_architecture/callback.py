@@ -41,6 +41,7 @@ from lightning_bpfree.training.trainer_attributes import without_module
 
 NAME = "learnable_architecture"
 """The attribute of the module under which the sizes are."""
+_FAR = 0.1  # from the budget, relative: what is worth a line when the sizes are fixed
 
 
 class LearnableArchitecture(Callback):
@@ -48,7 +49,7 @@ class LearnableArchitecture(Callback):
 
     Every size is a mask with one parameter. Units, blocks, taps and frequencies whose mask is below 0.1 are cropped:
     the smaller network is what is computed. A term in the loss leads the cost to the budget; after ``fix_at`` of the
-    fit, the sizes are set to meet it within ``tolerance`` and held, and the weights train on.
+    fit, the sizes are brought to it within ``tolerance`` by about one factor and held, and the weights train on.
 
     - ``width``: units of linear layers and convolutions with their norms, tied where a residual stream ties them;
       hidden units of MLPs, and heads of attention. Masks are applied where units are read, behind norm and activation.
@@ -307,7 +308,13 @@ class LearnableArchitecture(Callback):
         search.step(1.0 if scaler is None else float(scaler.get_scale()), max(left, 0.0))
 
     def _fix(self) -> None:
+        found = self.cost_over_budget
         fits = self.search.fix()
+        if abs(found - 1) > _FAR:
+            rank_zero_info(
+                f"LearnableArchitecture: the search reached {found:.2f} of the budget; the rest is met by one factor "
+                "on all sizes. A longer search (fix_at=) or a larger lr= leaves more of it to the gradient."
+            )
         if not fits:
             rank_zero_warn(
                 f"LearnableArchitecture: sizes are fixed at {self.cost_over_budget:.4f} of the budget; no single step "

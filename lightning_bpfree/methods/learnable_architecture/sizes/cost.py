@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -13,6 +14,7 @@ from lightning_bpfree.methods.learnable_architecture.sizes.axes import Axis
 from lightning_bpfree.methods.learnable_architecture.sizes.masks import clamped
 
 Measure = Literal["macs", "params", "latency"]
+_LEAST = 0.5  # stands for a depth of no block, whose logarithm is not finite
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,10 @@ def _kept_for(axis: Axis, crop: int) -> int:
 def settle(cost: Cost, axes: Sequence[Axis], target: float, tolerance: float) -> bool:
     """Change sizes by single steps until the cost of the crops is near its target; says whether it is.
 
-    Each step is the one that moves a parameter least among those that bring the cost nearer to its target. Where none
-    does, a step of one size and the opposite step of another are tried together.
+    Each step is the one that leaves its size nearest to its first value, by their ratio, among those that bring the
+    cost nearer to its target. All sizes change by about one factor, so that the proportions of the search stay. By
+    absolute steps, the widest layers would pay for all and end at single units. Where no step brings the cost nearer,
+    a step of one size and the opposite step of another are tried together.
 
     Args:
         cost: of the network.
@@ -177,15 +181,16 @@ def settle(cost: Cost, axes: Sequence[Axis], target: float, tolerance: float) ->
         target: of the cost.
         tolerance: relative.
     """
+    first = {axis: max(float(axis.length().detach()), _LEAST) for axis in axes}
     for _ in range(10_000):
         off = cost.number() - target
         if abs(off) <= tolerance * target:
             return True
-        moves = _moves(cost, axes, target, -1 if off > 0 else 1)
+        moves = _moves(cost, axes, target, first, -1 if off > 0 else 1)
         better = [move for move in moves if abs(move.off) < abs(off)]
         if better:
             _apply(min(better, key=lambda move: move.moved))
-        elif not _exchange(cost, axes, target, moves):
+        elif not _exchange(cost, axes, target, first, moves):
             return False
     return False
 
@@ -196,7 +201,7 @@ class _Move(NamedTuple):
     Args:
         axis: the size.
         crop: what it becomes.
-        moved: how far its parameter moves.
+        moved: how far the size is then from what it was at first: the absolute logarithm of the ratio.
         off: the cost less its target, after the step.
     """
 
@@ -206,7 +211,7 @@ class _Move(NamedTuple):
     off: float
 
 
-def _moves(cost: Cost, axes: Sequence[Axis], target: float, direction: int) -> list[_Move]:
+def _moves(cost: Cost, axes: Sequence[Axis], target: float, first: Mapping[Axis, float], direction: int) -> list[_Move]:
     """Return the single steps of all sizes in a direction."""
     found = []
     for axis in axes:
@@ -215,12 +220,15 @@ def _moves(cost: Cost, axes: Sequence[Axis], target: float, direction: int) -> l
         if 0 <= step < len(crops):
             before = axis.size.detach().clone()
             axis.set_crop(crops[step])
-            found.append(_Move(axis, crops[step], abs(float(axis.size.detach() - before)), cost.number() - target))
+            moved = abs(math.log(max(crops[step], _LEAST) / first[axis]))
+            found.append(_Move(axis, crops[step], moved, cost.number() - target))
             _put(axis, before, now)
     return found
 
 
-def _exchange(cost: Cost, axes: Sequence[Axis], target: float, moves: Sequence[_Move]) -> bool:
+def _exchange(
+    cost: Cost, axes: Sequence[Axis], target: float, first: Mapping[Axis, float], moves: Sequence[_Move]
+) -> bool:
     """Make the two opposite steps that together come nearest to the target; says whether they come nearer."""
     off = cost.number() - target
     best: tuple[float, _Move, _Move] | None = None
@@ -228,7 +236,7 @@ def _exchange(cost: Cost, axes: Sequence[Axis], target: float, moves: Sequence[_
         before, now = move.axis.size.detach().clone(), move.axis.crop
         _apply(move)
         others = [axis for axis in axes if axis is not move.axis]
-        for other in _moves(cost, others, target, 1 if off > 0 else -1):
+        for other in _moves(cost, others, target, first, 1 if off > 0 else -1):
             if abs(other.off) < (abs(off) if best is None else best[0]):
                 best = abs(other.off), move, other
         _put(move.axis, before, now)
