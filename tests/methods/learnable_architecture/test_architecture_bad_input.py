@@ -191,7 +191,7 @@ def test_a_checkpoint_of_other_sizes_is_refused(tmp_path):
         )
 
 
-def test_a_size_that_collapses_is_clamped_and_logged():
+def test_a_size_that_collapses_is_clamped_and_logged(tmp_path):
     callback = search(0.5, fix_at=1.0)
 
     class Collapse(pl.Callback):
@@ -199,7 +199,7 @@ def test_a_size_that_collapses_is_clamped_and_logged():
             with torch.no_grad():
                 callback.architecture.axes[0].size.fill_(-1.0)
 
-    run = trainer(callback, Collapse(), max_epochs=1, log_every_n_steps=1, logger=pl.loggers.CSVLogger(".", ".x"))
+    run = trainer(callback, Collapse(), max_epochs=1, log_every_n_steps=1, logger=pl.loggers.CSVLogger(tmp_path))
     run.logger.log_metrics = lambda *_, **__: None
     run.logger.save = lambda: None
     run.fit(Module(MLP(6, [24, 16], 3)), loader(6))
