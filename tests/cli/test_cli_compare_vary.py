@@ -207,7 +207,7 @@ def test_the_figure_has_a_line_for_each_rule(values: list[str], scale: str, tick
 
 def test_pages_show_what_a_varied_comparison_has_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages, docs = pages_in(tmp_path, monkeypatch)
-    (tmp_path / "README.md").write_text("<!-- results:comparisons -->\n<!-- /results -->\n")
+    (tmp_path / "README.md").write_text("<!-- results:noise_comparison -->\n<!-- /results -->\n")
     found = varied_results(["none", "paper"])
     (docs / "results/noise_comparison.json").write_text(json.dumps(found))
     assert pages.main(["--check"]) == 1

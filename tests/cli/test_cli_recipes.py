@@ -24,7 +24,7 @@ EXPECTED = {
 }
 
 
-MODELS = ("Classifier", "ControlModule", "ActorCritic", "LanguageModel", "DigitDiffusion", "RewardFineTuning")
+MODELS = ("Classifier", "ControlModule", "ActorCritic", "LanguageModel", "DigitDiffusion", "RewardFineTuning", "Denoiser")
 
 # Ensembles and analyses, which are no rules; overlays with these names bring a rule beside them.
 NO_RULES = ("loggers/", "papers/ann_bp_ensemble", "papers/concept_backprop", "papers/dnarch")
@@ -132,7 +132,8 @@ def test_each_recipe_parses_and_says_how_to_run_it(name: str, base: str) -> None
     if study.count("/"):  # part of a study: an overlay of its recipe, or one of the rules to compare with it
         fitted, moved = f"# bpfree fit -c {study} -c {name}", f"# bpfree tickets -c {study} --transfer {name} --out "
         compared = f"# bpfree compare -c {study} --rules {name}"
-        assert command.startswith(compared) or (own and (command == fitted or command.startswith(moved)))
+        alone = own or trains_by_backprop(name)  # rather than one of several rules
+        assert command.startswith(compared) or (alone and (command == fitted or command.startswith(moved)))
     else:
         words = shlex.split(command)
         assert words[:4] in (["#", "bpfree", "fit", "-c"], ["#", "bpfree", "tickets", "-c"])
