@@ -1,4 +1,4 @@
-"""``bpfree completion``: a script with which a shell completes commands, options, classes and recipes."""
+"""``bpfree completion``: a script with which a shell completes commands, options and recipes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pkgutil import resolve_name
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from lightning_bpfree.cli.commands import COMMANDS
 from lightning_bpfree.cli.common import recipes
@@ -26,7 +26,7 @@ def parser() -> Parser:
     """Return the parser of the command."""
     made = Parser(
         "bpfree completion",
-        "Print a script with which a shell completes commands, options, classes and recipes.\n"
+        "Print a script with which a shell completes commands, options and recipes.\n"
         'It needs pip install "lightning-bpfree[completion]".',
         [
             "bpfree completion bash > ~/.bpfree.bash       with source ~/.bpfree.bash in ~/.bashrc",
@@ -56,8 +56,20 @@ def script(shell: str) -> str:
         for action in part._actions:
             if action.dest in READS_RECIPES:
                 action.complete = {"bash": "_bpfree_recipes", "zsh": "_bpfree_recipes"}  # tcsh has no functions
+            elif not action.choices and _takes_a_class(action):
+                # Else jsonargparse lists the options of all subclasses of nn.Module, and of their own modules in turn.
+                action.complete = {"bash": "_bpfree_recipes", "zsh": "_bpfree_recipes"}
     text: str = whole.get_completion_script(f"shtab-{shell}", preambles=[preamble] if preamble else [])
     return text
+
+
+def _takes_a_class(action: argparse.Action) -> bool:
+    hint = getattr(action, "_typehint", None)
+    parts = [hint, *get_args(hint)]
+    parts += [inner for part in parts[1:] for inner in get_args(part)]
+    return any(
+        isinstance(part, type) and part.__module__.partition(".")[0] not in ("builtins", "typing") for part in parts
+    )
 
 
 def _parser_of(name: str) -> argparse.ArgumentParser:

@@ -201,7 +201,7 @@ def test_the_worker_ends_with_the_command(sent: int, code: int, said: str, base:
     wait_for(lambda: Path("worker.pid").exists() and Path("worker.pid").read_text() != "")
     worker = int(Path("worker.pid").read_text())
     process.send_signal(sent)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=240)
     assert process.returncode == code
     assert "Traceback" not in error
     assert said in error
@@ -218,7 +218,7 @@ def test_ctrl_c_ends_fit_in_one_line(base: str, overlay: Overlay) -> None:
     process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     wait_for(lambda: Path("worker.pid").exists() and Path("worker.pid").read_text() != "")
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=240)
     assert process.returncode == 130
     assert "Traceback" not in error
     assert "bpfree fit: interrupted. There is no checkpoint yet." in error

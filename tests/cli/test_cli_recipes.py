@@ -24,7 +24,15 @@ EXPECTED = {
 }
 
 
-MODELS = ("Classifier", "ControlModule", "ActorCritic", "LanguageModel", "DigitDiffusion", "RewardFineTuning", "Denoiser")
+MODELS = (
+    "Classifier",
+    "ControlModule",
+    "ActorCritic",
+    "LanguageModel",
+    "DigitDiffusion",
+    "RewardFineTuning",
+    "Denoiser",
+)
 
 # Ensembles and analyses, which are no rules; overlays with these names bring a rule beside them.
 NO_RULES = ("loggers/", "papers/ann_bp_ensemble", "papers/concept_backprop", "papers/dnarch")

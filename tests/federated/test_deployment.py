@@ -135,6 +135,9 @@ def expected(rounds):
 
 
 @pytest.mark.slow  # ten clients, a process for every message
+@pytest.mark.skipif(
+    "BPFREE_DEPLOYMENT" not in os.environ, reason="20 processes need a quiet machine: set BPFREE_DEPLOYMENT=1"
+)
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 def test_faults_of_clients_and_of_the_server(tmp_path):

@@ -41,6 +41,8 @@ def rule_events(plan: dict[str, Any], contender: Contender, budgets: dict[str, f
         finally:
             process.stdout.close()
             code = process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
             _RUNNING.discard(process)
     if reported["kind"] not in ("end", "refused", "fatal"):
         why = "was killed, most likely because memory ran out" if code == -9 else f"ended with code {code}"
