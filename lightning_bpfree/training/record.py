@@ -20,7 +20,7 @@ LOGGED = {
     "bpfree/grad_norm": "norm of the estimated gradient, after the averaging over ranks and before clipping",
     "bpfree/forward_evals": "forward passes used since the start of the fit; backprop counts 3 a batch",
     "bpfree/active": "1 if the rule trains this epoch, 0 if plain backprop does",
-    "bpfree/bytes_sent": "bytes sent to other ranks in the last step (ScalarSyncStrategy only)",
+    "bpfree/bytes_sent": "bytes sent to other ranks since the start of the fit (ScalarSyncStrategy only)",
 }
 
 

@@ -59,8 +59,6 @@ class Lazy(Foreign):
 class ConvNet(Foreign):
     """BatchNorm, pooling, dropout, a flat head."""
 
-    rough = True  # pooling and ReLU behind BatchNorm have kinks within a finite difference
-
     def prepare(self) -> None:
         self.net = nn.Sequential(
             nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout2d(0.2),
