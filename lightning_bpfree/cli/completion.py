@@ -43,6 +43,8 @@ def script(shell: str) -> str:
     Args:
         shell: ``bash``, ``zsh`` or ``tcsh``.
     """
+    import shtab
+
     whole: Any = _configuration_parser()
     actions = whole._subcommands_action
     for name, row in COMMANDS.items():
@@ -57,13 +59,15 @@ def script(shell: str) -> str:
             if action.dest in READS_RECIPES:
                 action.complete = {"bash": "_bpfree_recipes", "zsh": "_bpfree_recipes"}  # tcsh has no functions
             elif not action.choices and _takes_a_class(action):
-                # Else jsonargparse lists the options of all subclasses of nn.Module, and of their own modules in turn.
-                action.complete = {"bash": "_bpfree_recipes", "zsh": "_bpfree_recipes"}
+                # Else jsonargparse lists the options of all subclasses of nn.Module, and of their own modules in turn,
+                # for more than a minute. A class may be described by a file.
+                action.complete = shtab.FILE
     text: str = whole.get_completion_script(f"shtab-{shell}", preambles=[preamble] if preamble else [])
     return text
 
 
 def _takes_a_class(action: argparse.Action) -> bool:
+    """Whether an option of the configuration is annotated with a class, alone or in a union or list."""
     hint = getattr(action, "_typehint", None)
     parts = [hint, *get_args(hint)]
     parts += [inner for part in parts[1:] for inner in get_args(part)]

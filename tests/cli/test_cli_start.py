@@ -119,7 +119,8 @@ def test_the_shell_completes_commands_options_and_recipes(shell: str, capsys: py
     assert main(["completion", shell]) == 0
     text = capsys.readouterr().out
     for expected in ("compare", "--trainer.max_epochs", "--overwrite"):
-        assert expected in text
+        # tcsh lists options behind one pattern of their dashes, 'c/--/(...)/'.
+        assert (expected.removeprefix("--") if shell == "tcsh" else expected) in text
     if shell != "bash":
         return
     Path("complete.bash").write_text(text)

@@ -201,6 +201,20 @@ def test_tracing_and_removing_leave_the_network_as_it_was(name):
         assert torch.equal(logits(call(network)), out)
 
 
+def largest_step(cost, axes):
+    """Return by how much the cost changes at most where one size becomes its next crop, up or down."""
+    now, steps = cost.number(), [0.0]
+    for axis in axes:
+        kept, size, place = axis.kept, axis.size.detach().clone(), axis.crops.index(axis.crop)
+        for other in {max(place - 1, 0), min(place + 1, len(axis.crops) - 1)}:
+            axis.set_crop(axis.crops[other])
+            steps.append(abs(cost.number() - now))
+        with torch.no_grad():
+            axis.size.copy_(size)
+        axis.set_kept(kept)
+    return max(steps)
+
+
 @pytest.mark.parametrize(("name", "start"), [("resnet", "large"), ("resnet", "small"), ("transformers ViT", "large")])
 def test_the_budget_alone_is_reached_from_above_and_below(name, start):
     _, _, architecture = built(name)
@@ -221,6 +235,7 @@ def test_the_budget_alone_is_reached_from_above_and_below(name, start):
     # which are far apart where one head of three makes the difference.
     assert min(crops[-100:]) <= 1.01 * target
     assert max(crops[-100:]) >= 0.99 * target
+    assert abs(crops[-1] - target) <= largest_step(cost, architecture.axes)
     beyond = min(costs) / target if start == "large" else target / max(costs)
     assert beyond > 0.75  # no overshoot that leaves little of the network
     assert settle(cost, architecture.axes, target, 0.02)
