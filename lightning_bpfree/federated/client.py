@@ -33,8 +33,8 @@ def loss_differences(
         settings: ``sigma``, ``scheme`` and ``chunk_size``.
     """
     sigma, num = settings.sigma, len(directions)
-    if settings.perturb == "layers":
-        return _layer_by_layer(objective, params, directions, settings)
+    if settings.layerwise and _fits(objective, directions, settings):
+        return _layer_by_layer(objective, directions, settings)
     if settings.chunk_size == 1:
         base = objective(params) if settings.scheme == "forward" else None
         return difference_quotients(objective, params, directions, sigma, base_loss=base).double() * sigma
@@ -49,14 +49,24 @@ def loss_differences(
     return (ahead - behind) / 2
 
 
-def _layer_by_layer(
-    objective: Objective, params: Mapping[str, Tensor], directions: Directions, settings: Baffle
-) -> Tensor:
+def _fits(objective: Objective, directions: Directions, settings: Baffle) -> bool:
+    """Return whether a client can perturb layer by layer, which it finds out once."""
+    if objective.layerwise is None:
+        before = [step.forward_evals for step in objective.steps]  # a look at the module, once, is no part of a round
+        objective.layerwise = LayerwisePerturbation(objective.slots, directions).fits(objective)
+        for step, count in zip(objective.steps, before, strict=True):
+            step.forward_evals = count
+    if not objective.layerwise and settings.perturb == "layers":
+        raise ValueError(
+            "Baffle: perturb='layers': some parameters are used outside of the layer that has them, or the loss is not "
+            "finite. Use perturb='auto' or perturb='copy'."
+        )
+    return objective.layerwise
+
+
+def _layer_by_layer(objective: Objective, directions: Directions, settings: Baffle) -> Tensor:
     """Return the differences without a copy of the parameters, which must be the module's own."""
     moving, sigma = LayerwisePerturbation(objective.slots, directions), settings.sigma
-    if not objective.checked:
-        moving.check(objective, params)
-        objective.checked = True
 
     def moved(k: int, size: float) -> Tensor:
         with moving.along(k, size):
@@ -96,7 +106,7 @@ class BaffleClient:
         self.loss, self.data, self.settings, self.number = LocalLoss(module.train()), data, settings, number
         settings.check(self.loss.params)
         if settings.perturb == "layers" and settings.local_steps > 1:
-            raise ValueError("Baffle: local_steps > 1: a client that walks has a copy anyway; use perturb='copy'.")
+            raise ValueError("Baffle: local_steps > 1: a client that walks has a copy anyway; use perturb='auto'.")
         self.fingerprint = settings.fingerprint(self.loss.params, self.loss.frozen)
         self.measure_memory = measure_memory
         self.round = 0  # behind which the weights are

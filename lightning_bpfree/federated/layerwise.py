@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_bpfree.core.directions import Directions
@@ -16,7 +17,7 @@ class LayerwisePerturbation:
     """Moves the parameters of a module layer by layer, so that a second copy of them is never held.
 
     Every layer draws its own part of a direction when it is called, and gives it up when it returns. That is right if
-    each parameter is used by the layer that has it, and by nobody else: :meth:`check` finds out.
+    each parameter is used by the layer that has it, and by nobody else: :meth:`fits` finds out.
 
     Args:
         slots: the trained parameters, with their places.
@@ -54,22 +55,42 @@ class LayerwisePerturbation:
 
         return move
 
-    def check(self, loss: Callable[[Mapping[str, Tensor] | None], Tensor], params: Mapping[str, Tensor]) -> None:
-        """Raise ValueError if the loss along a direction is another one than with a copy of all parameters.
+    def fits(self, loss: Callable[[], Tensor]) -> bool:
+        """Return whether every parameter is used by its own layer alone, and while that computes.
+
+        Everywhere else the parameters are NaN for the time of one evaluation, which must not change the loss. No
+        parameter is copied for that.
 
         Args:
-            loss: the loss as a function of the parameters, None for the module's own.
-            params: the module's own.
+            loss: at the module's own parameters; it must be finite there for the answer to be yes.
         """
-        size = 0.1  # large, so that no parameter's part in the loss is lost in rounding
-        expected = loss(self.directions.moved(0, params, size))
-        with self.along(0, size):
-            found = loss(None)
-        if float(found) != float(expected):
-            raise ValueError(
-                f"Baffle: perturb='layers': a loss is {float(found):g} layer by layer, {float(expected):g} with all "
-                "parameters moved: some are used outside of the layer that has them. Use perturb='copy'."
-            )
+        handles: list[Any] = []
+        expected = loss()
+        try:
+            for owner, own in self._owners.values():
+                _poison(owner, own)
+                handles.append(owner.register_forward_pre_hook(_restoring(own)))
+                handles.append(owner.register_forward_hook(_poisoning(own), always_call=True))
+            return bool(loss() == expected)
+        except Exception:  # a step may well raise for what is not finite, and means the same
+            return False
+        finally:
+            for handle in handles:
+                handle.remove()
+            for owner, own in self._owners.values():
+                _restore(owner, own)
+
+
+def _poison(owner: nn.Module, own: list[tuple[str, Slot]]) -> None:
+    for key, slot in own:
+        place(owner, key, slot.parameter.detach().new_full((), torch.nan).expand_as(slot.parameter))
+
+
+def _poisoning(own: list[tuple[str, Slot]]) -> Callable[..., None]:
+    def poison(owner: nn.Module, *_: Any) -> None:
+        _poison(owner, own)
+
+    return poison
 
 
 def _restoring(own: list[tuple[str, Slot]]) -> Callable[..., None]:

@@ -32,11 +32,11 @@ class Objective:
     Args:
         steps: a step for each batch.
         sizes: how many samples each has.
-        checked: whether parameters are known to be used by their own layers alone.
+        layerwise: whether parameters are used by their own layers alone; None if nobody has looked.
     """
 
-    def __init__(self, steps: Sequence[Step], sizes: Sequence[int], checked: bool = False) -> None:
-        self.steps, self.num_samples, self.checked = list(steps), sum(sizes), checked
+    def __init__(self, steps: Sequence[Step], sizes: Sequence[int], layerwise: bool | None = None) -> None:
+        self.steps, self.num_samples, self.layerwise = list(steps), sum(sizes), layerwise
         self._shares = [size / self.num_samples for size in sizes]
 
     @property
@@ -112,7 +112,8 @@ class LocalLoss:
     def __init__(self, module: pl.LightningModule) -> None:
         check_no_batch_norm(module)
         self.module, self.state = module, ModuleState(module, None)
-        self._rehearsed = self._checked = False
+        self._rehearsed = False
+        self._layerwise: bool | None = None
         self._takes_index = "batch_idx" in inspect.signature(module.training_step).parameters
 
     @property
@@ -146,11 +147,11 @@ class LocalLoss:
         with own_randomness(seed, self.module.device), torch.no_grad():
             self._look(batches)
             steps = [self._step(batch) for batch, _ in batches]
-            objective = Objective(steps, [size for _, size in batches], self._checked)
+            objective = Objective(steps, [size for _, size in batches], self._layerwise)
             try:
                 yield objective
             finally:
-                self._checked = objective.checked
+                self._layerwise = objective.layerwise
                 objective.finish()
 
     def per_sample(self, batch: Any, params: Mapping[str, Tensor]) -> Tensor:

@@ -125,15 +125,14 @@ class LocalData:
         chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         return [(self._fetch(chunk), len(chunk)) for chunk in chunks]
 
-    def drawn(self, seed: int, rate: float) -> list[tuple[Any, int]]:
+    def drawn(self, chances: Sequence[float], rate: float) -> list[tuple[Any, int]]:
         """Return samples that are taken independently of each other, as accounting of privacy assumes.
 
         Args:
-            seed: decides which.
+            chances: a uniform number in (0, 1) for every sample.
             rate: the probability of every sample, in (0, 1].
         """
-        chance = torch.rand(len(self.indices), generator=torch.Generator().manual_seed(seed))
-        order = [index for index, own in zip(self.indices, chance.tolist(), strict=True) if own < rate]
+        order = [index for index, own in zip(self.indices, chances, strict=True) if own < rate]
         chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         return [(self._fetch(chunk), len(chunk)) for chunk in chunks]
 

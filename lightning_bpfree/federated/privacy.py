@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +17,10 @@ from lightning_bpfree.core.arguments import (
     PositiveInt,
     checked,
 )
-from lightning_bpfree.core.seeds import mix
 from lightning_bpfree.federated.client import BaffleClient
 from lightning_bpfree.federated.local_loss import own_randomness
-from lightning_bpfree.federated.settings import data_seed, noise_seed
+from lightning_bpfree.federated.secret_numbers import SecretNumbers
+from lightning_bpfree.federated.settings import noise_seed
 
 
 def _accounting() -> Any:
@@ -45,8 +44,8 @@ class Privacy:
         delta: of the whole run, in (0, 1); below one over the number of samples.
         clip: bound of the norm of a sample's ``K`` numbers, in units of the loss; a good one is near the median norm.
         rate: probability of a sample in a round, in (0, 1].
-        seed: of noise and draws, for simulations that must be repeated; None takes secret randomness of the system,
-            without which the guarantee is void.
+        seed: of noise and draws, for simulations that must be repeated, whose guarantee is void; None takes a key from
+            the operating system for every client and round.
 
     Raises:
         ValueError: for arguments out of range.
@@ -117,10 +116,9 @@ class Privacy:
             builder.compose(event, sum(1 for other in multipliers if other == multiplier))
         return builder.build()
 
-    def generator(self, *numbers: int) -> torch.Generator:
-        """Return a source of noise: secret, or that of the seed and some numbers."""
-        seed = int.from_bytes(os.urandom(8), "little") >> 1 if self.seed is None else mix(self.seed, *numbers)
-        return torch.Generator().manual_seed(seed)
+    def source(self, *numbers: int) -> SecretNumbers:
+        """Return a source of noise and draws: secret, or that of the seed and some numbers."""
+        return SecretNumbers() if self.seed is None else SecretNumbers.of_seed(self.seed, *numbers)
 
 
 class PrivateClient(BaffleClient):
@@ -146,21 +144,17 @@ class PrivateClient(BaffleClient):
 
     def measured(self, seed: int, client: int) -> tuple[Tensor, float, float]:
         """Return private differences ``(1, K)``, the expected number of samples, and the forward passes."""
-        privacy, generator = self.privacy, self.privacy.generator(seed, self.number)
-        chosen = (
-            data_seed(seed, self.number, 0)
-            if privacy.seed is not None
-            else int(torch.randint(1 << 62, (), generator=generator))
-        )
+        privacy, source = self.privacy, self.privacy.source(seed, self.number)
+        chances = source.uniforms(len(self.data)).tolist()
         total = torch.zeros(self.settings.num_directions, dtype=torch.float64)
         passes = 0.0
         with own_randomness(noise_seed(seed, self.number, 0), self.loss.module.device), torch.no_grad():
-            for batch, _ in self.data.drawn(chosen, privacy.rate):
+            for batch, _ in self.data.drawn(chances, privacy.rate):
                 rows = self._per_sample(batch, seed, client)  # (K, B)
                 norms = rows.norm(dim=0).clamp_min(1e-300)
                 total += (rows * (privacy.clip / norms).clamp(max=1.0)).sum(1)
                 passes += self.settings.forward_passes
-        noise = torch.randn(total.shape, generator=generator, dtype=torch.float64) * (self.share * privacy.clip)
+        noise = torch.from_numpy(source.normals(len(total))) * (self.share * privacy.clip)
         expected = privacy.rate * len(self.data)
         return ((total + noise) / expected).unsqueeze(0), expected, passes
 

@@ -42,8 +42,10 @@ class Baffle:
         local_lr: their learning rate.
         batches: random batches of a client's data in each local step; None for all its data.
         chunk_size: directions that are evaluated in one vectorized pass; 1 for one by one, in constant memory.
-        perturb: ``"copy"`` computes with a moved copy of the parameters; ``"layers"`` moves each layer's own while it
-            computes, in little more memory than inference takes. Needs ``generator="portable"`` and ``chunk_size=1``.
+        perturb: ``"layers"`` moves each layer's own parameters while it computes, in no more memory than inference
+            takes; needs ``generator="portable"``, ``chunk_size=1`` and ``local_steps=1``, and parameters that only
+            their own layer uses. ``"copy"`` computes with a moved copy of the parameters. ``"auto"``: layers where that
+            is possible, else a copy.
 
     Raises:
         ValueError: for arguments out of range.
@@ -71,7 +73,7 @@ class Baffle:
         local_lr: PositiveFloat = 0.01,
         batches: PositiveInt | None = None,
         chunk_size: PositiveInt = 1,
-        perturb: Literal["copy", "layers"] = "copy",
+        perturb: Literal["auto", "layers", "copy"] = "auto",
     ) -> None:
         self.num_directions, self.sigma, self.scheme = num_directions, sigma, scheme
         self.directions, self.generator, self.noise, self.clip = directions, generator, noise, clip
@@ -88,6 +90,12 @@ class Baffle:
     def forward_passes(self) -> int:
         """Forward passes over a client's batches in a round."""
         return self.local_steps * (2 * self.num_directions if self.scheme == "central" else 1 + self.num_directions)
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether perturbations are to be made layer by layer, if the module allows it."""
+        possible = self.generator == "portable" and self.chunk_size == 1 and self.local_steps == 1
+        return self.perturb != "copy" and possible
 
     @property
     def numbers(self) -> int:

@@ -1,13 +1,15 @@
-"""Bytes of a client on the wire: python tests/benchmarks/baffle_wire.py OUT.json.
+"""Bytes of a client on the wire: python tests/benchmarks/baffle_wire.py docs/results/baffle_cost.json.
 
-A SuperLink and one SuperNode, with a relay between them that counts bytes by the path of the HTTP request, heads included.
-Up: what the node pushes in a round. Down: the objects that it pulls. Polling of an idle node is left out.
+A SuperLink and one SuperNode, with a relay between them that counts bytes by the path of the HTTP request, heads
+included. Up: what the node pushes in a round. Down: the objects that it pulls. Polling of an idle node is left out.
+The rows are put beside what the file has, and written after every run.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -132,8 +134,14 @@ def main(argv=None):
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     options = parser.parse_args(argv)
-    rows = []
+    found = json.loads(options.out.read_text()) if options.out.exists() else {}
+    wire = {
+        "command": "python tests/benchmarks/baffle_wire.py docs/results/baffle_cost.json",
+        "versions": {"python": platform.python_version(), "flwr": importlib.metadata.version("flwr")},
+    }
+    rows = {row["kind"]: row for row in found.get("wire", {}).get("rows", [])}
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -143,20 +151,22 @@ def main(argv=None):
         deployment.node_port = relay.port
         with deployment:
             time.sleep(5)
-            for kind, (num, hidden) in KINDS.items():
+            for kind in options.kinds:
+                num, hidden = KINDS[kind]
                 up, down, *by_path = measured(deployment, relay, app, {"kind": kind, "rounds": 1})
-                rows.append(
-                    {"kind": kind, "numbers": num, "hidden": hidden, "up": up, "down": down, "by_path": by_path}
-                )
+                rows[kind] = {
+                    "kind": kind,
+                    "numbers": num,
+                    "parameters": 64 * hidden + hidden + hidden * 10 + 10,
+                    "up": up,
+                    "down": down,
+                    "by_path": by_path,
+                }
+                wire["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                found["wire"] = {**wire, "rows": [rows[own] for own in KINDS if own in rows]}
+                options.out.write_text(json.dumps(found, indent=1) + "\n")
                 sys.stdout.write(f"{kind}: {up} {down}\n")
                 sys.stdout.flush()
-    found = {
-        "command": "python tests/benchmarks/baffle_wire.py OUT.json",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), "flwr": __import__("flwr").__version__},
-        "rows": rows,
-    }
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

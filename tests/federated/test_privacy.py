@@ -10,9 +10,11 @@ from federated_problems import Data, Module
 from lightning_bpfree.federated.federation import Federation
 from lightning_bpfree.federated.partition import Partition
 from lightning_bpfree.federated.privacy import Privacy, PrivateClient
+from lightning_bpfree.federated.secret_numbers import SecretNumbers
 from lightning_bpfree.federated.settings import Baffle
 
 pytest.importorskip("dp_accounting")
+pytest.importorskip("cryptography")
 
 
 def client(privacy, share=0.0, data=None, scheme="forward"):
@@ -53,11 +55,38 @@ def test_every_sample_counts_for_no_more_than_the_clip():
 def test_the_noise_of_all_clients_has_the_promised_size():
     privacy, num = Privacy(clip=0.5, seed=None), 4
     quiet = client(Privacy(clip=0.5, seed=1)).measured(5, 0)[0]
-    loud = torch.cat([client(privacy, share=3.0 / num**0.5).measured(5, 0)[0] for _ in range(60)])
+    noisy = client(privacy, share=3.0 / num**0.5)
+    loud = torch.cat([noisy.measured(5, 0)[0] for _ in range(60)])
     spread = float(((loud - quiet) * 20).std())
     expected = 3.0 * 0.5 / num**0.5
     assert abs(spread / expected - 1) < 4 / (2 * 360) ** 0.5  # four standard errors of a standard deviation
     assert not torch.equal(loud[0], loud[1])  # secret randomness
+
+
+def test_secret_numbers_are_those_of_chacha20():
+    # RFC 8439, appendix A.1, test vector 1
+    words = [int.from_bytes(bytes.fromhex(part), "little") for part in ("76b8e0ada0f13d90", "405d6ae55386bd28")]
+    assert SecretNumbers(bytes(32)).uniforms(2).tolist() == [((word >> 12) + 0.5) / 2**52 for word in words]
+
+
+def test_secret_numbers_are_normal():
+    found = SecretNumbers.of_seed(0).normals(100_000)
+    assert abs(found.mean()) < 4 / 100_000**0.5  # four standard errors, here and below
+    assert abs((found**2).mean() - 1) < 4 * (2 / 100_000) ** 0.5
+    assert abs((found**4).mean() - 3) < 4 * (96 / 100_000) ** 0.5
+    assert abs((found[1:] * found[:-1]).mean()) < 4 / 100_000**0.5
+
+
+def test_noise_is_secret_and_does_not_follow_from_32_bits():
+    """As torch's would: on a CPU its generator takes the lowest 32 bits of a seed alone."""
+    privacy = Privacy(clip=0.5)
+    torch.manual_seed(0)
+    first = privacy.source(5, 0).normals(4)
+    torch.manual_seed(0)
+    assert (first != privacy.source(5, 0).normals(4)).all()
+    one, other = (Privacy(seed=1).source(seed, 0).normals(4) for seed in (5, 5 + 2**32))
+    assert (one != other).all()
+    assert (one == Privacy(seed=1).source(5, 0).normals(4)).all()
 
 
 def test_the_accountant_keeps_to_the_budget():

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from federated_problems import Data, Module, assert_equal, federation, run, weights
+from reversible_problems import Live
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_bpfree as bpf
@@ -92,23 +93,78 @@ def test_layer_by_layer_measures_what_a_copy_does(scheme):
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in layered.loss.module.modules())
 
 
-def test_layer_by_layer_finds_parameters_that_are_used_elsewhere():
-    class Reaching(Module):
-        def training_step(self, batch, batch_idx):
-            return super().training_step(batch, batch_idx) + self.net[0].weight.square().sum()
+class Reaching(Module):
+    """Uses a layer's weight outside of that layer."""
 
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + self.net[0].weight.square().sum()
+
+
+class Recurring(Module):
+    """Calls a layer within itself, so that its parameters are put back while it still computes."""
+
+    class Layer(torch.nn.Linear):
+        def forward(self, x, again=True):
+            inner = self(x, again=False) if again else x
+            return torch.nn.functional.linear(x, self.weight, self.bias) + (inner if again else 0)
+
+    def __init__(self):
+        super().__init__()
+        self.net[0] = self.Layer(4, 6)
+
+
+def client_of(module, settings):
     collate = Data().train_dataloader().collate_fn
     data = LocalData(TensorDataset(Data().x, Data().y), range(10), 10, collate)
-    client = BaffleClient(Reaching(), data, Baffle(2, 1e-2, perturb="layers"), 0)
-    with pytest.raises(ValueError, match=r"perturb='layers': a loss is .* Use perturb='copy'"):
+    return BaffleClient(module, data, settings, 0)
+
+
+@pytest.mark.parametrize("kind", [Reaching, Recurring])
+def test_layer_by_layer_finds_parameters_that_are_used_elsewhere(kind):
+    client = client_of(kind(), Baffle(2, 1e-2, perturb="layers"))
+    with pytest.raises(ValueError, match=r"perturb='layers': some parameters are used outside .* Use perturb='auto'"):
         client.measured(7, 0)
+    found, copied = (client_of(kind(), Baffle(2, 1e-2, perturb=how)).measured(7, 0) for how in ("auto", "copy"))
+    assert torch.equal(found[0], copied[0])
+    assert found[2] == copied[2] == 3  # the look at the module is no part of the round
     with pytest.raises(ValueError, match="chunk_size=2: perturb='layers' needs"):
         Baffle(2, perturb="layers", chunk_size=2)
 
 
+def test_the_default_perturbs_layer_by_layer_where_it_can():
+    _, (plain, *_) = federation(Baffle(5, 1e-2))
+    _, (layered, *_) = federation(Baffle(5, 1e-2, perturb="layers"))
+    for number in (7, 8):
+        assert torch.equal(plain.measured(number, 0)[0], layered.measured(number, 0)[0])
+    for other in (Baffle(generator="device"), Baffle(chunk_size=2), Baffle(local_steps=2), Baffle(perturb="copy")):
+        assert not other.layerwise
+
+
+def test_a_round_takes_the_memory_of_inference():
+    """At any depth, with parameters that are larger than the activations; those are not counted."""
+
+    class Deep(Module):
+        def __init__(self, depth):
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Linear(4, 64), *(torch.nn.Linear(64, 64) for _ in range(depth)))
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch[0].repeat(100, 1)).square().mean()
+
+    for depth in (4, 16):
+        client = client_of(Deep(depth), Baffle(2, 1e-2))
+        batch, _ = client.chosen(1, 0)[0]
+        client.measured(1, 0)  # the first round finds out what the step writes to
+        with torch.no_grad(), Live() as inference:
+            client.loss.module.training_step(batch, 0)
+        with Live() as baffle:
+            client.measured(2, 0)
+        assert baffle.peak <= 1.1 * inference.peak
+
+
 def test_the_estimate_is_unbiased_along_the_true_gradient():
     """For a loss that is linear within sigma, <estimate, g> / |g|^2 has mean 1 and variance 2 / K in each round."""
-    settings = Baffle(200, 1e-4, clip=None)
+    settings = Baffle(200, 1e-4, clip=None, chunk_size=100)
     _, clients = federation(settings)
     params = clients[0].loss.params
     data, module = Data(), Module()
