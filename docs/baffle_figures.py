@@ -1,19 +1,29 @@
-"""The figures and tables of BAFFLE's pages, from docs/results: python docs/baffle_figures.py."""
+"""Write the figures and tables of BAFFLE's pages from docs/results; ``--check`` only looks at the tables.
+
+A page marks a table by ``<!-- baffle:NAME -->`` and ``<!-- /baffle -->``; NAME is a key of :data:`TABLES`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
 
+from lightning_bpfree.cli.common.drawing import COLORS, GRAY
+
+PART = re.compile(r"(<!-- baffle:(?P<name>\w+) -->\n).*?(<!-- /baffle -->)", re.DOTALL)
 HERE = Path(__file__).parent
 # Student's t, 97.5 %, by degrees of freedom: SciPy is no dependency of the documentation.
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 NUMS = (20, 50, 100, 200, 500)
-ARMS = {f"K={num}": f"C{i}" for i, num in enumerate(NUMS)}
-ARMS |= {"backprop, gradients": "0.4", "backprop, FedAvg": "black"}
+# More directions, darker: a quantity, not a kind.
+SHADES = ("#9edae5", COLORS["zeroth_order"], "#1f77b4", "#2c5aa0", "#1a2a5e")
+ARMS = {f"K={num}": (color, "-") for num, color in zip(NUMS, SHADES, strict=True)}
+ARMS |= {"backprop, gradients": (GRAY, "-"), "backprop, FedAvg": (GRAY, "--")}
 SPLITS = {"iid": "even clients", "dirichlet": "Dirichlet(0.3)"}
 
 
@@ -36,7 +46,7 @@ def curves(found):
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots(2, 2, sharey=True)
     for row, (split, title) in zip(axes, SPLITS.items(), strict=True):
-        for arm, color in ARMS.items():
+        for arm, (color, style) in ARMS.items():
             runs = list(runs_of(found, split, arm).values())
             for column, axis in enumerate(row):
                 scale = [run["bytes_up"] if column else 1 for run in runs]
@@ -46,7 +56,7 @@ def curves(found):
                     )
                 mean = [statistics.fmean(values) for values in zip(*(run["test_acc"] for run in runs), strict=True)]
                 if runs:
-                    axis.plot([r * scale[0] for r in runs[0]["rounds"]], mean, color=color, linewidth=1.6, label=arm)
+                    axis.plot([r * scale[0] for r in runs[0]["rounds"]], mean, style, color=color, linewidth=1.6, label=arm)
         row[1].set_xscale("log")
         row[0].set_ylabel(f"{title}\ntest accuracy", fontsize=8)
         for axis in row:
@@ -66,16 +76,17 @@ def directions(found):
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for axis, (split, title) in zip(figure.subplots(1, 2, sharey=True), SPLITS.items(), strict=True):
-        for name, color, nums in (("", "C0", NUMS), ("per client ", "C1", (20, 100))):
+        kinds = (("", COLORS["zeroth_order"], NUMS, 1), ("per client ", COLORS["evolution_strategy"], (20, 100), 1.07))
+        for name, color, nums, beside in kinds:
             means = {num: gap(found, split, f"{name}K={num}") for num in nums}
             for num in nums:
                 mean, half, values = means[num]
-                axis.plot([num] * len(values), values, "_", color=color, alpha=0.6)
-                axis.errorbar(num, mean, yerr=half, fmt="o", color=color, markersize=4, capsize=2)
+                axis.plot([num * beside] * len(values), values, "_", color=color, alpha=0.6)
+                axis.errorbar(num * beside, mean, yerr=half, fmt="o", color=color, markersize=4, capsize=2)
             label = "directions of its own for each client" if name else "shared directions"
-            axis.plot(nums, [means[num][0] for num in nums], color=color, linewidth=1, label=label)
+            axis.plot([num * beside for num in nums], [means[num][0] for num in nums], color=color, linewidth=1, label=label)
         axis.axhline(0, color="0.5", linewidth=0.8)
-        axis.set_ylim(-0.15, 0.02)
+        axis.set_ylim(-0.11, 0.03)
         axis.set_xscale("log")
         axis.set_xticks(NUMS, [str(num) for num in NUMS], fontsize=8)
         axis.minorticks_off()
@@ -103,10 +114,16 @@ def first_round(runs, level=0.93):
     return None
 
 
-def table(found):
-    """Return the table of the study in Markdown."""
+def lined(head, rows):
+    """Return a table in Markdown."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def accuracy():
+    """Return the table of the study."""
+    found = read("accuracy")
     head = ["", "even clients", "less backprop", "≥ 93 % from", "Dirichlet(0.3)", "less backprop", "up", "forwards"]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    lines = []
     for arm in dict.fromkeys(run["arm"] for run in found["runs"]):
         cells = []
         for split in SPLITS:
@@ -121,17 +138,106 @@ def table(found):
             if split == "iid":
                 cells.append(str(first_round(runs) or "–"))
         run = next(iter(runs_of(found, "iid", arm).values()))
-        lines.append(f"| {arm} | {' | '.join(cells)} | {run['bytes_up']:,} B | {run['forward_passes']:,.0f} |")
-    return "\n".join(lines)
+        lines.append([arm, *cells, f"{run['bytes_up']:,} B", f"{run['forward_passes']:,.0f}"])
+    return lined(head, lines)
 
 
-def main():
-    """Draw the figures, and print the tables."""
-    found = json.loads((HERE / "results/baffle_accuracy.json").read_text(encoding="utf-8"))
-    for name, figure in {"curves": curves(found), "directions": directions(found)}.items():
-        figure.savefig(HERE / f"img/baffle_{name}.png", dpi=110)
-    sys.stdout.write(table(found) + "\n")
+def fashion():
+    """Return the table of Fashion-MNIST."""
+    runs = read("fashion")["runs"]
+    rows = []
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        own = [run for run in runs if run["arm"] == arm]
+        one = own[0]
+        tests = ", ".join(f"{run['test_acc']:.3f}" for run in own)
+        sent = one["bytes_up"] * one["rounds"][-1]
+        curve = ", ".join(f"{acc:.2f}" for acc in one["val_acc"])
+        rows.append(
+            [arm, one["rounds"][-1], curve, tests, f"{one['bytes_up']:,} B", f"{sent / 1e3:,.0f} kB"]
+            + [f"{one['forward_passes']:,.0f}", f"{one['cpu_seconds']:,.0f} s"]
+        )
+    head = ["", "rounds", "validation, at each quarter", "test", "up in a round", "up in all", "forwards", "CPU time"]
+    return lined(head, rows)
+
+
+def wire():
+    """Return the table of bytes on the wire."""
+    rows = []
+    for row in read("cost")["wire"]["rows"]:
+        num, parameters = row["numbers"], row["parameters"]
+        payload = 4 * parameters if num is None else 8 * num
+        kind = "FedAvg by backprop" if num is None else f"BAFFLE, K={num}"
+        rows.append([kind, f"{parameters:,}"] + [f"{n:,} B" for n in (row["up"], row["up"] - payload, row["down"])])
+    return lined(["", "trained parameters", "pushed", "less the numbers", "pulled"], rows)
+
+
+KINDS = ("BAFFLE", "BAFFLE, copy", "checkpointed backprop", "backprop")
+
+
+def memory():
+    """Return the table of peak memory."""
+    rows = [
+        [row["depth"], *(f"{row[name] / 2**20:.2f} MiB" for name in ("parameters", "inference", *KINDS))]
+        for row in read("cost")["memory"]
+    ]
+    return lined(["layers", "parameters", "inference", *KINDS], rows)
+
+
+def ratios():
+    """Return the table of peak memory over that of inference, parameters included in both."""
+    rows = read("cost")["memory"]
+    names = {"BAFFLE": "default", "BAFFLE, copy": '`perturb="copy"`'}
+    cells = [
+        [names.get(kind, kind)]
+        + [f"{(row[kind] + row['parameters']) / (row['inference'] + row['parameters']):.2f}" for row in rows]
+        for kind in KINDS
+    ]
+    return lined(["layers", *(row["depth"] for row in rows)], cells)
+
+
+def generators():
+    """Return the table of the portable generator's time."""
+    rows = {}
+    for row in read("cost")["generators"]:
+        cells = [f"{row[f'{way}, ratio']:.1f}" for way in ("together", "one by one")]
+        rows.setdefault((row["numbers"], row["directions"]), []).extend(cells)
+    head = ["numbers in a direction", "directions", "normal, at once", "one by one", "signs, at once", "one by one"]
+    return lined(head, [[f"{numbers:,}", num, *cells] for (numbers, num), cells in rows.items()])
+
+
+TABLES = {own.__name__: own for own in (accuracy, fashion, wire, memory, ratios, generators)}
+
+
+def read(name):
+    """Return what a file of results says."""
+    return json.loads((HERE / f"results/baffle_{name}.json").read_text(encoding="utf-8"))
+
+
+def written(text):
+    """Return a page with its tables."""
+    return PART.sub(lambda part: f"{part[1]}\n{TABLES[part['name']]()}\n\n{part[3]}", text)
+
+
+def main(arguments=None):
+    """Bring tables and figures up to date, or with ``--check`` return 1 if a table is not."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is out of date")
+    check = parser.parse_args(arguments).check
+    stale = 0
+    for page in (HERE / "methods/baffle.md", HERE / "studies/baffle.md"):
+        text = page.read_text(encoding="utf-8")
+        new = written(text)
+        if new != text:
+            stale += 1
+            sys.stdout.write(f"{'out of date' if check else 'written'}: {page.relative_to(HERE.parent)}\n")
+        if not check:
+            page.write_text(new, encoding="utf-8")
+    if not check:
+        found = read("accuracy")
+        for name, figure in {"curves": curves(found), "directions": directions(found)}.items():
+            figure.savefig(HERE / f"img/baffle_{name}.png", dpi=110)
+    return int(check and stale > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

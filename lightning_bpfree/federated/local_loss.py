@@ -21,6 +21,7 @@ from lightning_bpfree.core.replay.batch import BatchCopies
 from lightning_bpfree.core.replay.random_streams import RandomStreams
 from lightning_bpfree.core.step import Step, loss_of
 from lightning_bpfree.federated.normalization import check_no_batch_norm
+from lightning_bpfree.federated.settings import tensor_digest
 from lightning_bpfree.training.module_state import ModuleState
 
 Batches = Sequence[tuple[Any, int]]
@@ -198,8 +199,11 @@ class LocalLoss:
         """Find out, once, what the training step writes to."""
         if self._rehearsed or not batches:
             return
-        self.state.rehearse(self.evaluate, BatchCopies(self.args(batches[0][0])))
-        written = self.state.written_and_trained()
+        # A client runs in a process of its own for every round, so that this look is part of each: hashes, not copies.
+        before = {name: tensor_digest(param) for name, param in self.params.items()}
+        self.state.rehearse(self.evaluate, BatchCopies(self.args(batches[0][0])), copied=False)
+        moved = [name for name, param in self.params.items() if before[name] != tensor_digest(param)]
+        written = sorted({*moved, *self.state.written_and_trained()})
         if written:
             raise ValueError(
                 f"training_step writes to {', '.join(written)}, which are trained: move that to a hook of the client."

@@ -154,8 +154,14 @@ def weights_digest(params: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+def tensor_digest(tensor: Tensor) -> str:
+    """Return a hash of a tensor, bit for bit, 32 hexadecimal digits."""
+    return hashlib.sha256(_bytes(tensor)).hexdigest()[:32]
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """Return what a hash takes; the tensor's own memory, where that is one piece on the CPU."""
+    return tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def round_seed(seed: int, number: int) -> int:

@@ -204,10 +204,15 @@ class ModuleState:
             self._next_rehearsal *= 4
         return due
 
-    def rehearse(self, evaluate: Callable[..., Any], batch: BatchCopies) -> None:
+    def rehearse(self, evaluate: Callable[..., Any], batch: BatchCopies, *, copied: bool = True) -> None:
         """Evaluate the step once without a trace, to find out what it writes to and whether it differentiates.
 
         Layers that the first forward pass is to make are made by it.
+
+        Args:
+            evaluate: the step.
+            batch: its arguments.
+            copied: whether trained parameters are copied, to find and undo what goes around the versions of tensors.
         """
         lazy = uninitialized(self.module)
         if lazy:
@@ -221,7 +226,8 @@ class ModuleState:
         large += [(f"outside {i}", p.get()) for i, p in enumerate(self.outside)]
         arrays = [p for p in self.found.arrays if p.get().nbytes > _SMALL]
         copies = [p.get().copy() for p in arrays]
-        with Writes([*cast("list[tuple[str, Tensor]]", trained), *large]) as writes:
+        uncopied = () if copied else {slot.name for slot in self.slots.trainable()}
+        with Writes([*cast("list[tuple[str, Tensor]]", trained), *large], uncopied) as writes:
             self._evaluated_aside(evaluate, batch, self.held)
         self.written |= writes.found
         self._moving |= {id(tensor) for name, tensor in large if name in writes.found}

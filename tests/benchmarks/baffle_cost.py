@@ -1,7 +1,7 @@
-"""Memory of a client and time of directions: python tests/benchmarks/baffle_cost.py OUT.json.
+"""Memory of a client and time of directions: python tests/benchmarks/baffle_cost.py docs/results/baffle_cost.json.
 
-Bytes of tensors alive at the peak, parameters included, over those of inference on the same batch; and the time of the
-portable generator over that of the device's. Ratios within one run; the memory is exact.
+Bytes of tensors alive at the peak, and those of inference on the same batch; and the time of the portable generator
+over that of the device's. Ratios within one run; the memory is exact. Rows of other scripts in the file are kept.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import platform
 import time
+import tracemalloc
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -72,8 +73,8 @@ def peaks(depth):
         "depth": depth,
         "parameters": sum(p.nbytes for p in module.parameters()),
         "inference": peak_bytes(inference),
-        "BAFFLE, layers": client(perturb="layers"),
-        "BAFFLE, copy": client(),
+        "BAFFLE": client(),
+        "BAFFLE, copy": client(perturb="copy"),
         "backprop": backprop(False),
         "checkpointed backprop": backprop(True),
     }
@@ -88,20 +89,43 @@ def fastest(run, repeats):
     return min(seconds)
 
 
+def buffers():
+    """Return the most bytes that NumPy holds for one draw of the portable generator, by size of the tensor."""
+    found = []
+    for numel in (2_410, 16_384, 1_000_000):
+        directions = Directions({"w": torch.zeros(numel)}, 1, 0, "gaussian", "portable")
+        directions[0]  # what is made once and kept
+        tracemalloc.start()
+        directions[0]
+        found.append({"numbers": numel, "bytes": tracemalloc.get_traced_memory()[1]})
+        tracemalloc.stop()
+    return found
+
+
 def times():
     """Return the time of the portable generator over the device's, by size and by how many directions are drawn."""
     rows = []
     for numel, num in ((2_410, 1), (2_410, 50), (26_730, 1), (26_730, 50), (1_000_000, 1), (10_000_000, 1)):
         for kind in ("gaussian", "rademacher"):
             like = {"w": torch.zeros(numel)}
-            one, two = (Directions(like, num, 0, kind, generator) for generator in ("device", "portable"))
-            for directions in (one, two):
-                directions.stack(range(num))
-            repeats = 5 if numel * num > 1e6 else 15
-            own = [fastest(lambda d=d, num=num: d.stack(range(num)), repeats) for d in (one, two)]
-            rows.append(
-                {"numbers": numel, "directions": num, "kind": kind, "device_seconds": own[0], "ratio": own[1] / own[0]}
-            )
+
+            def together(generator, like=like, num=num, kind=kind):
+                Directions(like, num, 0, kind, generator).stack(range(num))
+
+            def one_by_one(generator, like=like, num=num, kind=kind):
+                for _ in Directions(like, num, 0, kind, generator):
+                    pass
+
+            both = ("device", "portable")
+            row = {"numbers": numel, "directions": num, "kind": kind}
+            for name, way in {"together": together, "one by one": one_by_one}.items():
+                for generator in both:
+                    way(generator)
+                repeats = 7 if numel * num > 1e6 else 60
+                pairs = [[fastest(lambda g=g, way=way: way(g), 1) for g in both] for _ in range(repeats)]
+                own = [min(column) for column in zip(*pairs, strict=True)]  # taken in turn: the load changes
+                row |= {f"{name}, device seconds": own[0], f"{name}, ratio": own[1] / own[0]}
+            rows.append(row)
             print(rows[-1], flush=True)
     return rows
 
@@ -111,12 +135,14 @@ def main(argv=None):
     parser.add_argument("out", type=Path)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    found = {
-        "command": "python tests/benchmarks/baffle_cost.py OUT.json",
+    found = json.loads(options.out.read_text()) if options.out.exists() else {}
+    found |= {
+        "command": "python tests/benchmarks/baffle_cost.py docs/results/baffle_cost.json",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "setting": {"width": WIDTH, "batch": BATCH, "threads": 1},
         "memory": [peaks(depth) for depth in DEPTHS],
+        "buffers": buffers(),
         "generators": times(),
     }
     for row in found["memory"]:

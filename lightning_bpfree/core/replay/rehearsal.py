@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ class Writes:
 
     Args:
         tensors: by name.
+        uncopied: names of those that are not copied, as the caller looks after what goes around the version.
 
     Examples:
         >>> weight, bias = torch.zeros(2), torch.zeros(2)
@@ -38,12 +39,13 @@ class Writes:
         (['weight'], tensor([0., 0.]))
     """
 
-    def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def __init__(self, tensors: Iterable[tuple[str, Tensor]], uncopied: Container[str] = ()) -> None:
         named = list(tensors)
-        keep = sum(tensor.nbytes for _, tensor in named) <= LARGEST_CLONE
+        keep = sum(tensor.nbytes for name, tensor in named if name not in uncopied) <= LARGEST_CLONE
         with torch.no_grad():
             self._before = {
-                name: _Before(t, t.data, _version(t), t.detach().clone() if keep else None) for name, t in named
+                name: _Before(t, t.data, _version(t), t.detach().clone() if keep and name not in uncopied else None)
+                for name, t in named
             }
         self.found: set[str] = set()
 
