@@ -56,7 +56,9 @@ def curves(found):
                     )
                 mean = [statistics.fmean(values) for values in zip(*(run["test_acc"] for run in runs), strict=True)]
                 if runs:
-                    axis.plot([r * scale[0] for r in runs[0]["rounds"]], mean, style, color=color, linewidth=1.6, label=arm)
+                    axis.plot(
+                        [r * scale[0] for r in runs[0]["rounds"]], mean, style, color=color, linewidth=1.6, label=arm
+                    )
         row[1].set_xscale("log")
         row[0].set_ylabel(f"{title}\ntest accuracy", fontsize=8)
         for axis in row:
@@ -84,7 +86,9 @@ def directions(found):
                 axis.plot([num * beside] * len(values), values, "_", color=color, alpha=0.6)
                 axis.errorbar(num * beside, mean, yerr=half, fmt="o", color=color, markersize=4, capsize=2)
             label = "directions of its own for each client" if name else "shared directions"
-            axis.plot([num * beside for num in nums], [means[num][0] for num in nums], color=color, linewidth=1, label=label)
+            axis.plot(
+                [num * beside for num in nums], [means[num][0] for num in nums], color=color, linewidth=1, label=label
+            )
         axis.axhline(0, color="0.5", linewidth=0.8)
         axis.set_ylim(-0.11, 0.03)
         axis.set_xscale("log")
@@ -153,8 +157,10 @@ def fashion():
         sent = one["bytes_up"] * one["rounds"][-1]
         curve = ", ".join(f"{acc:.2f}" for acc in one["val_acc"])
         rows.append(
-            [arm, one["rounds"][-1], curve, tests, f"{one['bytes_up']:,} B", f"{sent / 1e3:,.0f} kB"]
-            + [f"{one['forward_passes']:,.0f}", f"{one['cpu_seconds']:,.0f} s"]
+            [
+                *(arm, one["rounds"][-1], curve, tests, f"{one['bytes_up']:,} B", f"{sent / 1e3:,.0f} kB"),
+                *(f"{one['forward_passes']:,.0f}", f"{one['cpu_seconds']:,.0f} s"),
+            ]
         )
     head = ["", "rounds", "validation, at each quarter", "test", "up in a round", "up in all", "forwards", "CPU time"]
     return lined(head, rows)

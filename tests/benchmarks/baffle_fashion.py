@@ -31,7 +31,7 @@ ARMS["backprop, gradients"] = [
     "--federation.method.init_args.local_steps=1",
 ]
 ARMS["backprop, FedAvg"] = ["-c", "papers/baffle/fedavg"]
-EPOCHS = {"backprop, FedAvg": 4}  # rounds of an arm whose round is an epoch
+EPOCHS = {"backprop, FedAvg": 2}  # rounds of an arm whose round is an epoch
 
 
 def train(arm, seed, rounds, every):

@@ -137,6 +137,12 @@ def test_each_recipe_parses_and_says_how_to_run_it(name: str, folder: Path) -> N
     assert configured(["-c", "again.yaml"]).config == made.config
 
 
+def test_the_overlay_for_averaging_takes_local_epochs(folder: Path) -> None:
+    """BAFFLE has a `local_steps` too, whose default would be taken over."""
+    made = configured(recipes.config_arguments(["papers/baffle", "papers/baffle/fedavg"]))
+    assert vars(made.federation.method) == {"upload": "weights", "local_steps": None}
+
+
 def test_a_polite_end_leaves_contexts() -> None:
     left = []
 

@@ -2,11 +2,12 @@
 
 import hashlib
 
+import numpy as np
 import pytest
 import torch
 
 from lightning_bpfree.core.directions import Directions
-from lightning_bpfree.core.random_numbers.philox import Philox, philox
+from lightning_bpfree.core.random_numbers.philox import Philox, philox, philox_on_cpu
 
 LIKE = {"w": torch.zeros(7, 9), "b": torch.zeros(9), "s": torch.zeros(()), "z": torch.zeros(3, dtype=torch.complex64)}
 
@@ -19,6 +20,8 @@ LIKE = {"w": torch.zeros(7, 9), "b": torch.zeros(9), "s": torch.zeros(()), "z": 
 )
 def test_known_answers(counter, key, words):
     found = philox(torch.tensor([counter]), torch.tensor([key])).flatten().tolist()
+    assert [f"{word:08x}" for word in found] == words
+    found = philox_on_cpu(counter, 1, np.array([key], dtype=np.uint64)).flatten().tolist()
     assert [f"{word:08x}" for word in found] == words
 
 
@@ -36,6 +39,25 @@ def test_equals_a_plain_implementation():
     counters, keys = [0, 1, 12345, (1 << 40) + 3], [(0, 1), (0xFFFFFFFF, 0xDEADBEEF)]
     found = philox(torch.tensor(counters), torch.tensor(keys))
     assert found.tolist() == [[plain_philox(c, k) for c in counters] for k in keys]
+
+
+@pytest.mark.parametrize("keys", [[(0, 1)], [(0xFFFFFFFF, 0xDEADBEEF), (5, 7), (0xFFFFFFFF, 0xFFFFFFFF)]])
+@pytest.mark.parametrize("first", [0, 12345, (1 << 32) - 10])
+def test_numpy_makes_the_words_of_torch(first, keys):
+    found = philox_on_cpu(first, 9, np.array(keys, dtype=np.uint64))
+    assert found.tolist() == philox(torch.arange(first, first + 9), torch.tensor(keys)).tolist()
+    assert found[0, 8].tolist() == plain_philox(first + 8, keys[0])
+
+
+def test_counters_beyond_32_bits():
+    stream, first = Philox([3 + (9 << 32)], "gaussian", 5), (1 << 32) - 2
+    stream.skip(8 * first)
+    numbers = stream.fill(torch.empty(1, 40))[0]
+    table = Philox([3 + (9 << 32)], "gaussian", 5)
+    words = [word for counter in range(first, first + 5) for word in plain_philox(counter, (3, 9))]
+    ranks = torch.tensor([half for word in words for half in (word & 0xFFFF, word >> 16)])
+    assert torch.equal(numbers.argsort(), ranks.argsort())  # the table is increasing
+    assert table.fill(torch.empty(1, 40)).ne(numbers).any()
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
@@ -58,6 +80,24 @@ def test_stack_moved_and_combine_agree(kind):
     combined = directions.combine([0.0, 2.0, 0.0, -1.0, 0.0])
     for name in LIKE:
         torch.testing.assert_close(combined[name], 2 * stack[name][1] - stack[name][3], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [9, 3000, 9000])  # small modules' directions are drawn several at a time
+def test_the_order_of_drawing_does_not_change_a_direction(size):
+    like = {"w": torch.zeros(size), "b": torch.zeros(5, dtype=torch.float64)}
+    stack, directions = (
+        Directions(like, 8, 2, generator="portable").stack(range(8)),
+        Directions(like, 8, 2, generator="portable"),
+    )
+    for k in (0, 1, 2, 7, 3, 3, 4, 0):
+        for name in like:
+            assert torch.equal(directions.part(k, name), stack[name][k])
+        drawn = directions[k]
+        drawn["w"].zero_()  # is the caller's own
+        assert torch.equal(directions[k]["w"], stack["w"][k])
+        assert torch.equal(directions.moved(k, like, 1.0)["b"], stack["b"][k])
+    with pytest.raises(IndexError, match="direction 8 of 8"):
+        directions[8]
 
 
 def test_moments_and_independence():

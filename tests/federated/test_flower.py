@@ -1,5 +1,10 @@
 """BAFFLE on Flower's Message API, without its processes: the same weights, and faults of clients."""
 
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from federated_problems import Data, Module, assert_equal, weights
@@ -7,7 +12,7 @@ from federated_problems import Data, Module, assert_equal, weights
 pytest.importorskip("flwr")
 
 from fake_grid import FakeGrid
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from lightning_bpfree.federated.fedavg import FedAvg
@@ -245,3 +250,18 @@ def test_malformed_answers_are_refusals():
         RecordDict({"round": ConfigRecord({"round": 1, "seed": 2}), "weights": ConfigRecord({"a": 1})}),
     ):
         assert reply_of(content, 0, 3).refused.startswith("its message cannot be read")
+
+
+def test_arrays_are_not_unpickled(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "unpickled",))
+
+    file = io.BytesIO()
+    np.save(file, np.array([Trap()], dtype=object), allow_pickle=True)
+    array = Array(dtype="object", shape=(1,), stype="numpy.ndarray", data=file.getvalue())
+    content = RecordDict({"round": ConfigRecord({"round": 1, "seed": 2}), "weights": ArrayRecord({"w": array})})
+    assert "allow_pickle=False" in reply_of(content, 0, 3).refused
+    assert not (tmp_path / "unpickled").exists()
+    pickle.loads(pickle.dumps(Trap()))  # it would have gone off
+    assert (tmp_path / "unpickled").exists()

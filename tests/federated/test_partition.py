@@ -57,7 +57,13 @@ def test_dirichlet_needs_labels():
 
 def test_poisson_draws_have_their_rate():
     part = Partition(Data(num=2000), 1).client(0)
-    sizes = [sum(size for _, size in part.drawn(torch.rand(2000, generator=torch.Generator().manual_seed(seed)).tolist(), 0.3)) for seed in range(20)]
+    sizes = [
+        sum(
+            size
+            for _, size in part.drawn(torch.rand(2000, generator=torch.Generator().manual_seed(seed)).tolist(), 0.3)
+        )
+        for seed in range(20)
+    ]
     assert abs(sum(sizes) / 20 - 600) < 4 * (2000 * 0.21 / 20) ** 0.5  # four standard errors
     assert sum(size for _, size in part.drawn([0.999] * 2000, 1.0)) == 2000
 

@@ -103,3 +103,20 @@ def test_another_version_of_the_module_is_refused():
     assert server.fingerprint in refused
     assert Baffle(3).fingerprint(server.params, {}) != Baffle(3, sigma=1e-3).fingerprint(server.params, {})
     assert Baffle(3).fingerprint(server.params, {}) == Baffle(3, chunk_size=2).fingerprint(server.params, {})
+
+
+def test_the_fingerprint_tells_frozen_values_and_the_bits_of_directions(monkeypatch):
+    params, frozen = {"w": torch.zeros(3)}, {"f": torch.ones(2)}
+    own = Baffle(3).fingerprint(params, frozen)
+    assert own == Baffle(3).fingerprint({"w": torch.ones(3)}, {"f": torch.ones(2)})  # trained values are sent
+    assert own != Baffle(3).fingerprint({"v": torch.zeros(3)}, frozen)
+    assert own != Baffle(3).fingerprint({"w": torch.zeros(3, 1)}, frozen)
+    assert own != Baffle(3).fingerprint(params, {"f": torch.tensor([1.0, 1.0 + 2**-23])})
+    drawn = Baffle.drawn
+
+    class Off(dict):
+        def __getitem__(self, k):
+            return {"w": torch.nextafter(drawn(Baffle(3), params, 0)[0]["w"], torch.ones(3))}
+
+    monkeypatch.setattr(Baffle, "drawn", lambda *_: Off())
+    assert own != Baffle(3).fingerprint(params, frozen)

@@ -165,7 +165,11 @@ def philox_on_cpu(first: int, num: int, keys: npt.NDArray[np.uint64]) -> npt.NDA
     counted = np.arange(first, first + num, dtype=np.uint64) * np.uint64(_MULTIPLIERS[0])
     if len(keys) > 1:
         schedule, counted = np.repeat(schedule, num, 2), np.tile(counted, len(keys))
-    factors, even, upper, products = _factors(size), *np.empty((2, 2, size), np.uint64), np.empty((2, 2, size), np.uint64)
+    factors, even, upper, products = (
+        _factors(size),
+        *np.empty((2, 2, size), np.uint64),
+        np.empty((2, 2, size), np.uint64),
+    )
     even[0] = schedule[0, 0]
     np.right_shift(counted, _HALF, even[1])
     np.bitwise_xor(even[1], schedule[0, 1], even[1])
