@@ -150,15 +150,18 @@ def fashion():
     """Return the table of Fashion-MNIST."""
     runs = read("fashion")["runs"]
     rows = []
-    for arm in dict.fromkeys(run["arm"] for run in runs):
-        own = [run for run in runs if run["arm"] == arm]
+    kinds = sorted(
+        {(run["rounds"][-1], run["arm"]) for run in runs}, key=lambda kind: (kind[1][0], kind[0], len(kind[1]), kind)
+    )
+    for rounds, arm in kinds:
+        own = [run for run in runs if (run["rounds"][-1], run["arm"]) == (rounds, arm)]
         one = own[0]
         tests = ", ".join(f"{run['test_acc']:.3f}" for run in own)
-        sent = one["bytes_up"] * one["rounds"][-1]
+        sent = one["bytes_up"] * rounds
         curve = ", ".join(f"{acc:.2f}" for acc in one["val_acc"])
         rows.append(
             [
-                *(arm, one["rounds"][-1], curve, tests, f"{one['bytes_up']:,} B", f"{sent / 1e3:,.0f} kB"),
+                *(arm, rounds, curve, tests, f"{one['bytes_up']:,} B", f"{sent / 1e3:,.0f} kB"),
                 *(f"{one['forward_passes']:,.0f}", f"{one['cpu_seconds']:,.0f} s"),
             ]
         )

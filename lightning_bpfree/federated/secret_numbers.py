@@ -52,7 +52,8 @@ class SecretNumbers:
     def uniforms(self, num: int) -> Numbers:
         """Return ``num`` numbers, uniform in (0, 1), in steps of 2^-52."""
         words = np.frombuffer(self._encryptor.update(bytes(8 * num)), dtype="<u8")
-        return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+        numbers: Numbers = ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+        return numbers
 
     def normals(self, num: int) -> Numbers:
         """Return ``num`` numbers of mean 0 and variance 1.

@@ -93,10 +93,10 @@ def buffers():
     """Return the most bytes that NumPy holds for one draw of the portable generator, by size of the tensor."""
     found = []
     for numel in (2_410, 16_384, 1_000_000):
-        directions = Directions({"w": torch.zeros(numel)}, 1, 0, "gaussian", "portable")
-        directions[0]  # what is made once and kept
+        like = {"w": torch.zeros(numel)}
+        Directions(like, 1, 0, "gaussian", "portable")[0]  # what is made once and kept
         tracemalloc.start()
-        directions[0]
+        Directions(like, 1, 0, "gaussian", "portable")[0]
         found.append({"numbers": numel, "bytes": tracemalloc.get_traced_memory()[1]})
         tracemalloc.stop()
     return found

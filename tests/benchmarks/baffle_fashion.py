@@ -31,7 +31,9 @@ ARMS["backprop, gradients"] = [
     "--federation.method.init_args.local_steps=1",
 ]
 ARMS["backprop, FedAvg"] = ["-c", "papers/baffle/fedavg"]
-EPOCHS = {"backprop, FedAvg": 2}  # rounds of an arm whose round is an epoch
+GRADIENTS, AVERAGED = "backprop, gradients", "backprop, FedAvg"
+# Rounds of 200 directions cost as much as four of 50; a round of averaging is an epoch.
+PLAN = [("K=20", 20), ("K=50", 20), ("K=200", 20), (GRADIENTS, 20), ("K=50", 80), (GRADIENTS, 80), (AVERAGED, 2)]
 
 
 def train(arm, seed, rounds, every):
@@ -59,9 +61,7 @@ def train(arm, seed, rounds, every):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args(argv)
     found = json.loads(options.out.read_text()) if options.out.exists() else {"runs": []}
     found |= {
@@ -71,12 +71,11 @@ def main(argv=None):
         | {"lightning": importlib.metadata.version("lightning")},
         "setting": {"clients": 10, "batch_size": 32, "parameters": 26_730},
     }
-    done = {(run["arm"], run["seed"]) for run in found["runs"]}
+    done = {(run["arm"], run["seed"], run["rounds"][-1]) for run in found["runs"]}
     for seed in options.seeds:
-        for arm in options.arms:
-            if (arm, seed) in done:
+        for arm, rounds in PLAN:
+            if (arm, seed, rounds) in done:
                 continue
-            rounds = EPOCHS.get(arm, options.rounds)
             run = train(arm, seed, rounds, max(1, rounds // 4))
             found["runs"].append({"arm": arm, "seed": seed, **run})
             options.out.write_text(json.dumps(found, indent=1) + "\n")
