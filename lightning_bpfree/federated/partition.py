@@ -132,7 +132,9 @@ class LocalData:
             seed: decides which.
             rate: the probability of every sample, in (0, 1].
         """
-        chance = torch.rand(len(self.indices), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        # Never in torch's default type: in bfloat16, where a Trainer sets it, a chance has 8 bits.
+        chance = torch.rand(len(self.indices), generator=generator, dtype=torch.float32)
         order = [index for index, own in zip(self.indices, chance.tolist(), strict=True) if own < rate]
         chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         return [(self._fetch(chunk), len(chunk)) for chunk in chunks]
