@@ -19,12 +19,13 @@ import lightning_bpfree
 from lightning_bpfree.cli import check_options
 from lightning_bpfree.cli.common import recipes
 from lightning_bpfree.cli.common.arguments import configuration_options
-from lightning_bpfree.cli.common.configured import Blueprint, RulesChoice, silence
+from lightning_bpfree.cli.common.configured import Blueprint, RulesChoice
 from lightning_bpfree.cli.common.preconditions import CommandError, require
 from lightning_bpfree.cli.common.tables import console, number
 from lightning_bpfree.core.replay.batch import BatchCopies
 from lightning_bpfree.core.step import loss_of
 from lightning_bpfree.training.module_state import SilencedLogging
+from lightning_bpfree.training.quiet_lightning import quiet_lightning
 from lightning_bpfree.training.trainer_attributes import callbacks_of
 from lightning_bpfree.training.training_rule import TrainingRule
 
@@ -156,7 +157,7 @@ def check(blueprint: Blueprint, repeats: int = 3) -> list[Verdict]:
     Raises:
         CommandError: the configuration cannot be built, or its data not be loaded.
     """
-    with silence():
+    with quiet_lightning():
         try:
             configured = blueprint.build().rules
         except Exception as error:

@@ -163,7 +163,10 @@ class Directions:
         if self._ahead is None or k not in self._ahead[0]:
             in_turn = self._ahead is not None and self._ahead[0].stop == k
             ks = range(k, max(k + 1, min(self.num, k + _AHEAD // total) if in_turn else 0))
-            self._ahead = ks, self._philox(ks).fill(torch.empty(len(ks), total, device=devices.pop()))
+            self._ahead = (
+                ks,
+                self._philox(ks).fill(torch.empty(len(ks), total, dtype=torch.float32, device=devices.pop())),
+            )
         ks, numbers = self._ahead
         return Drawn(numbers[k - ks.start])
 

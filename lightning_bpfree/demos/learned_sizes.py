@@ -147,7 +147,8 @@ class Denoiser(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"])
 
     def _fixed_noise(self, x: Tensor, batch_idx: int) -> Tensor:
-        return torch.randn(x.shape, generator=torch.Generator().manual_seed(batch_idx)).to(x)
+        generator = torch.Generator().manual_seed(batch_idx)
+        return torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
 
     def _logged(self, stage: str, x: Tensor, noise: Tensor) -> Tensor:
         loss = F.mse_loss(self(x + self.hparams["noise"] * noise), x)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -13,6 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_bpfree.core.params import ParameterSlots
+from lightning_bpfree.training.quiet_lightning import quiet_lightning
+
+# Of devices and workers, in every round.
+_ANNOUNCED = (".*does not have many workers.*", "GPU available but not used.*")
 
 
 class Evaluation:
@@ -25,7 +27,7 @@ class Evaluation:
 
     def __init__(self, module: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:
         self.module, self.datamodule = module, datamodule
-        with _quiet():
+        with quiet_lightning(*_ANNOUNCED):
             self.trainer = pl.Trainer(
                 accelerator="gpu" if module.device.type == "cuda" else "cpu",
                 devices=1,
@@ -43,7 +45,7 @@ class Evaluation:
             params: the trained parameters to evaluate; the module has its own again afterwards.
         """
         was_training = self.module.training
-        with _quiet(), _holding(self.module, params):
+        with quiet_lightning(*_ANNOUNCED), _holding(self.module, params):
             run: Any = self.trainer.validate if stage == "validate" else self.trainer.test
             found = run(self.module, datamodule=self.datamodule, verbose=False)
         self.module.train(was_training)
@@ -63,20 +65,3 @@ def _holding(module: pl.LightningModule, params: Mapping[str, Tensor]) -> Iterat
         with torch.no_grad():
             for name, value in before.items():
                 slots[name].copy_(value)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Lightning from announcing devices and workers in every round."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message="GPU available but not used.*")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

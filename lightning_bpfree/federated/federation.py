@@ -126,7 +126,7 @@ class Federation:
     def fates(self, number: int, clients: Sequence[int]) -> dict[int, str]:
         """Return what becomes of each client's answer in a simulation: ``""``, ``"lost"`` or ``"late"``."""
         generator = torch.Generator().manual_seed(mix(self.seed, _DROPOUTS, number))
-        chance = torch.rand(self.num_clients, 2, generator=generator).tolist()
+        chance = torch.rand(self.num_clients, 2, generator=generator, dtype=torch.float32).tolist()
         lost = {c: "lost" if chance[c][0] < self.dropout else "" for c in clients}
         return {c: fate or ("late" if chance[c][1] < self.straggler else "") for c, fate in lost.items()}
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from run import row, write
 
 from lightning_bpfree.cli.common import recipes
-from lightning_bpfree.cli.common.configured import Blueprint, silence
+from lightning_bpfree.cli.common.configured import Blueprint
 from lightning_bpfree.cli.common.evaluation import evaluated
 from lightning_bpfree.cli.compare.runs import Stopwatch
+from lightning_bpfree.training.quiet_lightning import quiet_lightning
 
 RECIPE, SEEDS = "papers/es_control", range(10)
 
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     rows, returns, lengths = [], [], []
-    with silence():
+    with quiet_lightning():
         blueprint = Blueprint(recipes.config_arguments([RECIPE]))
         for seed in SEEDS:
             value, generations, seconds = trained(blueprint, seed)

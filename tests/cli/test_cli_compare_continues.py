@@ -214,7 +214,10 @@ def test_ctrl_c_ends_fit_in_one_line(base: str, overlay: Overlay) -> None:
     Path("sleeping.py").write_text(SLEEPER)
     arguments = ["fit", "-c", base, "-c", overlay("sleeper.yaml", "sleeping.Sleeper")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
-    start = [sys.executable, "-c", "import sys; from lightning_bpfree.cli import main; sys.exit(main())", *arguments]
+    # A shell starts its background jobs, and all processes below them, with SIGINT ignored.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "import sys; from lightning_bpfree.cli import main; sys.exit(main())"
+    start = [sys.executable, "-c", code, *arguments]
     process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     wait_for(lambda: Path("worker.pid").exists() and Path("worker.pid").read_text() != "")
     process.send_signal(signal.SIGINT)

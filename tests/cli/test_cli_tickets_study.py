@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_bpfree import Ticket
 from lightning_bpfree.cli import main
-from lightning_bpfree.cli.common.configured import Blueprint, silence
+from lightning_bpfree.cli.common.configured import Blueprint
 from lightning_bpfree.cli.tickets import results as tickets_results
 from lightning_bpfree.cli.tickets import runs as tickets_runs
 from lightning_bpfree.cli.tickets.runs import AGAIN, Study
@@ -23,6 +23,7 @@ from lightning_bpfree.core.params import Params
 from lightning_bpfree.demos.modules import MLP, Classifier
 from lightning_bpfree.methods.lottery_ticket.connectivity import loss_barrier
 from lightning_bpfree.methods.lottery_ticket.pruning import num_kept
+from lightning_bpfree.training.quiet_lightning import quiet_lightning
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("study_of_tickets")]  # each trains several levels
 
@@ -154,7 +155,7 @@ def test_a_transferred_ticket_starts_from_its_first_weights(trained: dict[str, A
     overlay = ["--trainer.callbacks=lightning_bpfree.LotteryTicket", "--trainer.callbacks+=lightning_bpfree.Backprop"]
     still = Blueprint(["-c", "base.yaml", "--model.init_args.lr=1e-9", *overlay])
     (file,) = [run["file"] for run in runs(trained, "snr") if run["level"] == 1]
-    with silence():
+    with quiet_lightning():
         result = Study(still, "still", Path("tickets"), "test_acc").again(Path(file), "snr_of_es", 5)
     module = classifier()
     source.apply_to(module, "init")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +22,7 @@ from lightning_bpfree.cli.common.checkpoints import check_checkpoint
 from lightning_bpfree.cli.common.errors import refusal
 from lightning_bpfree.cli.common.parse_errors import parse_error
 from lightning_bpfree.cli.common.preconditions import CommandError, require
+from lightning_bpfree.training.quiet_lightning import quiet_lightning
 from lightning_bpfree.training.training_rule import TrainingRule
 
 # Dump all entries, also those that are None: the new name of the option and the old.
@@ -127,7 +125,7 @@ class Blueprint(ConfigCLI):
     """
 
     def __init__(self, args: Sequence[str]) -> None:
-        with silence():
+        with quiet_lightning():
             super().__init__(args, run=False, save_config_callback=None, load_from_checkpoint_support=False)
 
     def instantiate_classes(self) -> None:
@@ -203,19 +201,3 @@ def _listed(callbacks: Any) -> list[Any]:
 
 def _one_device(devices: Any) -> Any:
     return devices[:1] if isinstance(devices, list) else 1
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Suppress Lightning's advice on training where nothing is trained."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_bpfree.cli.common import recipes
-from lightning_bpfree.cli.common.configured import silence
 from lightning_bpfree.cli.common.preconditions import CommandError, nearest, require, require_writable
 from lightning_bpfree.cli.common.records import finite, provenance, write_csv, write_json
 from lightning_bpfree.cli.common.tables import console, number
@@ -16,6 +15,7 @@ from lightning_bpfree.cli.federate.configured import Configured, configured
 from lightning_bpfree.cli.federate.engines import ENGINES, Job
 from lightning_bpfree.cli.federate.options import parser
 from lightning_bpfree.federated.run import Row, Run
+from lightning_bpfree.training.quiet_lightning import quiet_lightning
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _run(options: argparse.Namespace, args: list[str], arguments: Sequence[str]) -> int:
-    with silence():
+    with quiet_lightning():
         made = configured(args)
     folder: Path = options.out.absolute()
     require_writable(folder, "--out DIR")

@@ -9,10 +9,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 
-from lightning_bpfree.cli.common.configured import ConfigCLI, silence
+from lightning_bpfree.cli.common.configured import ConfigCLI
 from lightning_bpfree.cli.common.preconditions import CommandError
 from lightning_bpfree.core.arguments import NonNegativeInt, PositiveInt
 from lightning_bpfree.federated.federation import Federation
+from lightning_bpfree.training.quiet_lightning import quiet_lightning
 
 
 class FederateCLI(ConfigCLI):
@@ -26,7 +27,7 @@ class FederateCLI(ConfigCLI):
     """
 
     def __init__(self, args: Sequence[str]) -> None:
-        with silence():
+        with quiet_lightning():
             super().__init__(args, run=False, save_config_callback=None, load_from_checkpoint_support=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

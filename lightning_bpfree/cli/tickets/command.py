@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_bpfree.cli.common import recipes
 from lightning_bpfree.cli.common.arguments import configuration_options
-from lightning_bpfree.cli.common.configured import Blueprint, silence
+from lightning_bpfree.cli.common.configured import Blueprint
 from lightning_bpfree.cli.common.evaluation import larger_is_better
 from lightning_bpfree.cli.common.preconditions import CommandError, require, require_writable
 from lightning_bpfree.cli.common.records import finite, provenance
@@ -22,6 +22,7 @@ from lightning_bpfree.cli.tickets import results as tickets_results
 from lightning_bpfree.cli.tickets.options import KINDS, parser
 from lightning_bpfree.cli.tickets.runs import AGAIN, Result, Study, plan_of
 from lightning_bpfree.methods.backprop.rule import Backprop
+from lightning_bpfree.training.quiet_lightning import quiet_lightning
 from lightning_bpfree.training.training_rule import TrainingRule
 
 OWN, OTHER = "magnitude", "random"  # what a transfer is compared with: the target's own tickets, and fresh ones
@@ -137,13 +138,13 @@ def run(arguments: Sequence[str]) -> int:
     options.kinds, options.seeds = (list(dict.fromkeys(given)) for given in (options.kinds, options.seeds))
     base, targets = _studies(options, overrides)
     require_writable(options.out, "--out DIR")
-    with silence():
+    with quiet_lightning():
         shapes = base.check(not options.no_connectivity)
         for target in targets:
             if target.check(not options.no_connectivity) != shapes:
                 raise CommandError(f"--transfer {target.rule}: its network has other parameters than the base's.")
     study: dict[str, Any] = {**settings(options, base, arguments), "runs": [], "barriers": []}
-    with silence(), tickets_results.progress() as bar:
+    with quiet_lightning(), tickets_results.progress() as bar:
         plan = {"connectivity": not options.no_connectivity, "transfers": len(targets), "seeds": options.seeds}
         task = bar.add_task("tickets", total=plan_of(options.kinds, levels=base.num_levels, **plan))
         for kind, result in parts(base, targets, options):

@@ -106,7 +106,7 @@ def _differs(kind: Any, args: Sequence[Any], double: bool) -> bool:
         return [t for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, Tensor) and t.is_floating_point()]
 
     def drawn(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator).to(like)
+        return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like)
 
     with torch.enable_grad():
         leaves = [x.clone().requires_grad_() for x in inputs]

@@ -58,6 +58,20 @@ class RandomStreams:
         if not _same_numpy(numpy_random.get_state(), kept):
             numpy_random.set_state(kept)
 
+    def seed(self, seed: int) -> None:
+        """Start every stream at ``seed``, as ``seed_everything`` does; NumPy takes the lower 32 bits.
+
+        ``torch.manual_seed`` would also seed devices that are not among :attr:`devices`.
+        """
+        torch.default_generator.manual_seed(seed)
+        for device in self.devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        random.seed(seed)
+        numpy_random = _numpy_random()
+        if numpy_random is not None:
+            numpy_random.seed(seed % (1 << 32))
+
     def to_plain(self) -> dict[str, Any]:
         """Return the present state in tensors, lists and numbers, as checkpoints may hold."""
         state = self.save()

@@ -195,7 +195,9 @@ def toy_classifier() -> nn.Module:
     images, labels = digits("train")
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        # A Trainer of another precision changes torch's default type.
+        first, last = nn.Linear(64, 64, dtype=torch.float32), nn.Linear(64, 10, dtype=torch.float32)
+        net = nn.Sequential(nn.Flatten(), first, nn.ReLU(), last)
         optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
         for _ in range(_TRAINING_STEPS):
             optimizer.zero_grad()

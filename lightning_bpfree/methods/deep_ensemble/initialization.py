@@ -15,7 +15,6 @@ from torch import nn
 from lightning_bpfree.core.params import ParameterSlots
 from lightning_bpfree.core.replay.random_streams import RandomStreams
 from lightning_bpfree.methods.deep_ensemble.members import State, state_of
-from lightning_bpfree.methods.deep_ensemble.streams import seed_streams
 
 Initialize = Literal["reset", "same"] | Callable[[pl.LightningModule], Any]
 
@@ -48,7 +47,7 @@ def initial_states(module: pl.LightningModule, seeds: list[int], initialize: Ini
     before, states = streams.save(), [own]
     try:
         for seed in seeds[1:]:
-            seed_streams(seed, module.device)
+            streams.seed(seed)
             with torch.no_grad():
                 draw(module)
             fresh = state_of(module)

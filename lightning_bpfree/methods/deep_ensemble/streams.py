@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,7 +28,7 @@ class MemberStreams:
         self._states: list[Any] = []
         with self._untouched():
             for seed in seeds:
-                seed_streams(seed, device)
+                self._global.seed(seed)
                 self._states.append(self._global.save())
         self._generators: list[torch.Generator] | None = None
 
@@ -97,15 +95,3 @@ class MemberStreams:
             for state in plain:
                 self._global.from_plain(state)
                 self._states.append(self._global.save())
-
-
-def seed_streams(seed: int, device: torch.device) -> None:
-    """Seed the global streams as ``seed_everything`` does; seeds above 32 bits lose their upper half for NumPy."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-    random.seed(seed)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(seed % (1 << 32))

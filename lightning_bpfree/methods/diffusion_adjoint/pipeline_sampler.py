@@ -79,8 +79,9 @@ class PipelineSampler:
     def noise(self, seeds: Sequence[int], height: int | None = None, width: int | None = None) -> Tensor:
         """Return standard normal latents, one row a seed, the same on every device."""
         shape = self.family.shape(height, width)
-        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(rows)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        # float32 whatever torch's default is, which Trainers of other precisions change: a seed means one noise.
+        return torch.stack([torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators])
 
     def latents(self, noise: Tensor, prompts: Prompts | None, without: Prompts | None = None) -> Tensor:
         """Return samples, before they are decoded, of noise and encoded prompts."""

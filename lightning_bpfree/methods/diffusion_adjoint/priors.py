@@ -67,7 +67,7 @@ def kl(
     ratio = low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
     flow = isinstance(sampler.schedule, FlowMatching)
     node = sampler.schedule.node(1.0 / (1.0 + math.exp(ratio)) if flow else math.exp(-ratio))
-    noise = torch.randn(samples.shape, generator=generator).to(samples)
+    noise = torch.randn(samples.shape, generator=generator, dtype=torch.float32).to(samples)
     x = node.alpha * samples.detach() + node.sigma * noise
     ours = sampler.derivative(_state(x, node), node, conditioning)
     with frozen() as before, torch.no_grad():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -114,15 +112,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Draw from global random streams that start at ``seed``, and put them back afterwards."""
     streams = RandomStreams([device])
     before = streams.save()
-    # torch.manual_seed would also seed devices whose streams are not put back.
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-    random.seed(seed)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(seed % (1 << 32))
+    streams.seed(seed)
     try:
         yield
     finally:

@@ -57,12 +57,16 @@ class Lazy(Foreign):
 
 @case
 class ConvNet(Foreign):
-    """BatchNorm, pooling, dropout, a flat head."""
+    """BatchNorm, pooling, dropout, a flat head.
+
+    Kinks of ReLU behind BatchNorm lie within sigma of one dropout mask in four: central differences are off by up to
+    0.6 there, which says nothing about a rule. With GELU they are off by 0.06 at most, in 20 masks.
+    """
 
     def prepare(self) -> None:
         self.net = nn.Sequential(
-            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout2d(0.2),
-            nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES),
+            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.GELU(), nn.MaxPool2d(2), nn.Dropout2d(0.2),
+            nn.Conv2d(4, 4, 3), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES),
         )  # fmt: skip
 
     def train_dataloader(self) -> Any:

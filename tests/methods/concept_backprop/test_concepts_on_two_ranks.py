@@ -1,6 +1,6 @@
 """Under DDP both ranks look at the samples of both, and find the same; training goes on as if nobody looked.
 
-    python test_concepts_on_two_ranks.py OUT_DIR
+    python test_concepts_on_two_ranks.py fits OUT_DIR
 
 is what each of two ranks does; Lightning starts rank 1 by running the file again.
 """
@@ -8,7 +8,6 @@ is what each of two ranks does; Lightning starts rank 1 by running the file agai
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import run_ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -72,16 +72,9 @@ def train(folder: Path, looks: bool) -> None:
 
 
 @pytest.mark.slow  # processes that import torch and lightning
+@pytest.mark.xdist_group("two_processes")
 def test_ranks_find_the_same_and_train_on(tmp_path):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("PL_") and not k.endswith(("_RANK", "WORLD_SIZE"))}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, str(tmp_path)],
-        env={**clean, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    run_ranks(__file__, "fits", tmp_path, limit=120)
     read = {
         (looks, rank): torch.load(tmp_path / f"{looks}.rank{rank}.pt", weights_only=True)
         for looks in (True, False)
@@ -100,4 +93,4 @@ def test_ranks_find_the_same_and_train_on(tmp_path):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for looked in (True, False):
-        train(Path(sys.argv[1]), looked)
+        train(Path(sys.argv[2]), looked)

@@ -1,6 +1,6 @@
 """Lottery tickets under DDP: both ranks have the same masks and weights, and gradients for SNIP are those of both.
 
-    python test_ticket_on_two_ranks.py OUT_DIR
+    python test_ticket_on_two_ranks.py fits OUT_DIR
 
 is what each of two ranks does; Lightning starts rank 1 by running the file again.
 """
@@ -8,7 +8,6 @@ is what each of two ranks does; Lightning starts rank 1 by running the file agai
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import outcomes, run_ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -75,17 +75,9 @@ def train(case: str, folder: Path) -> None:
 @pytest.mark.slow  # processes that import torch and lightning
 @pytest.mark.xdist_group("two_processes")
 def test_ranks_agree_and_average_their_gradients(tmp_path):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("PL_") and not k.endswith(("_RANK", "WORLD_SIZE"))}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, str(tmp_path)],
-        env={**clean, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    run_ranks(__file__, "fits", tmp_path, limit=120)
     for case in CASES:
-        one, two = (torch.load(tmp_path / f"{case}.rank{rank}.pt", weights_only=True) for rank in (0, 1))
+        one, two = outcomes(tmp_path, case)
         for left, right in zip(one, two, strict=True):
             assert left.keys() == right.keys()
             assert all(torch.equal(left[name], right[name]) for name in left), case
@@ -103,4 +95,4 @@ def test_ranks_agree_and_average_their_gradients(tmp_path):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in CASES:
-        train(name, Path(sys.argv[1]))
+        train(name, Path(sys.argv[2]))

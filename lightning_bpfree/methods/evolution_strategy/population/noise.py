@@ -23,10 +23,11 @@ _TABLE_SEED = 20170310
 def noise_table(device: torch.device) -> Tensor:
     """Return the table: the same standard normal numbers in every process and on every device, drawn once.
 
-    It is drawn on the CPU, so that equal seeds give equal noise on different devices.
+    It is drawn on the CPU, so that equal seeds give equal noise on different devices, and in float32 whatever torch's
+    default is: a Trainer with ``precision="64-true"`` or ``"bf16-true"`` changes the default while it calls the step.
     """
     generator = torch.Generator().manual_seed(_TABLE_SEED)
-    return torch.empty(TABLE_SIZE).normal_(generator=generator).to(device)
+    return torch.empty(TABLE_SIZE, dtype=torch.float32).normal_(generator=generator).to(device)
 
 
 class Noise:

@@ -221,7 +221,7 @@ class SearchAlgorithm(ABC):
         Args:
             reduce: takes the mean of a tensor over ranks whose populations were measured on different data.
         """
-        std, told, moments = self.std, torch.tensor(float(self._told)), self._moments
+        std, told, moments = self.std, torch.tensor(float(self._told), dtype=torch.float32), self._moments
         if reduce is not None:  # a rank that was told nothing takes part all the same
             told = reduce(told)
             if self.per_coordinate:
