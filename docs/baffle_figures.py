@@ -165,7 +165,7 @@ def fashion():
                 *(f"{one['forward_passes']:,.0f}", f"{one['cpu_seconds']:,.0f} s"),
             ]
         )
-    head = ["", "rounds", "validation, at each quarter", "test", "up in a round", "up in all", "forwards", "CPU time"]
+    head = ["", "rounds", "validation, at equal steps", "test", "up in a round", "up in all", "forwards", "CPU time"]
     return lined(head, rows)
 
 
