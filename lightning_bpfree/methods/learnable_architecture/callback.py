@@ -27,7 +27,7 @@ from lightning_bpfree.methods.learnable_architecture.companions import (
     check_companions,
     check_optimization,
 )
-from lightning_bpfree.methods.learnable_architecture.examples import Example, example_call
+from lightning_bpfree.methods.learnable_architecture.examples import Example, example_call, network_of
 from lightning_bpfree.methods.learnable_architecture.export import ExportedNetwork, export
 from lightning_bpfree.methods.learnable_architecture.pictures import architecture_picture
 from lightning_bpfree.methods.learnable_architecture.search import Search, seconds
@@ -72,7 +72,8 @@ class LearnableArchitecture(Callback):
             sample on the device of the fit).
         relative: whether the budget is relative to a reference.
         reference: network whose cost counts as 1; None for the network itself before it is cropped.
-        network: name of the part of the module that is the network; None for the module itself.
+        network: name of the part of the module that is the network; None for the module itself, or for its only child
+            with parameters if the module has no ``forward``.
         example_inputs: one example of the network's inputs: a tensor, a tuple, or a dict of keywords; None takes
             ``example_input_array`` of the module, or the first training batch.
         exclude: patterns of names of layers and blocks that keep their sizes.
@@ -226,7 +227,7 @@ class LearnableArchitecture(Callback):
                 "LearnableArchitecture: another callback owns the sizes of this module already. Call undo() of that "
                 "one, or export() and search in the export."
             )
-        network = module if self.network is None else _part(module, self.network)
+        network = network_of(module, self.network)
         call = example_call(trainer, module, network, self.example_inputs)
         patterns = [self.exclude] if isinstance(self.exclude, str) else list(self.exclude or ())
         architecture = Architecture(network, call, self.dims, patterns)
@@ -397,13 +398,3 @@ class LearnableArchitecture(Callback):
         """Add the random streams of the other ranks."""
         own = checkpoint["callbacks"][self.state_key]
         own["streams"] = self._streams.of_all_ranks(trainer, own["streams"])
-
-
-def _part(module: nn.Module, name: str) -> nn.Module:
-    try:
-        return module.get_submodule(name)
-    except AttributeError as error:
-        there = ", ".join(child for child, _ in module.named_children())
-        raise MisconfigurationException(
-            f"LearnableArchitecture(network={name!r}): {type(module).__name__} has no such part; it has {there}."
-        ) from error

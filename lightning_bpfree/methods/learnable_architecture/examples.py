@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_bpfree.core.network.network_call import LABELS
+from lightning_bpfree.core.blocks import find_network
+from lightning_bpfree.core.network.network_call import LABELS, RefusedError
 from lightning_bpfree.core.replay.random_streams import RandomStreams
 from lightning_bpfree.methods.learnable_architecture.tracing.probe import ExampleCall, quiet_evaluation
 
@@ -54,6 +55,24 @@ def example_call(
             "dict of keywords), or name the part of the module that is the network by network=."
         ) from error
     return call
+
+
+def network_of(module: pl.LightningModule, name: str | None) -> nn.Module:
+    """Return the network whose sizes are learned.
+
+    Args:
+        module: the module in training.
+        name: of its part; None for the module itself, or for its only child with parameters where it has no forward.
+
+    Raises:
+        MisconfigurationException: if there is no such part, or more than one to choose from.
+    """
+    if name is None and type(module).forward is not pl.LightningModule.forward:
+        return module
+    try:
+        return find_network(module, name)[1]
+    except RefusedError as refused:
+        raise MisconfigurationException(f"LearnableArchitecture: {refused}") from refused
 
 
 def _of_the_data(trainer: pl.Trainer) -> Any:

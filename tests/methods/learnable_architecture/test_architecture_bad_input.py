@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from searched_networks import Module, ResNet, loader, search, trainer
 from torch import nn
@@ -175,9 +176,33 @@ def test_an_example_of_the_inputs_is_asked_for():
     module = Module(MLP(6, [8], 3))
     module.example_input_array = torch.zeros(1, 6)
     trainer(search(0.5), max_epochs=1, limit_train_batches=2).fit(module, data)
-    assert "network='body'): Module has no such part; it has net" in refused(
-        search(0.5, network="body"), Module(MLP(6, [8], 3))
-    )
+    said = refused(search(0.5, network="body"), Module(MLP(6, [8], 3)))
+    assert "network='body' is not a part of Module; its children with parameters: net" in said
+
+
+class NoForward(pl.LightningModule):
+    """What many people write: a network, and a step that calls it."""
+
+    def __init__(self, **others: nn.Module) -> None:
+        super().__init__()
+        self.net = MLP(6, [8], 3)
+        for name, other in others.items():
+            self.add_module(name, other)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
+def test_without_a_forward_the_only_network_is_found():
+    callback = search(0.7, ("width",), tolerance=0.1)
+    trainer(callback, max_epochs=2).fit(NoForward(loss=nn.CrossEntropyLoss()), loader(6))
+    assert min(callback.sizes.values()) < 8
+    said = refused(search(0.7), NoForward(head=nn.Linear(3, 3)))
+    assert "NoForward has 2 children with parameters (net, head)" in said
+    assert "network='net'" in said
 
 
 def test_a_checkpoint_of_other_sizes_is_refused(tmp_path):
