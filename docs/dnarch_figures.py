@@ -1,13 +1,26 @@
-"""The figures of learned architectures, drawn from docs/results: python docs/dnarch_figures.py."""
+"""Write the figures and tables of learned architectures from docs/results; ``--check`` only looks.
+
+    python docs/dnarch_figures.py
+
+Sources are ``dnarch_accuracy.json``, ``dnarch_benchmarks.json`` and ``dnarch_toys.json``. Tables stand between
+``<!-- dnarch:NAME -->`` and ``<!-- /dnarch -->``; NAME is ``smaller``, ``ablation``, ``budgets``, ``seeds``,
+``times`` or ``lags``.
+"""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
 import math
+import re
 import statistics
+import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+DOCS = Path(__file__).parent
+RESULTS, IMAGES = DOCS / "results", DOCS / "img"
+PART = re.compile(r"(<!-- dnarch:(?P<name>\w+) -->\n).*?(<!-- /dnarch -->)", re.DOTALL)
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, 97.5 %, by degrees of freedom
 COLORS = {
     "reference": "0.3",
@@ -97,13 +110,17 @@ def architectures(found, part="sequence", seed=0):
     left.set_xlabel("step", fontsize=8)
     left.set_ylabel("cost / budget", fontsize=8)
     left.set_yscale("log")
+    left.set_yticks([0.8, 1, 1.5, 2, 3], ["0.8", "1", "1.5", "2", "3"])
+    left.minorticks_off()
     left.legend(fontsize=8)
     shares = [[(run["history"][-1]["shares"]).get(name, math.nan) for run in arms] for name in names]
     mesh = right.pcolormesh(range(len(arms) + 1), range(len(names) + 1), shares, cmap="viridis", vmin=0, vmax=1)
     for row, name in enumerate(names):
         for column, run in enumerate(arms):
             if name in run["sizes"]:
-                right.text(column + 0.5, row + 0.5, run["sizes"][name], ha="center", va="center", fontsize=8, color="w")
+                color = "k" if shares[row][column] > 0.6 else "w"  # on light and on dark
+                at = {"ha": "center", "va": "center", "fontsize": 8, "color": color}
+                right.text(column + 0.5, row + 0.5, run["sizes"][name], **at)
     right.set_xticks([c + 0.5 for c in range(len(arms))], [run["arm"] for run in arms], fontsize=8)
     labels = ["width/stream" if "stem.1 +" in name else name for name in names]
     right.set_yticks([r + 0.5 for r in range(len(names))], labels, fontsize=7)
@@ -113,15 +130,137 @@ def architectures(found, part="sequence", seed=0):
     return figure
 
 
-def main() -> None:
-    found = json.loads((HERE / "results" / "dnarch_accuracy.json").read_text())
-    for name, figure in (
-        ("dnarch_smaller", smaller(found)),
-        ("dnarch_ablation", ablation(found)),
-        ("dnarch_architectures", architectures(found)),
-    ):
-        figure.savefig(HERE / "img" / f"{name}.png", dpi=110)
+# --- tables ---
+
+
+def table(head, rows):
+    """Return a Markdown table; the first column is text, the others are numbers."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def cell(values):
+    """Return mean and half width of the interval, or nothing where there are no values."""
+    if not values:
+        return ""
+    mean, half = interval(values)
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def provenance(found):
+    """Return the versions and the date of a file."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"{found['date'][:10]}; {versions}."
+
+
+def smaller_table(found):
+    """The accuracies of the residual network, by its share of multiply-accumulates."""
+    runs = found["pruning"]["runs"]
+    arms = ["uniform", "learned W", "learned W+D", "torch-pruning"]
+    rows = [["100 %", cell(scores(runs, arm="reference")), "", "", ""]]
+    rows += [[f"{s:.0%}".replace("%", " %"), *(cell(scores(runs, arm=a, share=s)) for a in arms)] for s in (0.5, 0.25)]
+    head = ["multiply-accumulates", "uniform widths", "learned widths", "learned widths and depth", "torch-pruning"]
+    return "\n".join([table(head, rows), "", provenance(found)])
+
+
+def ablation_table(found):
+    """The scores of more and more learned dimensions."""
+    arms = ("K", "K+R", "K+R+W", "K+R+W+D", "reference")
+    rows = [[arm, *(cell(scores(found[part]["runs"], arm=arm)) for part in TITLES)] for arm in arms]
+    return "\n".join([table(["learned", *TITLES.values()], rows), "", provenance(found)])
+
+
+def budgets_line(found):
+    """How near the exported networks are to their budgets, over all runs."""
+    runs = [run for part in ("pruning", *TITLES) for run in found[part]["runs"]]
+    off = [abs(r["of_budget"] - 1) for r in runs if "of_budget" in r]
+    off += [abs(r["of_reference"] / r["share"] - 1) for r in runs if r["arm"].startswith("learned")]
+    errors = [run["export_error"] for run in runs if "export_error" in run]
+    return (
+        f"{len(off)} exported networks: at most {max(off):.2%} off the budget, counted by PyTorch; outputs at most "
+        f"{max(errors):.1e} off those of the masked network."
+    )
+
+
+def spread(sizes):
+    """Return how many of some sizes differ between seeds, and by how much of the largest at most."""
+    own = [(max(values), min(values)) for values in sizes if max(values) != min(values)]
+    return len(own), max(((high - low) / high for high, low in own), default=0.0)
+
+
+def seeds_table(found):
+    """For each run, in how many sizes the seeds differ, by kind of size."""
+    rows = []
+    for part, title in {"pruning": "residual network", **TITLES}.items():
+        runs = [run for run in found[part]["runs"] if "sizes" in run]
+        for arm, share in dict.fromkeys((run["arm"], run.get("share")) for run in runs):
+            of = [run["sizes"] for run in runs if (run["arm"], run.get("share")) == (arm, share)]
+            cells = []
+            for kind in ("width", "depth", "kernel", "resolution"):
+                names = [name for name in of[0] if name.startswith(kind)]
+                differ, most = spread([[sizes[name] for sizes in of] for name in names])
+                cells.append(f"{differ} of {len(names)}" + (f", up to {most:.0%}" if differ else "") if names else "")
+            what = title.partition(":")[0] + (f", {share:.0%}" if share else "")
+            rows.append([f"{what}: {arm}", *(cell.replace("%", " %") for cell in cells)])
+    return "\n".join([table(["sizes that differ between seeds", "width", "depth", "kernel", "resolution"], rows), ""])
+
+
+def times_table(found):
+    """Step times over those of the plain network, by the share of multiply-accumulates."""
+    shares = [row["share"] for row in next(iter(found["networks"].values()))["shares"]]
+    rows = []
+    for name, own in found["networks"].items():
+        for kind in ("masked", "exported"):
+            values = [f"{row[f'{kind}_over_plain']:.2f}" for row in own["shares"]]
+            rows.append([f"{name}, {kind}", *values])
+    return table(["multiply-accumulates", *(f"{100 * share:g} %" for share in shares)], rows)
+
+
+TABLES = {
+    "smaller": ("dnarch_accuracy", smaller_table),
+    "ablation": ("dnarch_accuracy", ablation_table),
+    "budgets": ("dnarch_accuracy", budgets_line),
+    "seeds": ("dnarch_accuracy", seeds_table),
+    "times": ("dnarch_benchmarks", times_table),
+}
+FIGURES = {"dnarch_smaller": smaller, "dnarch_ablation": ablation, "dnarch_architectures": architectures}
+
+
+def loaded(name):
+    """Return the contents of a file, and a hash of them."""
+    text = (RESULTS / f"{name}.json").read_bytes()
+    return json.loads(text), hashlib.sha256(text).hexdigest()
+
+
+def main(arguments=None):
+    """Bring tables and figures up to date, or with ``--check`` return 1 if they are not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if something is out of date")
+    check, stale = parser.parse_args(arguments).check, []
+    for name, draw_figure in FIGURES.items():
+        found, digest = loaded("dnarch_accuracy")
+        path = IMAGES / f"{name}.png"
+        if not path.exists() or digest.encode() not in path.read_bytes():
+            stale.append(path)
+            if not check:
+                draw_figure(found).savefig(path, dpi=110, metadata={"Source": digest, "Software": None})
+    for page in sorted(DOCS.rglob("*.md")):
+        old = page.read_text(encoding="utf-8")
+        new = PART.sub(lambda part: f"{part[1]}\n{made(part['name'])}\n\n{part[3]}", old)
+        if new != old:
+            stale.append(page)
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    for path in stale:
+        print(f"{'out of date' if check else 'written'}: {path.relative_to(DOCS.parent)}")
+    return int(check and bool(stale))
+
+
+def made(name):
+    """Return the table of a name."""
+    source, make = TABLES[name]
+    return make(loaded(source)[0]).strip()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
