@@ -40,6 +40,7 @@ from overview import overview_rows  # noqa: E402
 from paired import paired_tables  # noqa: E402
 from studies import images, study_tables  # noqa: E402
 
+from lightning_bpfree.cli.common.tables import counted  # noqa: E402
 from lightning_bpfree.cli.compare import curves as compare_curves  # noqa: E402
 
 RESULTS, IMAGES = DOCS / "results", DOCS / "img"
@@ -87,7 +88,7 @@ def comparison_part(name, found, page):
     measured = [rule for rule in rules if rule.get("device")]
     if measured and not varied:
         how.append(f"Peak memory {measured[0]['peak_memory_kind']}.")
-    device = f", {measured[0]['device']}, {found['machine']['threads']} thread(s)" if measured else ""
+    device = f", {measured[0]['device']}, {counted(found['machine']['threads'], 'thread')}" if measured else ""
     how.append(provenance(found, shlex.join(found["command"]), device))
     blocks.append(folded("Command, versions" + (", learning rates" if chosen else ""), *how))
     return "\n\n".join(blocks) + "\n"
@@ -117,8 +118,8 @@ def curve_blocks(name, found, page):
     """Return a table per budget of the batches until a value is reached, and the figure of the curves."""
     blocks, metric = [], found["curve"]["metric"]
     note = (
-        "Training batches at the first validation that reached it: mean ± half width of the 95 % confidence "
-        "interval, over the seeds that did."
+        "Training batches until a validation first reached the value: mean ± half width of the 95 % confidence "
+        "interval over the seeds that reached it."
     )
     for budget in found["summary"] if found["curve"]["reach"] else ():
         head, rows = compare_curves.reach_table(found, budget)
@@ -157,7 +158,7 @@ def study_part(name, found, text, page):
         return alone(f"{shown[f'{name}_{text}']}\n\n{caption}")
     tables = "Tables: mean ± half width of the 95 % confidence interval (Student's t)."
     blocks = [*shown.values(), f"{caption} {tables}", *study_tables(found, table)]
-    how = provenance(found, shlex.join(found["command"]), f", {found['machine']['threads']} thread(s)")
+    how = provenance(found, shlex.join(found["command"]), f", {counted(found['machine']['threads'], 'thread')}")
     return "\n\n".join([*blocks, folded("Command, versions", how)]) + "\n"
 
 
@@ -167,7 +168,7 @@ def concepts_part(name, found, text, page):
         return f"![{CONCEPT_IMAGES[text]}]({os.path.relpath(IMAGES / f'{name}_{text}.png', page.parent)})\n"
     blocks = concept_tables(found, table)
     blocks.append(f"{len(found['seeds'])} seeds, mean ± half width of the 95 % confidence interval.")
-    blocks.append(provenance(found, found["command"], f", {found['machine']['threads']} thread(s)"))
+    blocks.append(provenance(found, found["command"], f", {counted(found['machine']['threads'], 'thread')}"))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -198,7 +199,7 @@ def condition_tables(found):
         lines = [[label, *(result(row.get(value)) for value in values)] for label, row in rows.items()]
         blocks.append(titled(f"`{metric}` after {after}, by `{found['vary']['key']}`", table(head, lines)))
         lines = [[label, *(drop(row.get(value)) for value in values[1:])] for label, row in rows.items()]
-        title = f"How much worse than at `{values[0]}` after {after}, paired by seed"
+        title = f"By how much `{metric}` is worse than at `{values[0]}` after {after}, paired by seed"
         blocks.append(titled(title, table([head[0], *head[2:]], lines)))
         failed = [cell for cell in cells if cell["error"]]
         blocks += [f"`{cell['label']}`, `{cell['condition']}`: {cell['error'].splitlines()[0]}" for cell in failed]
@@ -224,7 +225,7 @@ def benchmarks_part(name, found, text, page):
         return f"![memory over the number of blocks, for every schedule]({figure})\n"
     if text == "bars":
         figure = os.path.relpath(IMAGES / f"{name}_bars.png", page.parent)
-        return f"![bars of what was measured, with limits]({figure})\n\n{bars.caption(name, found)}\n"
+        return f"![measurements as bars, with limits]({figure})\n\n{bars.caption(name, found)}\n"
     rows = [row for row in found["rows"] if text in row["name"]]
     if not rows:
         return MISSING
@@ -264,8 +265,8 @@ def part(name, page):
     name, _, text = name.partition(":")
     if name == "comparisons":
         files = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*comparison*.json"))}
-        made = table(*overview_rows(files, DOCS, page, result))
-        return made.replace("| --- | ---: | ---: |", "| --- | --- | --- |", 1) + "\n" if files else MISSING
+        made = table(*overview_rows(files, DOCS, page))
+        return made.replace("| --- | ---: | ---: | ---: |", "| --- | --- | --- | --- |", 1) + "\n" if files else MISSING
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return MISSING

@@ -102,6 +102,6 @@ def test_both_tables_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "test_acc of trained tickets" in shown
     assert "snr - random" in shown
     assert "barriers of test_acc" in shown
-    assert "over 3 seed(s)" in shown
+    assert "over 3 seeds" in shown
     tickets_results.show({**study, "barriers": []})
     assert "barriers" not in capsys.readouterr().out

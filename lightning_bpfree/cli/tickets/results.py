@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_bpfree.cli.common.drawing import colors, interval
 from lightning_bpfree.cli.common.records import write_csv, write_json
-from lightning_bpfree.cli.common.tables import console
+from lightning_bpfree.cli.common.tables import console, counted
 from lightning_bpfree.cli.compare.results import confidence
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def show(study: Study) -> None:
     """Print the tables."""
     from rich.table import Table
 
-    seeds = f"mean ± 95 % confidence interval over {len(study['seeds'])} seed(s), by weights left"
+    seeds = f"mean ± 95 % confidence interval over {counted(len(study['seeds']), 'seed')}, by share of weights left"
     for title, (heads, rows) in (
         (f"{study['metric']} of trained tickets", table_rows(study)),
         (f"barriers of {study['metric']} on straight lines between trained networks", barrier_rows(study)),
