@@ -9,7 +9,10 @@ PANELS = {
             r"(.* ours over .*), MLP 784-256-10, N = 512$",
             "time divided by the peer's, MLP 784-256-10, N = 512",
         ),
-        (r"(.* ours over .*), MLP 64-256-256-256-10, N = 512$", "time divided by the peer's, MLP 64-256-256-256-10, N = 512"),
+        (
+            r"(.* ours over .*), MLP 64-256-256-256-10, N = 512$",
+            "time divided by the peer's, MLP 64-256-256-256-10, N = 512",
+        ),
     ],
     "benchmarks": [
         (r"memory, (.*), depth 32$", "memory above inference, in copies of the parameters"),
@@ -26,7 +29,10 @@ PANELS = {
         (r"(.*), test error$", "test error on the digits, %"),
     ],
     "local_learning_benchmarks": [
-        (r"step(?: with Adam)?, (Forward-Forward.*|Integrated.*|checkpointed.*)", "time of a step, divided by backprop's"),
+        (
+            r"step(?: with Adam)?, (Forward-Forward.*|Integrated.*|checkpointed.*)",
+            "time of a step, divided by backprop's",
+        ),
         (r"prediction (by .*)", "time of a prediction, in forward passes"),
     ],
     "reversible_benchmarks": [
@@ -41,7 +47,7 @@ PANELS = {
 }
 KEPT, MISSED, PLAIN, PEER = "tab:green", "tab:red", "tab:blue", "0.6"
 OWN = re.compile(
-    "ours|lightning_bpfree|zeroth order|forward gradient|full rank"
+    "lightning_bpfree|zeroth order|forward gradient|full rank"
     "|^(rank|Forward-Forward|Integrated|sequential|parallel|by )"
 )
 
@@ -57,7 +63,7 @@ def bars(stem, found):
 
 
 def _label(match, row):
-    return match[1] + (", with Adam" if row["name"].startswith("step with Adam") else "")
+    return match[1].replace("ours over", "vs") + (", with Adam" if row["name"].startswith("step with Adam") else "")
 
 
 def figure(stem, found):
@@ -71,7 +77,7 @@ def figure(stem, found):
     for axes, (title, rows) in zip(axes_of, panels, strict=True):
         longest = max(max(row["value"], row["limit"] or 0) for _, row in rows)
         for place, (label, row) in enumerate(rows):
-            colors = {True: KEPT, False: MISSED, None: PLAIN if OWN.search(label) else PEER}
+            colors = {True: KEPT, False: MISSED, None: PLAIN if OWN.search(label) or "ours" in row["name"] else PEER}
             axes.barh(place, row["value"], color=colors[row["reached"]], height=0.7)
             near = row["limit"] is not None and 0 < row["limit"] - row["value"] < 0.15 * longest
             end = row["limit"] if near else row["value"]  # so that the mark does not cross the number

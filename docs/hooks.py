@@ -7,7 +7,6 @@ from pathlib import Path
 PUBLIC = re.compile(r"<!-- public names of (?P<file>\S+) -->")
 # Headings of the API page by the module of a name; the first pattern that fits counts.
 GROUPS = (
-    ("", re.compile(r"\.functional\.")),
     ("Training rules", re.compile(r"\.methods\.\w+\.rule\.")),
     ("Other methods", re.compile(r"\.methods\.\w+\.callback\.")),
     ("With every rule", re.compile(r"\.training\.(gradient_alignment|scalar_sync)\.")),
@@ -45,17 +44,21 @@ def _expanded(entry, docs):
 def on_page_markdown(markdown, config, **_):
     """Describe every name that a file exports, where a page asks for it: a new rule needs no line in the page."""
     root = Path(config.docs_dir).parent
-    return PUBLIC.sub(lambda found: "\n\n".join(_described(exported(root / found["file"]))), markdown)
+
+    def described(found):
+        names = exported(root / found["file"])
+        return "\n\n".join(_by_group(names) if found["file"].endswith("public.py") else (f"::: {n}" for n in names))
+
+    return PUBLIC.sub(described, markdown)
 
 
-def _described(names):
+def _by_group(names):
     """Return headings and names: rules come first, and each heading only if it has names."""
     left, parts = list(names), []
     for title, pattern in GROUPS:
         own = sorted((name for name in left if pattern.search(name)), key=lambda name: name.rpartition(".")[2])
         left = [name for name in left if name not in own]
-        heading = [f"## {title}"] if title and own else []
-        parts += [*heading, *(f"::: {name}" for name in own)]
+        parts += [f"## {title}"] * bool(own) + [f"::: {name}" for name in own]
     return parts
 
 

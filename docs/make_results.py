@@ -79,7 +79,7 @@ def comparison_part(name, found, page):
     if "curve" in found:
         blocks += curve_blocks(name, found, page)
     how, rules = [], found["conditions"][0]["rules"] if varied else found["rules"]
-    chosen = [f"`{rule['label']}`: {rule['chosen']}" for rule in rules if rule.get("chosen")]
+    chosen = [f"`{rule['label']}`: {_settings(rule['chosen'])}" for rule in rules if rule.get("chosen")]
     if chosen:
         at = f", at `{found['vary']['values'][0]}` alone" if varied else ""
         how.append(f"Tuned by {found['tuning_metric']} on seed {found['tuning_seed']}{at}: {'; '.join(chosen)}.")
@@ -92,6 +92,10 @@ def comparison_part(name, found, page):
     how.append(provenance(found, shlex.join(found["command"]), device))
     blocks.append(folded("Command, versions" + (", learning rates" if chosen else ""), *how))
     return "\n\n".join(blocks) + "\n"
+
+
+def _settings(chosen):
+    return ", ".join(f"`{key}={value}`" for key, value in chosen.items())
 
 
 def comparison_figure(name, found, page, kind=""):
@@ -124,7 +128,9 @@ def curve_blocks(name, found, page):
     for budget in found["summary"] if found["curve"]["reach"] else ():
         head, rows = compare_curves.reach_table(found, budget)
         made = table(head, [[f"`{label}`", *texts] for label, *texts in rows])
-        blocks.append(titled(f"When `{metric}` reaches a value, within {TITLES.get(budget, budget)}", made, note))
+        blocks.append(
+            titled(f"Batches until `{metric}` reaches a value, with {TITLES.get(budget, budget)}", made, note)
+        )
     return [*blocks, comparison_figure(name, found, page, "_curves")]
 
 
@@ -244,7 +250,7 @@ def rows_table(rows):
     clauses = [row["what"].split("; ") for row in rows]
     counts = Counter(clause for row in clauses for clause in row)
     notes = [clause for clause, count in counts.items() if count > 1]
-    columns = {"measured": [row["name"] for row in rows]}
+    columns = {"measured": [row["name"].replace("ours over", "this package over") for row in rows]}
     own = ["; ".join(clause for clause in row if clause not in notes) for row in clauses]
     if any(own):
         columns["what"] = own

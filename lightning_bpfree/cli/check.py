@@ -163,9 +163,9 @@ def check(blueprint: Blueprint, repeats: int = 3) -> list[Verdict]:
             raise CommandError(f"the configuration cannot be built: {_said(error)}") from error
         verdicts = [_verdict(blueprint, name, choice, repeats) for name, choice in _choices(configured)]
     ((obstacle, times),) = Counter(verdict.obstacle for verdict in verdicts).most_common(1)
-    # Obstacles that rules name are theirs; one that several meet alike is the module's or the data's.
+    # An obstacle of one rule is that rule's; one that all rules meet belongs to the module or the data.
     if times > 1 and all(verdict.cost is None for verdict in verdicts):
-        raise CommandError(f"no rule came as far as its first step: {obstacle}")
+        raise CommandError(f"no rule reached its first step: {obstacle}")
     return verdicts
 
 

@@ -27,7 +27,7 @@ def test_statistics_by_hand() -> None:
     # 0.8-0.5, 0.7-0.6, 0.9-0.7: mean 0.2, standard deviation 0.1, t = 4.303: 4.303 * 0.1 / sqrt(3) = 0.248
     assert differences(study) == {
         ("ES", "snr - random"): {1.0: [0.0] * 3, 0.25: pytest.approx([0.3, 0.1, 0.2])},
-        ("bp", "snr_of_ES - magnitude"): {0.25: pytest.approx([0.1, 0.0, -0.1])},
+        ("bp", "snr_of_ES minus magnitude"): {0.25: pytest.approx([0.1, 0.0, -0.1])},
     }
     heads, rows = table_rows(study)
     assert heads == ["rule", "tickets", "100 %", "25 %"]
@@ -37,13 +37,13 @@ def test_statistics_by_hand() -> None:
         ["bp", "magnitude", "1.000 ± 0.000", "0.600 ± 0.248"],
         ["bp", "snr_of_ES", "-", "0.600 ± 0.000"],
         ["ES", "snr - random", "+0.000 ± 0.000", "+0.200 ± 0.248"],
-        ["bp", "snr_of_ES - magnitude", "-", "+0.000 ± 0.248"],
+        ["bp", "snr_of_ES minus magnitude", "-", "+0.000 ± 0.248"],
     ]
     assert barrier_rows(study) == (
         ["rule", "between", "100 %", "25 %"],
-        [["ES", "levels", "-", "0.110 ± 0.025"], ["ES", "seeds", "0.010 ± 0.025", "0.110 ± 0.025"]],
+        [["ES", "neighboring levels", "-", "0.110 ± 0.025"], ["ES", "two trainings", "0.010 ± 0.025", "0.110 ± 0.025"]],
     )
-    assert barrier_rows(study, "loss")[1][0] == ["ES", "levels", "-", "0.500 ± 0.000"]
+    assert barrier_rows(study, "loss")[1][0] == ["ES", "neighboring levels", "-", "0.500 ± 0.000"]
 
 
 def test_differences_are_paired_by_seed_whatever_the_order() -> None:

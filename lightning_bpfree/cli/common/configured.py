@@ -84,7 +84,9 @@ class ConfigCLI(LightningCLI):
         try:
             super()._parse_ckpt_path()
         except (KeyError, argparse.ArgumentError):  # written by a script rather than by LightningCLI
-            rank_zero_info("The model is that of the configuration; the checkpoint does not say how it was made.")
+            rank_zero_info(
+                "The model is built from the configuration, because the checkpoint does not contain its arguments."
+            )
 
     def instantiate_classes(self) -> None:
         """Make everything, and turn the refusal of an argument by this package or Lightning into CommandError.

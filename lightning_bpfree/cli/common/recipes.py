@@ -54,6 +54,8 @@ def resolve(name: str) -> str:
     Raises:
         CommandError: neither a file nor a recipe.
     """
+    if not name:
+        raise CommandError("-c: the name of the file is empty. Give a YAML file or a recipe, such as -c quickstart.")
     if any(mark in name for mark in ("{", "\n", ": ", "://")):  # YAML itself or an address, which Lightning takes
         return name
     is_folder = Path(name).is_dir()  # which may have the name of a recipe
