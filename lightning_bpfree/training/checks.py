@@ -228,10 +228,10 @@ def check_backward_only(rule: str, found: Sequence[str]) -> None:
     """
     if found:
         raise MisconfigurationException(
-            f"{rule} runs no backward pass through the training step, and would ignore what changes gradients there: "
-            f"{', '.join(found[:5])}. Write the loss so that its derivative is the gradient that you want (for example, "
-            "a term with the opposite sign instead of gradient reversal), register hooks on parameters, outside of the "
-            "step (parameter.register_hook receives the estimate), or train with Backprop()."
+            f"{rule} runs no backward pass through the training step, and would ignore what changes the gradients "
+            f"there: {', '.join(found[:5])}. Write the loss so that its derivative is the gradient that you want (for "
+            "example, a term with the opposite sign instead of gradient reversal), register hooks on parameters, "
+            "outside of the step (parameter.register_hook receives the estimate), or train with Backprop()."
         )
 
 

@@ -123,7 +123,7 @@ def copy(name: str, target: Path, force: bool = False) -> Path:
     copied = target / source.name
     if copied.exists() and not force:
         raise CommandError(f"{copied} exists: pass --force to overwrite it, or give another DIR.")
-    require_writable(target, "another DIR")
+    require_writable(target, "the argument DIR")
     shutil.copyfile(source, copied)
     return copied
 

@@ -44,6 +44,13 @@ class Contender(NamedTuple):
     config: str
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise CommandError for a number that cannot seed a run."""
+    for seed in seeds:
+        if not 0 <= seed < 1 << 32:
+            raise CommandError(f"--seeds {seed}: give whole numbers from 0 to {(1 << 32) - 1}.")
+
+
 def check_numbers(options: argparse.Namespace) -> None:
     """Raise CommandError for numbers out of range, before anything is read."""
     if options.epochs is not None and options.epochs < 1:
@@ -53,9 +60,7 @@ def check_numbers(options: argparse.Namespace) -> None:
     twice = [str(seed) for seed, times in Counter(options.seeds).items() if times > 1]
     if twice:
         raise CommandError(f"--seeds: {', '.join(twice)} is given more than once; each seed is one training.")
-    for seed in options.seeds:
-        if not 0 <= seed < 1 << 32:
-            raise CommandError(f"--seeds {seed}: give whole numbers from 0 to {(1 << 32) - 1}.")
+    check_seeds(options.seeds)
     options.budget = list(dict.fromkeys(options.budget))
 
 
@@ -206,7 +211,7 @@ def variation(options: argparse.Namespace, config: str) -> dict[str, Any] | None
     entry = options.vary[0]
     key, values = _key_and_values("--vary", entry, "data.init_args.corruption=none,gaussian")
     if len(values) < 2 or len(set(values)) < len(values):
-        raise CommandError(f"--vary {entry}: give two or more different values; the first is the reference.")
+        raise CommandError(f"--vary {entry}: give two or more values, each once; the first one is the reference.")
     if any(_labelled(tuned)[1].partition("=")[0] == key for tuned in options.tune):
         raise CommandError(f"--vary {entry}: {key} is tuned as well; take it out of --vary or of --tune.")
     _parse("--vary", {key: values}, config)

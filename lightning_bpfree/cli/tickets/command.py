@@ -17,7 +17,7 @@ from lightning_bpfree.cli.common.evaluation import larger_is_better
 from lightning_bpfree.cli.common.preconditions import CommandError, require, require_writable
 from lightning_bpfree.cli.common.records import finite, provenance
 from lightning_bpfree.cli.common.tables import console
-from lightning_bpfree.cli.compare.plan import contenders
+from lightning_bpfree.cli.compare.plan import check_seeds, contenders
 from lightning_bpfree.cli.tickets import results as tickets_results
 from lightning_bpfree.cli.tickets.options import KINDS, parser
 from lightning_bpfree.cli.tickets.runs import AGAIN, Result, Study, plan_of
@@ -137,8 +137,13 @@ def run(arguments: Sequence[str]) -> int:
     overrides = configuration_options(given, made.options())
     require("rich", "matplotlib")
     options.kinds, options.seeds = (list(dict.fromkeys(given)) for given in (options.kinds, options.seeds))
+    check_seeds(options.seeds)
     base, targets = _studies(options, overrides)
     require_writable(options.out, "--out DIR")
+    if (options.out / "tickets.json").exists() and not options.overwrite:
+        raise CommandError(
+            f"{options.out} holds the results of an earlier study. Give another --out, or --overwrite to replace them."
+        )
     with silence():
         shapes = base.check(not options.no_connectivity)
         for target in targets:

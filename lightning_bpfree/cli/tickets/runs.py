@@ -62,8 +62,8 @@ class Study:
         if connectivity and running:
             raise CommandError(
                 f"{self.rule}: the network has running statistics ({running[0]} ...), which do not fit a network on "
-                "the line between two others. Give --no-connectivity, or use a network without running statistics, such "
-                "as one with GroupNorm."
+                "the line between two others. Give --no-connectivity, or use a network without them, such as one with "
+                "GroupNorm."
             )
         return {slot.name: tuple(slot.parameter.shape) for slot in ParameterSlots(built.module)}
 
