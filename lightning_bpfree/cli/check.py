@@ -54,16 +54,16 @@ class _Measured(Exception):  # noqa: N818  # no error: it ends a fit in front of
 
 
 class CostMeter(Callback):
-    """Lets a fit go as far as the optimizer's first step, measures the rule's step there, and ends the fit.
+    """Lets a fit run up to the optimizer's first step, measures the rule's step there, and ends the fit.
 
-    What stands in the way of a fit by then stands in the way of the check, for it is a fit: setup, rehearsal, the
-    training step, the backward pass.
+    Every error that a fit raises by then, in setup, rehearsal, training step or backward pass, is raised by the check
+    too, because the check runs a fit.
 
     Args:
         repeats: measurements, of which the shortest counts.
 
     Attributes:
-        reached: whether the fit came as far as that.
+        reached: whether the fit reached the first step.
         cost: what was measured; not a number where the step does not run a second time on its batch.
     """
 
@@ -235,7 +235,7 @@ def _shown(value: float, form: Callable[[float], str]) -> str:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run ``bpfree check``; the code is 0 also where no rule can train the module, for it is a report."""
+    """Run ``bpfree check``; the code is 0 also if no rule can train the module, because it is a report."""
     parser = check_options.parser()
     options, given = parser.parse_known_args(arguments)
     overrides = configuration_options(given, parser.options())

@@ -119,7 +119,7 @@ class Built(NamedTuple):
 
 
 class Blueprint(ConfigCLI):
-    """A configuration that is built afresh for every run, silently, on one device and without writing files.
+    """A configuration that is built again for every run, silently, on one device and without writing files.
 
     Args:
         args: command-line arguments of ``fit``, such as ``["-c", "mine.yaml"]``.

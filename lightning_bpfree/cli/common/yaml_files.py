@@ -10,7 +10,7 @@ from lightning_bpfree.cli.common.preconditions import CommandError
 
 
 def check_yaml(path: Path) -> None:
-    """Raise CommandError, with file and line, if a file is no YAML mapping with each key once."""
+    """Raise CommandError, with file and line, unless a file is a YAML mapping with each key once."""
     root = _composed(path)
     if root is None:
         raise CommandError(

@@ -153,7 +153,7 @@ def _panel(axes: Axes, found: dict[str, Any], budget: str, places: list[float] |
     color, root = colors(list(rules)), axes.get_figure(root=True)
     assert root is not None
     for index, (label, row) in enumerate(rules.items()):
-        # Side by side, lest error bars hide one another; less so where the place on the axis is a number.
+        # Side by side, so that error bars do not hide one another; less so where the place on the axis is a number.
         points = (index - (len(rules) - 1) / 2) * (min(7, 28 / len(rules)) if places is None else 2)
         aside = axes.transData + ScaledTranslation(points / 72, 0, root.dpi_scale_trans)
         known = [(x, row.get(value), _seeds(found, value, label, budget)) for x, value in _ordered(places, values)]

@@ -27,7 +27,7 @@ from lightning_bpfree.training.training_rule import TrainingRule
 Grid = dict[str, list[str]]  # the values of each key
 
 _PLACE = re.compile(r"^\S+\.yaml, line \d+: ")  # of an error in a file
-TUNING_SEED = 1000  # used for nothing else, lest a rule be tuned on the seeds by which it is judged
+TUNING_SEED = 1000  # used for nothing else, so that no rule is tuned on the seeds of the comparison
 
 
 class Contender(NamedTuple):

@@ -194,7 +194,7 @@ def _panel(axes: Axes, lines: dict[str, Levels], title: str, label: str) -> None
     left = {level for levels in lines.values() for level in levels}
     width, color = math.log(max(left) / min(left)), colors(["", *lines])  # no line is the baseline
     for place, (name, levels) in enumerate(lines.items()):
-        aside = math.exp(0.008 * width * ((len(lines) - 1) / 2 - place))  # lest bars lie upon each other
+        aside = math.exp(0.008 * width * ((len(lines) - 1) / 2 - place))  # so that bars do not overlap
         points = {level: good for level in sorted(levels, reverse=True) if (good := _known(levels[level]))}
         means = [statistics.fmean(values) for values in points.values()]
         ends = [interval(values) or (mean, mean) for mean, values in zip(means, points.values(), strict=True)]
