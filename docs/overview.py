@@ -71,9 +71,6 @@ def _result(row, found, budget):
     rules = found["conditions"][0]["rules"] if "conditions" in found else found["rules"]
     runs = next((rule.get("runs", ()) for rule in rules if rule["label"] == row["label"]), ())
     values = [run["metrics"][found["metric"]] for run in runs if run["budget"] == budget and run["error"] is None]
-    spread = f" ({_short(min(values))} to {_short(max(values))})" if len(values) > 1 else ""
-    return f"`{row['label']}`<br>{_short(row['mean'])}{spread}"
-
-
-def _short(value):
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"
+    digits = 3 if abs(row["mean"]) < 10 else 0
+    spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"`{row['label']}`<br>{row['mean']:.{digits}f}{spread}"
