@@ -181,19 +181,19 @@ def _planted(found):
             axes.plot(range(8), row.tolist(), ".", color="0.2", ms=4)
         axes.set_xticks(range(8), [f"x{i}" for i in range(8)])
         axes.set_title(
-            {"planted": "planted: x0 + x3 > 1, used", "decoy": "decoy: x7 > 1/2, not used"}[concept], fontsize=9
+            {"planted": "planted concept x0 + x3 > 1: used", "decoy": "decoy x7 > 1/2: not used"}[concept], fontsize=9
         )
     panels[0].set_ylabel("mean |change|")
     return drawing
 
 
 def _plausibility(found):
-    drawing = _figure(7.2, 3.2)
+    drawing = _figure(7.2, 3.5)
     panels = drawing.subplots(1, 2, sharey=True)
     for axes, name in zip(panels, ("digits", "fashion"), strict=True):
         ways = list(found[name][0]["ways"])
         for offset, (key, what, color) in enumerate(
-            (("true_by_rule", "by its rule", "C3"), ("seen_by_judge", "by another network", "C0"))
+            (("true_by_rule", "by the concept's definition", "C3"), ("seen_by_judge", "by another network", "C0"))
         ):
             values = torch.tensor([[run["ways"][way][key] for way in ways] for run in found[name]])
             places = [i + 0.36 * offset - 0.18 for i in range(len(ways))]
@@ -204,7 +204,8 @@ def _plausibility(found):
         axes.set_title({"digits": "digits: closed loop", "fashion": "Fashion-MNIST: long sleeves"}[name], fontsize=9)
         axes.set_ylim(0, 1)
     panels[0].set_ylabel("share that shows the concept")
-    panels[0].legend(frameon=False, fontsize=8, loc="upper left")
+    handles = panels[0].get_legend_handles_labels()
+    drawing.legend(*handles, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     return drawing
 
 

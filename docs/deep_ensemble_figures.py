@@ -60,7 +60,7 @@ def tables(found):
         axis.locator_params(axis="x", nbins=4)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
-    figure.supxlabel("ensemble less its mean member; 95 % interval of the mean, a stroke for each split", fontsize=9)
+    figure.supxlabel("ensemble minus its mean member: mean and 95 % interval; thin marks: each split", fontsize=9)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
     return figure
 

@@ -26,8 +26,8 @@ def figure(found):
     from matplotlib.figure import Figure
 
     kinds = series(found)
-    drawing = Figure(figsize=(5.6, 3.1 * len(kinds) + 0.4), layout="constrained", dpi=130)
-    panels = drawing.subplots(len(kinds), 1, squeeze=False, sharex=True)[:, 0]
+    drawing = Figure(figsize=(5.6, 3.6), layout="constrained", dpi=130)
+    panels = drawing.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
     for axes, (kind, lines) in zip(panels, kinds.items(), strict=True):
         color = colors(list(lines))
         for label, points in lines.items():
@@ -38,10 +38,10 @@ def figure(found):
         axes.set_yscale("log")
         axes.set_xticks(depths, [str(depth) for depth in depths])
         axes.minorticks_off()
-        axes.set_ylabel("MiB")
-        axes.set_title(TITLES[kind], fontsize=11)
+        axes.set_xlabel("blocks")
+        axes.set_title(TITLES[kind], fontsize=10)
         axes.grid(color="0.9")
-    panels[-1].set_xlabel("blocks")
+    panels[0].set_ylabel("MiB")
     handles = panels[0].get_legend_handles_labels()
     drawing.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
     return drawing

@@ -5,6 +5,24 @@ import re
 from pathlib import Path
 
 PUBLIC = re.compile(r"<!-- public names of (?P<file>\S+) -->")
+# Headings of the API page by the module of a name; the first pattern that fits counts.
+GROUPS = (
+    ("Training rules", re.compile(r"\.methods\.\w+\.rule\.")),
+    ("Other methods", re.compile(r"\.methods\.\w+\.callback\.")),
+    ("With every rule", re.compile(r"\.training\.(gradient_alignment|scalar_sync)\.")),
+    ("Federated learning", re.compile(r"\.federated\.")),
+    ("Parts of evolution strategies", re.compile(r"\.methods\.evolution_strategy\.")),
+    ("Parts of forward gradients", re.compile(r"\.methods\.forward_gradient\.")),
+    ("Parts of lottery tickets", re.compile(r"\.methods\.lottery_ticket\.")),
+    ("Parts of reversible networks", re.compile(r"\.methods\.reversible_recompute\.")),
+    ("Parts of teams", re.compile(r"\.methods\.team_reinforce\.")),
+    ("Parts of learnable architectures", re.compile(r"\.methods\.learnable_architecture\.")),
+    ("Parts of ensembles", re.compile(r"\.methods\.deep_ensemble\.")),
+    ("Diffusion samplers", re.compile(r"\.methods\.diffusion_adjoint\.")),
+    ("Concepts", re.compile(r"\.methods\.concept_backprop\.")),
+    ("For rules of your own", re.compile(r"\.(core|training)\.")),
+    ("Other names", re.compile("")),
+)
 ROLE = re.compile(r":(?:class|meth|func):(?=<code>)")  # docstrings say :class:`Name`, which Markdown does not know
 
 
@@ -26,7 +44,22 @@ def _expanded(entry, docs):
 def on_page_markdown(markdown, config, **_):
     """Describe every name that a file exports, where a page asks for it: a new rule needs no line in the page."""
     root = Path(config.docs_dir).parent
-    return PUBLIC.sub(lambda found: "\n\n".join(f"::: {name}" for name in exported(root / found["file"])), markdown)
+
+    def described(found):
+        names = exported(root / found["file"])
+        return "\n\n".join(_by_group(names) if found["file"].endswith("public.py") else (f"::: {n}" for n in names))
+
+    return PUBLIC.sub(described, markdown)
+
+
+def _by_group(names):
+    """Return headings and names: rules come first, and each heading only if it has names."""
+    left, parts = list(names), []
+    for title, pattern in GROUPS:
+        own = sorted((name for name in left if pattern.search(name)), key=lambda name: name.rpartition(".")[2])
+        left = [name for name in left if name not in own]
+        parts += [f"## {title}"] * bool(own) + [f"::: {name}" for name in own]
+    return parts
 
 
 def exported(file):

@@ -40,6 +40,7 @@ from overview import overview_rows  # noqa: E402
 from paired import paired_tables  # noqa: E402
 from studies import images, study_tables  # noqa: E402
 
+from lightning_bpfree.cli.common.tables import counted  # noqa: E402
 from lightning_bpfree.cli.compare import curves as compare_curves  # noqa: E402
 
 RESULTS, IMAGES = DOCS / "results", DOCS / "img"
@@ -78,7 +79,7 @@ def comparison_part(name, found, page):
     if "curve" in found:
         blocks += curve_blocks(name, found, page)
     how, rules = [], found["conditions"][0]["rules"] if varied else found["rules"]
-    chosen = [f"`{rule['label']}`: {rule['chosen']}" for rule in rules if rule.get("chosen")]
+    chosen = [f"`{rule['label']}`: {_settings(rule['chosen'])}" for rule in rules if rule.get("chosen")]
     if chosen:
         at = f", at `{found['vary']['values'][0]}` alone" if varied else ""
         how.append(f"Tuned by {found['tuning_metric']} on seed {found['tuning_seed']}{at}: {'; '.join(chosen)}.")
@@ -87,10 +88,14 @@ def comparison_part(name, found, page):
     measured = [rule for rule in rules if rule.get("device")]
     if measured and not varied:
         how.append(f"Peak memory {measured[0]['peak_memory_kind']}.")
-    device = f", {measured[0]['device']}, {found['machine']['threads']} thread(s)" if measured else ""
+    device = f", {measured[0]['device']}, {counted(found['machine']['threads'], 'thread')}" if measured else ""
     how.append(provenance(found, shlex.join(found["command"]), device))
     blocks.append(folded("Command, versions" + (", learning rates" if chosen else ""), *how))
     return "\n\n".join(blocks) + "\n"
+
+
+def _settings(chosen):
+    return ", ".join(f"`{key}={value}`" for key, value in chosen.items())
 
 
 def comparison_figure(name, found, page, kind=""):
@@ -117,13 +122,15 @@ def curve_blocks(name, found, page):
     """Return a table per budget of the batches until a value is reached, and the figure of the curves."""
     blocks, metric = [], found["curve"]["metric"]
     note = (
-        "Training batches at the first validation that reached it: mean ± half width of the 95 % confidence "
-        "interval, over the seeds that did."
+        "Training batches until a validation first reached the value: mean ± half width of the 95 % confidence "
+        "interval over the seeds that reached it."
     )
     for budget in found["summary"] if found["curve"]["reach"] else ():
         head, rows = compare_curves.reach_table(found, budget)
         made = table(head, [[f"`{label}`", *texts] for label, *texts in rows])
-        blocks.append(titled(f"When `{metric}` reaches a value, within {TITLES.get(budget, budget)}", made, note))
+        blocks.append(
+            titled(f"Batches until `{metric}` reaches a value, with {TITLES.get(budget, budget)}", made, note)
+        )
     return [*blocks, comparison_figure(name, found, page, "_curves")]
 
 
@@ -157,7 +164,7 @@ def study_part(name, found, text, page):
         return alone(f"{shown[f'{name}_{text}']}\n\n{caption}")
     tables = "Tables: mean ± half width of the 95 % confidence interval (Student's t)."
     blocks = [*shown.values(), f"{caption} {tables}", *study_tables(found, table)]
-    how = provenance(found, shlex.join(found["command"]), f", {found['machine']['threads']} thread(s)")
+    how = provenance(found, shlex.join(found["command"]), f", {counted(found['machine']['threads'], 'thread')}")
     return "\n\n".join([*blocks, folded("Command, versions", how)]) + "\n"
 
 
@@ -167,7 +174,7 @@ def concepts_part(name, found, text, page):
         return f"![{CONCEPT_IMAGES[text]}]({os.path.relpath(IMAGES / f'{name}_{text}.png', page.parent)})\n"
     blocks = concept_tables(found, table)
     blocks.append(f"{len(found['seeds'])} seeds, mean ± half width of the 95 % confidence interval.")
-    blocks.append(provenance(found, found["command"], f", {found['machine']['threads']} thread(s)"))
+    blocks.append(provenance(found, found["command"], f", {counted(found['machine']['threads'], 'thread')}"))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -198,7 +205,7 @@ def condition_tables(found):
         lines = [[label, *(result(row.get(value)) for value in values)] for label, row in rows.items()]
         blocks.append(titled(f"`{metric}` after {after}, by `{found['vary']['key']}`", table(head, lines)))
         lines = [[label, *(drop(row.get(value)) for value in values[1:])] for label, row in rows.items()]
-        title = f"How much worse than at `{values[0]}` after {after}, paired by seed"
+        title = f"By how much `{metric}` is worse than at `{values[0]}` after {after}, paired by seed"
         blocks.append(titled(title, table([head[0], *head[2:]], lines)))
         failed = [cell for cell in cells if cell["error"]]
         blocks += [f"`{cell['label']}`, `{cell['condition']}`: {cell['error'].splitlines()[0]}" for cell in failed]
@@ -224,7 +231,7 @@ def benchmarks_part(name, found, text, page):
         return f"![memory over the number of blocks, for every schedule]({figure})\n"
     if text == "bars":
         figure = os.path.relpath(IMAGES / f"{name}_bars.png", page.parent)
-        return f"![bars of what was measured, with limits]({figure})\n\n{bars.caption(name, found)}\n"
+        return f"![measurements as bars, with limits]({figure})\n\n{bars.caption(name, found)}\n"
     rows = [row for row in found["rows"] if text in row["name"]]
     if not rows:
         return MISSING
@@ -243,7 +250,7 @@ def rows_table(rows):
     clauses = [row["what"].split("; ") for row in rows]
     counts = Counter(clause for row in clauses for clause in row)
     notes = [clause for clause, count in counts.items() if count > 1]
-    columns = {"measured": [row["name"] for row in rows]}
+    columns = {"measured": [row["name"].replace("ours over", "this package over") for row in rows]}
     own = ["; ".join(clause for clause in row if clause not in notes) for row in clauses]
     if any(own):
         columns["what"] = own
@@ -264,8 +271,8 @@ def part(name, page):
     name, _, text = name.partition(":")
     if name == "comparisons":
         files = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*comparison*.json"))}
-        made = table(*overview_rows(files, DOCS, page, result))
-        return made.replace("| --- | ---: | ---: |", "| --- | --- | --- |", 1) + "\n" if files else MISSING
+        made = table(*overview_rows(files, DOCS, page))
+        return made.replace("| --- | ---: | ---: | ---: |", "| --- | --- | --- | --- |", 1) + "\n" if files else MISSING
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return MISSING

@@ -4,6 +4,7 @@ import os
 import re
 
 PART = re.compile(r"<!-- results:(?P<name>\w+) -->")
+BUDGETS = {"epochs": "epochs", "forwards": "forward passes"}
 HEADING = re.compile(r"^#{1,6} (?P<title>.+)$")
 
 
@@ -38,14 +39,13 @@ def page_title(page):
     return next((heading["title"] for line in lines if (heading := HEADING.match(line))), page.stem)
 
 
-def overview_rows(comparisons, docs, page, result):
+def overview_rows(comparisons, docs, page):
     """Return the head and the rows of the overview, sorted by page and heading.
 
     Args:
         comparisons: what the files hold, by name.
         docs: the folder of the pages.
         page: the page on which the overview stands.
-        result: function from a row of a summary to its text.
     """
     where, rows = homes(docs), []
     for name, found in comparisons.items():
@@ -58,7 +58,19 @@ def overview_rows(comparisons, docs, page, result):
         if home is not None:
             target = os.path.relpath(home, page.parent) if home != page else ""
             link, page_name = f"[{title}]({target}#{anchor(title)})", page_title(home)
-        texts = [f"`{base['label']}`: {result(base)}", f"`{best['label']}`: {result(best)}" if best else "–"]
-        texts = [f"{page_name}: {link}" if page_name else link, f"`{found['metric']}`", budget, *texts]
-        rows.append([*texts, len(found["seeds"])])
-    return ["comparison", "metric", "budget", "baseline", "best other rule", "seeds"], sorted(rows)
+        texts = [f"`{found['metric']}`, the same {BUDGETS.get(budget, budget)}", _result(base, found, budget)]
+        texts.append(_result(best, found, budget) if best else "–")
+        rows.append([f"{page_name}: {link}" if page_name else link, *texts, len(found["seeds"])])
+    return ["comparison", "metric and budget", "baseline", "best other rule", "seeds"], sorted(rows)
+
+
+def _result(row, found, budget):
+    """Return the label of a rule, and its mean with the lowest and the highest seed."""
+    if row["mean"] is None:
+        return f"`{row['label']}`<br>failed"
+    rules = found["conditions"][0]["rules"] if "conditions" in found else found["rules"]
+    runs = next((rule.get("runs", ()) for rule in rules if rule["label"] == row["label"]), ())
+    values = [run["metrics"][found["metric"]] for run in runs if run["budget"] == budget and run["error"] is None]
+    digits = 3 if abs(row["mean"]) < 10 else 0
+    spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"`{row['label']}`<br>{row['mean']:.{digits}f}{spread}"

@@ -46,7 +46,7 @@ def paired_tables(found, table):
         lines = [
             [f"`{label}`", *(difference(one[label], one[labels[0]]) for one in losses[1:])] for label in labels[1:]
         ]
-        title = f"What a rule loses from `{conditions[0]['value']}`, beyond what `{labels[0]}` loses"
+        title = f"How much more a rule loses than `{labels[0]}`, from `{conditions[0]['value']}` to each other value"
         blocks.append(titled(title, table(["rule", *values[1:]], lines)))
     return "\n\n".join(blocks) + "\n"
 

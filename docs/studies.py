@@ -13,13 +13,18 @@ CAPTIONS = {
 
 def study_tables(found, table):
     """Return the tables of a study: the metric of its tickets, and the barriers of metric and loss."""
-    blocks = [titled(f"`{found['metric']}` of trained tickets, by weights left", table(*table_rows(found)))]
+    blocks = [titled(f"`{found['metric']}` of trained tickets, by weights left", _two_texts(table(*table_rows(found))))]
     for of, name in (("metric", found["metric"]), ("loss", found["metric"].replace("acc", "loss"))):
         heads, rows = barrier_rows(found, of)
         if rows:
             title = f"Barriers of `{name}` on straight lines between trained networks"
-            blocks.append(titled(title, table(heads, rows)))
+            blocks.append(titled(title, _two_texts(table(heads, rows))))
     return blocks
+
+
+def _two_texts(made):
+    """Align the second column of a table to the left, as the first one is."""
+    return made.replace("| --- | ---: |", "| --- | --- |", 1)
 
 
 def drawings(path, found):

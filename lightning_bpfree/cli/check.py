@@ -55,16 +55,16 @@ class _Measured(Exception):  # noqa: N818  # no error: it ends a fit in front of
 
 
 class CostMeter(Callback):
-    """Lets a fit go as far as the optimizer's first step, measures the rule's step there, and ends the fit.
+    """Lets a fit run up to the optimizer's first step, measures the rule's step there, and ends the fit.
 
-    What stands in the way of a fit by then stands in the way of the check, for it is a fit: setup, rehearsal, the
-    training step, the backward pass.
+    Every error that a fit raises by then, in setup, rehearsal, training step or backward pass, is raised by the check
+    too, because the check runs a fit.
 
     Args:
         repeats: measurements, of which the shortest counts.
 
     Attributes:
-        reached: whether the fit came as far as that.
+        reached: whether the fit reached the first step.
         cost: what was measured; not a number where the step does not run a second time on its batch.
     """
 
@@ -164,9 +164,9 @@ def check(blueprint: Blueprint, repeats: int = 3) -> list[Verdict]:
             raise CommandError(f"the configuration cannot be built: {_said(error)}") from error
         verdicts = [_verdict(blueprint, name, choice, repeats) for name, choice in _choices(configured)]
     ((obstacle, times),) = Counter(verdict.obstacle for verdict in verdicts).most_common(1)
-    # Obstacles that rules name are theirs; one that several meet alike is the module's or the data's.
+    # An obstacle of one rule is that rule's; one that all rules meet belongs to the module or the data.
     if times > 1 and all(verdict.cost is None for verdict in verdicts):
-        raise CommandError(f"no rule came as far as its first step: {obstacle}")
+        raise CommandError(f"no rule reached its first step: {obstacle}")
     return verdicts
 
 
@@ -236,7 +236,7 @@ def _shown(value: float, form: Callable[[float], str]) -> str:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run ``bpfree check``; the code is 0 also where no rule can train the module, for it is a report."""
+    """Run ``bpfree check``; the code is 0 also if no rule can train the module, because it is a report."""
     parser = check_options.parser()
     options, given = parser.parse_known_args(arguments)
     overrides = configuration_options(given, parser.options())

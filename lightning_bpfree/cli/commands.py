@@ -34,7 +34,7 @@ COMMANDS: dict[str, Command] = {
     "federate": Command(
         f"{_CLI}.federate.command:run", "train in a federation of clients", f"{_CLI}.federate.options:parser"
     ),
-    "metrics": Command(f"{_CLI}.metrics:run", "list what a rule logs", f"{_CLI}.metrics:parser"),
+    "metrics": Command(f"{_CLI}.metrics:run", "list the metrics that a rule logs", f"{_CLI}.metrics:parser"),
     "recipes": Command(f"{_CLI}.common.recipes:run", "list, show or copy the shipped YAML files"),
     "completion": Command(f"{_CLI}.completion:run", "print a script for shell completion", f"{_CLI}.completion:parser"),
 }

@@ -65,7 +65,7 @@ class FitCLI(ConfigCLI):
             report.show(self.trainer, metrics, seconds)
 
     def _how_to_continue(self) -> str:
-        """Return how to go on after an interruption; empty if there is no checkpoint."""
+        """Return how to continue after an interruption; empty if there is no checkpoint."""
         for callback in self.trainer.checkpoint_callbacks:
             path = callback.last_model_path or callback.best_model_path if isinstance(callback, ModelCheckpoint) else ""
             if path:

@@ -1,4 +1,4 @@
-"""``bpfree metrics``: what rules and companions log, one line a metric."""
+"""``bpfree metrics``: what rules and companions log, one line per metric."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def parser() -> Parser:
     """Return the parser of the command."""
     made = Parser(
         "bpfree metrics",
-        "List what a rule or another callback of this package logs, one line a metric.",
+        "List what a rule or another callback of this package logs, one line per metric.",
         ["bpfree metrics", "bpfree metrics ForwardGradient", "bpfree metrics GradientAlignment"],
     )
     made.add_argument("name", nargs="?", metavar="RULE", help="class, such as ForwardGradient (default: all)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from lightning_bpfree.cli.run_files import upload_figure
 from lightning_bpfree.training.trainer_attributes import callbacks_of
 from lightning_bpfree.training.training_rule import TrainingRule
 
+STYLES = ("-", ":", "--", "-.")  # of the curves of one rule: colors tell rules apart (cli/common/drawing.py)
 COSINE = "bpfree/cosine_to_backprop"
 Curve = tuple[list[float], list[float]]
 
@@ -97,13 +99,13 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
     quantity = next((quantity for quantity in titles if curves(rows, quantity)), "loss")
     figure = Figure(figsize=(7, 6 if cosine else 3.5), layout="constrained", dpi=120)
     top, *below = figure.subplots(2 if cosine else 1, 1, squeeze=False)[:, 0]
-    for name, (epochs, values) in curves(rows, quantity).items():
-        top.plot(epochs, values, marker=".", label=name)
+    for (name, (epochs, values)), style in zip(curves(rows, quantity).items(), cycle(STYLES)):
+        top.plot(epochs, values, style, marker=".", color="0.25", label=name)
     top.set(xlabel="epoch", ylabel=titles[quantity])
     if top.has_data():
         top.legend()
     for axes in below:
-        axes.plot(*zip(*cosine, strict=True), color="tab:green", linewidth=1)
+        axes.plot(*zip(*cosine, strict=True), color="0.25", linewidth=1)
         axes.axhline(0, color="gray", linewidth=0.8)
         axes.set(xlabel="step", ylabel="cosine to backprop")
     figure.savefig(path)

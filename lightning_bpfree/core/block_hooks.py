@@ -165,7 +165,7 @@ def leaving(
 
     Args:
         modules: the modules, by a number each; of a block, its last one.
-        look: called with the number and the first tensor; returns what goes on in its place.
+        look: called with the number and the first tensor; returns what replaces it.
         others: applied to all other tensors that leave; ``torch.Tensor.detach`` ends their graphs.
 
     Examples:

@@ -93,7 +93,7 @@ def directional_derivatives(
         return loss, slope
 
     with torch.set_grad_enabled(False), warnings.catch_warnings():
-        # Where vmap has no batching rule it loops inside, and says so at every call.
+        # Where vmap has no batching rule it loops inside, and warns at every call.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         # randomness="same": one dropout mask for all directions
         losses, slopes = torch.func.vmap(along, randomness="same")(dict(directions))

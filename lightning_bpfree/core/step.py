@@ -77,7 +77,7 @@ class Step:
         kwargs: its further arguments.
         replay: puts back between evaluations what they have moved; None if the rule evaluates once.
         copies: the batch, for a step that is evaluated several times; made of ``args`` and ``kwargs`` if None.
-        needs_graph: whether the training step differentiates within itself, for which it needs gradients enabled.
+        needs_graph: whether the training step itself computes gradients, for which gradients must be enabled.
         vectorizable: False for a training step that writes to parameters, which no vectorized pass may.
         quiet: a context in which the module logs nothing.
         exchange: how ranks agree on measured numbers; None if they do not (one device, or gradients cross instead).
@@ -156,7 +156,7 @@ class Step:
         except RuntimeError as error:
             if self.needs_graph or "does not require grad" not in str(error):
                 raise
-            self.needs_graph = True  # from now on the step differentiates within itself
+            self.needs_graph = True  # from now on known: the step itself computes gradients
             output = self._evaluated(params, recorded)
         loss = self._read(output)
         if self.needs_graph and not torch.is_grad_enabled():
@@ -181,7 +181,7 @@ class Step:
         """Why no vectorized pass may evaluate the training step; None if one may."""
         if not self._vectorizable:
             return "the training step writes to parameters"
-        return "the training step differentiates within itself" if self.needs_graph else None
+        return "the training step itself computes gradients" if self.needs_graph else None
 
     @property
     def recorded(self) -> bool:

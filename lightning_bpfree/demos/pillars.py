@@ -175,7 +175,7 @@ def read_pillars(path: str | Path) -> dict[str, Tensor]:
         reader.fieldnames = header
         rows = [_checked(row, f"{path}, line {reader.line_num}") for row in reader]
     if not rows:
-        raise ValueError(f"{path}: there is a header and no pillar.")
+        raise ValueError(f"{path}: the file has a header but no pillars.")
     columns = torch.tensor(rows, dtype=torch.float64).unbind(1)
     return dict(zip(COLUMNS, columns, strict=True))
 

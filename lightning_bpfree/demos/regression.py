@@ -26,7 +26,7 @@ _PROBES = 4096  # inputs by which it is judged whether a target network says eno
 
 
 class RandomNetDataModule(FreshDataModule):
-    """Standard Gaussian inputs, and what a fixed random network makes of them.
+    """Standard Gaussian inputs, and the outputs of a fixed random network for them.
 
     Batches are pairs, both float32: inputs of shape (B, in_features), independent standard normal; targets of shape
     (B, 1), at least 0: ``relu(relu(x @ W) @ v)``, with 8 hidden units and no biases. `W` and `v` are uniform within

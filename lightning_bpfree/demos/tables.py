@@ -75,7 +75,7 @@ class TableDataModule(SplitLoaders, LightningDataModule):
         parts = {"train": rest[train], "val": rest[val], "test": test}
         for name, rows in parts.items():
             if not len(rows):
-                raise ValueError(f"the {name} split of {len(y)} rows has none; choose other fractions.")
+                raise ValueError(f"the {name} split of {len(y)} rows is empty; choose other fractions.")
         std, mean = torch.std_mean(x[parts["train"]].double(), 0, correction=0)
         std = torch.where(std > 0, std, 1.0)  # constant columns: nothing to scale
         self._splits = {

@@ -205,7 +205,7 @@ class RobertaEncoderLM(nn.Module):
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
-        ValueError: An argument is out of range, or an input is no (B, T) with T up to `max_length`.
+        ValueError: An argument is out of range, or an input is not of shape (B, T) with T up to `max_length`.
 
     Example:
         >>> RobertaEncoderLM(dim=16, depth=2)(torch.zeros(5, 64, dtype=torch.int64)).shape

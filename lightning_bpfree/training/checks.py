@@ -176,7 +176,7 @@ def check_writes(rule: str, written: Sequence[str]) -> None:
 
 
 def undifferentiated(rule: TrainingRule, evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a training step that raises MisconfigurationException where it differentiates within itself.
+    """Return a training step that raises MisconfigurationException where it computes gradients itself.
 
     Args:
         rule: by which the network computes, or hands gradients back, otherwise than it does alone.
@@ -185,10 +185,10 @@ def undifferentiated(rule: TrainingRule, evaluate: Callable[..., Any]) -> Callab
 
     def refuse() -> None:
         raise MisconfigurationException(
-            f"{type(rule).__name__}: the training step differentiates within itself (autograd.grad, backward), and "
-            "what comes back through the network is not its derivative while the rule is active. Train such a step "
-            "with Backprop(), ForwardGradient(), ZerothOrder() or EvolutionStrategy(), or move what it differentiates "
-            "out of the network (network=...)."
+            f"{type(rule).__name__}: the training step itself computes gradients (autograd.grad, backward). While the "
+            "rule is active, gradients that pass through the network are not its derivatives. Train such a step with "
+            "Backprop(), ForwardGradient(), ZerothOrder() or EvolutionStrategy(), or move the differentiated part out "
+            "of the network (network=...)."
         )
 
     files = {kind.__module__ for kind in type(rule).__mro__}  # a rule of the user's own differentiates in its hooks
@@ -228,10 +228,10 @@ def check_backward_only(rule: str, found: Sequence[str]) -> None:
     """
     if found:
         raise MisconfigurationException(
-            f"{rule} runs no backward pass through the training step, and would ignore what changes its gradients: "
-            f"{', '.join(found[:5])}. Write the objective such that its own derivative is the one you mean (a term "
-            "with the other sign instead of gradient reversal), register hooks on parameters (parameter.register_hook "
-            "outside of the step, which the estimate passes), or train with Backprop()."
+            f"{rule} runs no backward pass through the training step, and would ignore what changes the gradients "
+            f"there: {', '.join(found[:5])}. Write the loss so that its derivative is the gradient that you want (for "
+            "example, a term with the opposite sign instead of gradient reversal), register hooks on parameters, "
+            "outside of the step (parameter.register_hook receives the estimate), or train with Backprop()."
         )
 
 

@@ -191,7 +191,7 @@ class NetworkRule(TrainingRule):
     def _network_in(self, module: nn.Module) -> tuple[str, nn.Module]:
         """Return name and module of the network: the one that was found before, as long as the module has it.
 
-        Another child that is born during a fit, such as a second head, is no network of the rule's.
+        Another child that is added during a fit, such as a second head, does not belong to the rule.
         """
         if self.network is None and self._found is not None:
             for name, part in module.named_modules():

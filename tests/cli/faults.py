@@ -166,6 +166,11 @@ def other_cases() -> list[Case]:
         Case("check-number", ["check", "-c", "base.yaml", "--repeats", "x"], ("--repeats", "'x'")),
         Case("check-no-config", ["check"], ("-c/--config",)),
         Case("fit-own-option", ["fit", "-c", "base.yaml", "--ckptpath=x"], ("Did you mean --ckpt_path",)),
+        Case("fit-no-model", ["fit"], ("there is no model", "-c quickstart")),
+        *(
+            Case(f"{command}-empty-name", [command, "-c", "", *NEEDED.get(command, [])], ("is empty", "-c quickstart"))
+            for command in READ_CONFIG
+        ),
         Case("fit-stray", ["fit", "-c", "base.yaml", "more.yaml"], ("more.yaml", "-c more.yaml")),
         Case("fit-two-rules", [*_fit(), "-c", "rules/zeroth_order", "-c", "rules/backprop"], ("Two training rules",)),
     ]
@@ -212,7 +217,8 @@ def _compare_cases() -> list[Case]:
         "pattern": ([*base, "--out", "out", "--rules", "none*.yaml"], "no file matches the pattern"),
         "no-rule": ([*base, "--out", "out", "--rules", "loggers/csv"], "one training rule"),
         "tune-form": ([*ruled, "--tune", "model.init_args.lr"], "KEY=V1,V2"),
-        "tune-key": ([*ruled, "--tune", "model.init_args.nonsense=1,2"], "nonsense"),
+        "tune-key": ([*ruled, "--tune", "model.init_args.nonsense=1,2"], "error: --tune model.init_args.nonsense=1: "),
+        "vary-key": ([*ruled, "--vary", "data.init_args.nonsense=1,2"], "error: --vary data.init_args.nonsense=1: "),
         "tune-label": ([*ruled, "--tune", "zo:model.init_args.lr=1,2"], "no rule has the label 'zo'"),
         "tune-curve": ([*ruled, "--tune-by", "curve"], "--curve"),
         "vary-form": ([*ruled, "--vary", "model.init_args.lr"], "KEY=V1,V2"),
@@ -234,6 +240,8 @@ def _tickets_cases() -> list[Case]:
     lines: dict[str, tuple[list[str], str]] = {
         "kinds": ([*base, "--kinds", "magnitud"], "Did you mean magnitude"),
         "seeds": ([*base, "--seeds", "a"], "--seeds"),
+        "seeds-negative": ([*base, "--seeds", "-1"], "--seeds -1: give whole numbers"),
+        "earlier": ([*study[:-1], "earlier"], "earlier holds the results of an earlier study"),
         "no-rule": (base, "one training rule"),
         "no-ticket": ([*base, "-c", "rules/zeroth_order"], "no LotteryTicket"),
         "option": ([*base, "--metrc", "x"], "Did you mean --metric"),

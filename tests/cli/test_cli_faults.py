@@ -29,6 +29,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in (("damaged", "{"), ("other", json.dumps(OTHER))):
         (folder / name).mkdir()
         (folder / name / "comparison.json").write_text(text)
+    (folder / "earlier").mkdir()
+    (folder / "earlier/tickets.json").write_text("{}")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         write_parts()

@@ -72,6 +72,30 @@ def test_a_run_writes_its_rows_result_and_checkpoint(small: str, capsys: pytest.
     assert "test: test_acc" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"garbage", "is not a checkpoint, or is damaged"),
+        (b"PK\x03\x04" + b"0" * 90, "is truncated"),
+        (None, "is not a checkpoint of a federation: it has no entry federation"),
+    ],
+    ids=["empty", "garbage", "truncated", "other"],
+)
+def test_a_broken_checkpoint_is_named(
+    small: str, content: bytes | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("out").mkdir()
+    if content is None:
+        torch.save({"state_dict": {}}, "out/federation.ckpt")
+    else:
+        Path("out/federation.ckpt").write_bytes(content)
+    assert federate("-c", small, "--out", "out", "--resume") == 2
+    message = capsys.readouterr().err
+    assert f"federation.ckpt {said}" in message
+    assert "--resume: " in message
+
+
 def test_resume_is_exact(small: str) -> None:
     silent = ["-c", small, "--trainer.logger=false"]
     assert federate(*silent, "--out", "straight") == 0
@@ -99,6 +123,7 @@ BAD = {
     "min_clients": (["--federation.min_clients=9"], "min_clients=9: there are num_clients=3; give fewer"),
     "resume": (["--resume"], "--resume: there is no checkpoint"),
     "save every": (["--save-every", "0"], "--save-every 0: give a positive number"),
+    "nodes": (["--nodes", "0"], "--nodes 0: give a positive number"),
     "norm": (["--model.init_args.net.init_args.norm=batch"], "BatchNorm in net.layers.1"),
 }
 

@@ -30,7 +30,7 @@ def test_plots_have_labelled_axes() -> None:
         assert [label.get_text() for label in axes.get_xticklabels()] == ["100", "25"]
     assert (left.get_title(), right.get_title()) == (
         "between neighboring levels",
-        "between two trainings of a ticket",
+        "between two trainings of the same ticket",
     )
     line = found["pruning"].axes[0].lines[0]
     assert list(line.get_ydata()) == pytest.approx([0.8, 0.8])
@@ -59,7 +59,7 @@ def test_a_study_of_one_level_has_no_lines_between_levels(tmp_path: Path) -> Non
         study[key] = [entry for entry in study[key] if entry["level"] == 0]
     tickets_results.plots(study, tmp_path)  # and no warning
     (axes,) = dict(figures(study))["connectivity"].axes
-    assert axes.get_title() == "between two trainings of a ticket"
+    assert axes.get_title() == "between two trainings of the same ticket"
 
 
 def test_pages_show_what_a_study_has_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,10 +72,10 @@ def test_pages_show_what_a_study_has_found(tmp_path: Path, monkeypatch: pytest.M
     text = (tmp_path / "README.md").read_text()
     assert "**`test_acc` of trained tickets, by weights left**" in text
     assert "| rule | tickets | 100 % | 25 % |" in text
-    assert "| ES | snr - random | +0.000 ± 0.000 | +0.200 ± 0.248 |" in text
+    assert "| ES | snr minus random | +0.000 ± 0.000 | +0.200 ± 0.248 |" in text
     assert "**Barriers of `test_acc`" in text
     assert "**Barriers of `test_loss`" in text
-    assert "| ES | levels | - | 0.500 ± 0.000 |" in text
+    assert "| ES | neighboring levels | - | 0.500 ± 0.000 |" in text
     assert "3 seeds. Figures: mean" in text
     assert "Tables: mean ± half width" in text
     for name in ("pruning", "transfer", "connectivity"):

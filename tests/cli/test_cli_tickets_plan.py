@@ -150,8 +150,11 @@ def test_mistakes_are_found_before_anything_is_written(
             ["--model.init_args.net=ticket_problems.Normed", "--out", "out"],
             ["running statistics", "--no-connectivity"],
         ),
-        (["--transfer", "wide.yaml", "--out", "out"], ["wide", "other parameters than the base's"]),
-        (["--transfer", "EvolutionStrategy.yaml", "--out", "out"], ["the base's rule has this name"]),
+        (["--transfer", "wide.yaml", "--out", "out"], ["wide", "other parameters than the base network"]),
+        (
+            ["--transfer", "EvolutionStrategy.yaml", "--out", "out"],
+            ["the rule of the base configuration has the same name"],
+        ),
     ],
 )
 def test_nothing_is_trained_in_vain(

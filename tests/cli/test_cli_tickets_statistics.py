@@ -26,8 +26,8 @@ def test_statistics_by_hand() -> None:
     assert found["ES", "snr"] == {1.0: [0.9, 0.8, 0.7], 0.25: [0.8, 0.7, 0.9]}
     # 0.8-0.5, 0.7-0.6, 0.9-0.7: mean 0.2, standard deviation 0.1, t = 4.303: 4.303 * 0.1 / sqrt(3) = 0.248
     assert differences(study) == {
-        ("ES", "snr - random"): {1.0: [0.0] * 3, 0.25: pytest.approx([0.3, 0.1, 0.2])},
-        ("bp", "snr_of_ES - magnitude"): {0.25: pytest.approx([0.1, 0.0, -0.1])},
+        ("ES", "snr minus random"): {1.0: [0.0] * 3, 0.25: pytest.approx([0.3, 0.1, 0.2])},
+        ("bp", "snr_of_ES minus magnitude"): {0.25: pytest.approx([0.1, 0.0, -0.1])},
     }
     heads, rows = table_rows(study)
     assert heads == ["rule", "tickets", "100 %", "25 %"]
@@ -36,20 +36,20 @@ def test_statistics_by_hand() -> None:
         ["ES", "random", "0.800 ± 0.248", "0.600 ± 0.248"],
         ["bp", "magnitude", "1.000 ± 0.000", "0.600 ± 0.248"],
         ["bp", "snr_of_ES", "-", "0.600 ± 0.000"],
-        ["ES", "snr - random", "+0.000 ± 0.000", "+0.200 ± 0.248"],
-        ["bp", "snr_of_ES - magnitude", "-", "+0.000 ± 0.248"],
+        ["ES", "snr minus random", "+0.000 ± 0.000", "+0.200 ± 0.248"],
+        ["bp", "snr_of_ES minus magnitude", "-", "+0.000 ± 0.248"],
     ]
     assert barrier_rows(study) == (
         ["rule", "between", "100 %", "25 %"],
-        [["ES", "levels", "-", "0.110 ± 0.025"], ["ES", "seeds", "0.010 ± 0.025", "0.110 ± 0.025"]],
+        [["ES", "neighboring levels", "-", "0.110 ± 0.025"], ["ES", "two trainings", "0.010 ± 0.025", "0.110 ± 0.025"]],
     )
-    assert barrier_rows(study, "loss")[1][0] == ["ES", "levels", "-", "0.500 ± 0.000"]
+    assert barrier_rows(study, "loss")[1][0] == ["ES", "neighboring levels", "-", "0.500 ± 0.000"]
 
 
 def test_differences_are_paired_by_seed_whatever_the_order() -> None:
     study = by_hand()
     study["runs"] = [run for run in reversed(study["runs"]) if (run["tickets"], run["seed"]) != ("random", 1)]
-    assert {level: sorted(values) for level, values in differences(study)["ES", "snr - random"].items()} == {
+    assert {level: sorted(values) for level, values in differences(study)["ES", "snr minus random"].items()} == {
         1.0: [0.0, 0.0],
         0.25: pytest.approx([0.2, 0.3]),
     }
@@ -78,7 +78,7 @@ def test_what_is_not_finite_is_told_and_left_out(tmp_path: Path) -> None:
     rows = {row[1]: row[2:] for row in table_rows(study)[1]}
     assert rows["random"] == ["0.800 ± 0.248", "0.500 (2 failed)"]
     assert rows["snr_of_ES"] == ["-", "failed"]
-    assert rows["snr - random"] == ["+0.000 ± 0.000", "+0.300 (2 failed)"]
+    assert rows["snr minus random"] == ["+0.000 ± 0.000", "+0.300 (2 failed)"]
     assert len(tickets_results.plots(study, tmp_path)) == 3
 
 
@@ -100,8 +100,8 @@ def test_both_tables_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     tickets_results.show(study)
     shown = capsys.readouterr().out
     assert "test_acc of trained tickets" in shown
-    assert "snr - random" in shown
+    assert "snr minus random" in shown
     assert "barriers of test_acc" in shown
-    assert "over 3 seed(s)" in shown
+    assert "over 3 seeds" in shown
     tickets_results.show({**study, "barriers": []})
     assert "barriers" not in capsys.readouterr().out

@@ -70,7 +70,7 @@ def test_a_file_is_read_and_checked(tmp_path):
         HEADER + "12,3,6,deep,1\n": "H is 'deep', which is not a number",
         HEADER + "12,3,6,nan,1\n": "H is nan",
         "w,h,B,H,failed,ratio\n12,3,6,100,0,1.2\n": "ratio is 1.2, but w / h is 4",
-        HEADER: "a header and no pillar",
+        HEADER: "a header but no pillars",
     }.items():
         with pytest.raises(ValueError, match=message):
             read(text)

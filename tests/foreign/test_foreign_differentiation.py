@@ -71,5 +71,5 @@ def test_the_true_gradient_beside_backprop_is_the_same(kind):
 @pytest.mark.parametrize("rule", [lambda: bpf.ForwardGradient(4, chunk_size=2),
                                   lambda: bpf.EvolutionStrategy(population_size=8, chunk_size=4)])  # fmt: skip
 def test_a_chunk_size_beside_a_derivative_is_refused_with_the_cure(rule):
-    with pytest.raises(MisconfigurationException, match=r"differentiates within itself.*chunk_size=1"):
+    with pytest.raises(MisconfigurationException, match=r"itself computes gradients.*chunk_size=1"):
         fitted(Physics(smooth()), vector_data(), rule())

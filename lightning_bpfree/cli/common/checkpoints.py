@@ -27,10 +27,7 @@ def check_checkpoint(given: str | None) -> None:
         if not any((path / name).exists() for name in (".metadata", "meta.pt")):  # sharded checkpoints are folders
             raise CommandError(f"--ckpt_path: {path} is a folder. Give the file in it.{_others(path, path.name)}")
         return
-    try:
-        _check_file(path)
-    except OSError as error:
-        raise CommandError(f"--ckpt_path: cannot read {path}: {error.strerror or error}.") from error
+    check_written(path, "--ckpt_path", "state_dict", ("Lightning", "Trainer.save_checkpoint or ModelCheckpoint"))
 
 
 def _others(folder: Path, name: str) -> str:
@@ -41,18 +38,33 @@ def _others(folder: Path, name: str) -> str:
     return did_you_mean(name, known) or f" The folder has {', '.join(known[:3])}{' ...' if len(known) > 3 else ''}."
 
 
-def _check_file(path: Path) -> None:
+def check_written(path: Path, option: str, entry: str, writer: tuple[str, str]) -> None:
+    """Raise CommandError if a file that ``torch.save`` wrote is empty, truncated, damaged, or of another kind.
+
+    Args:
+        path: of a file that exists.
+        option: with which it was given, such as ``--ckpt_path``.
+        entry: a key of the dict that it must hold.
+        writer: whose checkpoints these are, and what writes them, in the words of the error.
+    """
+    try:
+        _check_file(path, option)
+        found = _content(path, option)
+    except OSError as error:
+        raise CommandError(f"{option}: cannot read {path}: {error.strerror or error}.") from error
+    if found is not None and (not isinstance(found, dict) or entry not in found):
+        raise CommandError(
+            f"{option}: {path} is not a checkpoint of {writer[0]}: it has no entry {entry}. Give a file that "
+            f"{writer[1]} wrote."
+        )
+
+
+def _check_file(path: Path, option: str) -> None:
     size = path.stat().st_size
     if size == 0:
-        raise CommandError(f"--ckpt_path: {path} is empty: its writing was interrupted. {AGAIN}")
-    with path.open("rb") as file:
-        is_archive = file.read(2) == b"PK"
-    if is_archive:
-        _check_archive(path, size)
-    _check_content(path, mmap=is_archive)
-
-
-def _check_archive(path: Path, size: int) -> None:
+        raise CommandError(f"{option}: {path} is empty: its writing was interrupted. {AGAIN}")
+    if not _is_archive(path):
+        return
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -61,27 +73,28 @@ def _check_archive(path: Path, size: int) -> None:
             has_checksums = broken is not None and broken != names[0]
     except (zipfile.BadZipFile, EOFError) as error:
         raise CommandError(
-            f"--ckpt_path: {path} is truncated ({size:,} bytes): its writing or copying was interrupted. {AGAIN}"
+            f"{option}: {path} is truncated ({size:,} bytes): its writing or copying was interrupted. {AGAIN}"
         ) from error
     if has_checksums:
-        raise CommandError(f"--ckpt_path: {path} is damaged: the checksum of {broken} is wrong. {AGAIN}")
+        raise CommandError(f"{option}: {path} is damaged: the checksum of {broken} is wrong. {AGAIN}")
 
 
-def _check_content(path: Path, mmap: bool) -> None:
+def _is_archive(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _content(path: Path, option: str) -> Any:
+    """Return what the file holds; None if it holds objects that only the user can allow: Lightning says how."""
     import pickle
 
     import torch
 
     try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "WeightsUnpickler error: Unsupported class" in str(error):
-            return  # objects that only the user can allow: Lightning says how
-        raise CommandError(f"--ckpt_path: {path} is not a checkpoint, or is damaged. {AGAIN}") from error
+            return None
+        raise CommandError(f"{option}: {path} is not a checkpoint, or is damaged. {AGAIN}") from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise CommandError(f"--ckpt_path: {path} is not a checkpoint, or is damaged. {AGAIN}") from error
-    if not isinstance(found, dict) or "state_dict" not in found:
-        raise CommandError(
-            f"--ckpt_path: {path} is not a checkpoint of Lightning: it has no entry state_dict. Give a file that "
-            "Trainer.save_checkpoint or ModelCheckpoint wrote."
-        )
+        raise CommandError(f"{option}: {path} is not a checkpoint, or is damaged. {AGAIN}") from error

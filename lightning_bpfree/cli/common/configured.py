@@ -82,7 +82,9 @@ class ConfigCLI(LightningCLI):
         try:
             super()._parse_ckpt_path()
         except (KeyError, argparse.ArgumentError):  # written by a script rather than by LightningCLI
-            rank_zero_info("The model is that of the configuration; the checkpoint does not say how it was made.")
+            rank_zero_info(
+                "The model is built from the configuration, because the checkpoint does not contain its arguments."
+            )
 
     def instantiate_classes(self) -> None:
         """Make everything, and turn the refusal of an argument by this package or Lightning into CommandError.
@@ -115,7 +117,7 @@ class Built(NamedTuple):
 
 
 class Blueprint(ConfigCLI):
-    """A configuration that is built afresh for every run, silently, on one device and without writing files.
+    """A configuration that is built again for every run, silently, on one device and without writing files.
 
     Args:
         args: command-line arguments of ``fit``, such as ``["-c", "mine.yaml"]``.

@@ -61,6 +61,8 @@ def parse_error(
     _, found, rest = message.partition("nrecognized arguments: ")
     if found:
         return _unknown_option(rest.split()[0], options)
+    if re.search(r"arguments are required: (\w+\.)?model$", message.strip()):
+        return "there is no model. Give a configuration that has one, such as -c quickstart or -c mine.yaml."
     unknown = _UNKNOWN_KEY.search(message)
     if unknown:
         key = ".".join(filter(None, (unknown["group"], unknown["key"] or unknown["other"])))
@@ -112,7 +114,7 @@ def _of_class(message: str, key: str) -> str:
         return f"{key}: cannot import {missing['path']}: {missing['why'].strip()}.{_like(missing['path'])}"
     if named := _NO_PATH.search(message):
         return (
-            f"{key}: {named['name']} is no known class.{_like(named['name'])} Give the class of a module "
+            f"{key}: {named['name']} is not a known class.{_like(named['name'])} Give the class of a module "
             "of your own by its path, such as my_module.MyClass."
         )
     return ""
@@ -126,7 +128,11 @@ def _like(path: str) -> str:
     try:
         place = import_module(module) if module else lightning_bpfree
     except ImportError as error:
-        return "" if module.split(".")[0] != getattr(error, "name", "") else " It must lie in the current folder."
+        return (
+            ""
+            if module.split(".")[0] != getattr(error, "name", "")
+            else " Run the command in the folder that contains it."
+        )
     return did_you_mean(name, [known for known in dir(place) if known[:1].isupper()])
 
 

@@ -54,6 +54,8 @@ def resolve(name: str) -> str:
     Raises:
         CommandError: neither a file nor a recipe.
     """
+    if not name:
+        raise CommandError("-c: the name of the file is empty. Give a YAML file or a recipe, such as -c quickstart.")
     if any(mark in name for mark in ("{", "\n", ": ", "://")):  # YAML itself or an address, which Lightning takes
         return name
     is_folder = Path(name).is_dir()  # which may have the name of a recipe
@@ -121,7 +123,7 @@ def copy(name: str, target: Path, force: bool = False) -> Path:
     copied = target / source.name
     if copied.exists() and not force:
         raise CommandError(f"{copied} exists: pass --force to overwrite it, or give another DIR.")
-    require_writable(target, "another DIR")
+    require_writable(target, "the argument DIR")
     shutil.copyfile(source, copied)
     return copied
 

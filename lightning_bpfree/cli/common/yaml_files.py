@@ -10,10 +10,12 @@ from lightning_bpfree.cli.common.preconditions import CommandError
 
 
 def check_yaml(path: Path) -> None:
-    """Raise CommandError, with file and line, if a file is no YAML mapping with each key once."""
+    """Raise CommandError, with file and line, unless a file is a YAML mapping with each key once."""
     root = _composed(path)
     if root is None:
-        raise CommandError(f"{path} is empty. A configuration has the keys model, data and trainer; an overlay some.")
+        raise CommandError(
+            f"{path} is empty. A configuration has the keys model, data and trainer; an overlay has some of them."
+        )
     if not hasattr(root, "value") or root.id != "mapping":
         found = "a list" if root.id == "sequence" else "a single value"
         raise CommandError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_bpfree.cli.common.drawing import colors, interval
 from lightning_bpfree.cli.common.records import write_csv, write_json
-from lightning_bpfree.cli.common.tables import console
+from lightning_bpfree.cli.common.tables import console, counted
 from lightning_bpfree.cli.compare import results as compare_results
 from lightning_bpfree.cli.compare.results import TITLES, confidence, csv_fields, run_lines
 
@@ -84,10 +84,9 @@ def show(comparison: dict[str, Any]) -> None:
     sign = " ± " if len(values) <= 5 else "±"  # more columns break
     for budget in comparison["budgets"]:
         found = cells(comparison, budget)
-        caption = (
-            f"{metric}, mean ± 95 % confidence interval over {len(comparison['seeds'])} seed(s); below it how much "
-        )
-        caption += f"worse than at {values[0]}, paired by seed"
+        seeds = counted(len(comparison["seeds"]), "seed")
+        caption = f"{metric}: mean ± 95 % confidence interval over {seeds}; "
+        caption += f"below it: by how much it is worse than at {values[0]}, paired by seed"
         table = Table(title=f"bpfree compare by {key}: {TITLES[budget]}", caption=caption)
         table.add_column("rule")
         for value in values:
@@ -139,7 +138,7 @@ def figure(found: dict[str, Any]) -> Figure:
                 tick.set(horizontalalignment="right", rotation_mode="anchor")
     elif min(places) > 0 and max(places) / min(places) > 30:
         panels[-1].set_xscale("log")
-    mark = f"mean, 95 % bootstrap interval, each of {len(found['seeds'])} seed(s)"
+    mark = f"mean, 95 % bootstrap interval, and each of {counted(len(found['seeds']), 'seed')}"
     panels[-1].set_xlabel(f"{found['vary']['key']}\n{mark}", fontsize=10)
     handles = panels[0].get_legend_handles_labels()
     drawing.legend(*handles, loc="outside upper center", ncols=3, frameon=False, fontsize=10)
@@ -154,7 +153,7 @@ def _panel(axes: Axes, found: dict[str, Any], budget: str, places: list[float] |
     color, root = colors(list(rules)), axes.get_figure(root=True)
     assert root is not None
     for index, (label, row) in enumerate(rules.items()):
-        # Side by side, lest error bars hide one another; less so where the place on the axis is a number.
+        # Side by side, so that error bars do not hide one another; less so where the place on the axis is a number.
         points = (index - (len(rules) - 1) / 2) * (min(7, 28 / len(rules)) if places is None else 2)
         aside = axes.transData + ScaledTranslation(points / 72, 0, root.dpi_scale_trans)
         known = [(x, row.get(value), _seeds(found, value, label, budget)) for x, value in _ordered(places, values)]

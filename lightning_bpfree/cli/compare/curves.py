@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_bpfree.cli.common.drawing import colors, interval
 from lightning_bpfree.cli.common.records import write_csv, write_json
-from lightning_bpfree.cli.common.tables import console
+from lightning_bpfree.cli.common.tables import console, counted
 from lightning_bpfree.cli.compare import results as compare_results
 from lightning_bpfree.cli.compare.results import TITLES, confidence, csv_fields, run_lines
 
@@ -101,7 +101,7 @@ def show(comparison: dict[str, Any]) -> None:
     compare_results.show(comparison)
     if not comparison["curve"]["reach"]:
         return
-    caption = "batches at the first validation that reached it, mean ± 95 % confidence interval over the seeds that did"
+    caption = "batches until a validation first reached the value; mean ± 95 % confidence interval of these seeds"
     found = _with_summary(comparison)
     for budget in comparison["budgets"]:
         heads, rows = reach_table(found, budget)
@@ -141,7 +141,7 @@ def figure(found: dict[str, Any]) -> Figure:
         axes.set_title(TITLES.get(budget, budget), fontsize=11)
         axes.grid(axis="y", color="0.92")
         axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.17), frameon=False, fontsize=10, ncols=2)
-    drawing.supxlabel(f"mean, 95 % bootstrap interval, thin: each of {seeds} seed(s)", fontsize=10)
+    drawing.supxlabel(f"mean, 95 % bootstrap interval; thin: each of {counted(seeds, 'seed')}", fontsize=10)
     return drawing
 
 

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import itertools
 import math
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,8 @@ from lightning_bpfree.training.training_rule import TrainingRule
 
 Grid = dict[str, list[str]]  # the values of each key
 
-TUNING_SEED = 1000  # used for nothing else, lest a rule be tuned on the seeds by which it is judged
+_PLACE = re.compile(r"^\S+\.yaml, line \d+: ")  # of an error in a file
+TUNING_SEED = 1000  # used for nothing else, so that no rule is tuned on the seeds of the comparison
 
 
 class Contender(NamedTuple):
@@ -42,6 +44,13 @@ class Contender(NamedTuple):
     config: str
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise CommandError for a number that cannot seed a run."""
+    for seed in seeds:
+        if not 0 <= seed < 1 << 32:
+            raise CommandError(f"--seeds {seed}: give whole numbers from 0 to {(1 << 32) - 1}.")
+
+
 def check_numbers(options: argparse.Namespace) -> None:
     """Raise CommandError for numbers out of range, before anything is read."""
     if options.epochs is not None and options.epochs < 1:
@@ -51,9 +60,7 @@ def check_numbers(options: argparse.Namespace) -> None:
     twice = [str(seed) for seed, times in Counter(options.seeds).items() if times > 1]
     if twice:
         raise CommandError(f"--seeds: {', '.join(twice)} is given more than once; each seed is one training.")
-    for seed in options.seeds:
-        if not 0 <= seed < 1 << 32:
-            raise CommandError(f"--seeds {seed}: give whole numbers from 0 to {(1 << 32) - 1}.")
+    check_seeds(options.seeds)
     options.budget = list(dict.fromkeys(options.budget))
 
 
@@ -125,9 +132,9 @@ def tuning(options: argparse.Namespace, rules: Sequence[Contender]) -> dict[str,
     """
     grid, own = _grids(options.tune, [rule.label for rule in rules])
     general = [rule for rule in rules if rule.label not in own]
-    _parse(grid, (general or rules)[0].config)  # the first stands for all: parsing takes its time
+    _parse("--tune", grid, (general or rules)[0].config)  # the first stands for all: parsing takes its time
     for rule in rules:
-        _parse(own.get(rule.label, {}), rule.config)
+        _parse("--tune", own.get(rule.label, {}), rule.config)
     grids = {rule.label: own.get(rule.label, grid) for rule in rules}
     return {"grid": grid, "grids": grids, "trials": {label: trials(each) for label, each in grids.items()}}
 
@@ -182,7 +189,7 @@ def curve(options: argparse.Namespace) -> dict[str, Any]:
     if metric is None:
         return {}
     if not all(map(math.isfinite, reach)):
-        raise CommandError(f"--reach {given}: give finite numbers, values of {metric} to be reached.")
+        raise CommandError(f"--reach {given}: give finite numbers: the values that {metric} should reach.")
     if options.vary:
         raise CommandError(
             f"--curve {metric}: cannot be combined with --vary. Leave --vary out and run one comparison for each value "
@@ -204,10 +211,10 @@ def variation(options: argparse.Namespace, config: str) -> dict[str, Any] | None
     entry = options.vary[0]
     key, values = _key_and_values("--vary", entry, "data.init_args.corruption=none,gaussian")
     if len(values) < 2 or len(set(values)) < len(values):
-        raise CommandError(f"--vary {entry}: give two or more values, each once; the first is compared with.")
+        raise CommandError(f"--vary {entry}: give two or more values, each once; the first one is the reference.")
     if any(_labelled(tuned)[1].partition("=")[0] == key for tuned in options.tune):
         raise CommandError(f"--vary {entry}: {key} is tuned as well; take it out of --vary or of --tune.")
-    _parse({key: values}, config)
+    _parse("--vary", {key: values}, config)
     return {"key": key, "values": values}
 
 
@@ -219,14 +226,17 @@ def _key_and_values(option: str, entry: str, example: str, given: str | None = N
     return key, values
 
 
-def _parse(grid: Grid, config: str) -> None:
-    """Raise CommandError if a configuration cannot take a value of ``grid``."""
+def _parse(option: str, grid: Grid, config: str) -> None:
+    """Raise CommandError, which names the option, if a configuration cannot take a value of ``grid``."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(config, encoding="utf-8")
         for key, values in grid.items():
             for value in values:
-                Blueprint(["-c", str(file), f"--{key}={value}"])
+                try:
+                    Blueprint(["-c", str(file), f"--{key}={value}"])
+                except CommandError as error:  # which may name a line of this file, that nobody else sees
+                    raise CommandError(f"{option} {key}={value}: {_PLACE.sub('', str(error))}") from error
 
 
 def settings(options: argparse.Namespace, tuned: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:

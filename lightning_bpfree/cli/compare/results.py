@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_bpfree.cli.common.drawing import colors, interval
 from lightning_bpfree.cli.common.records import write_csv, write_json
-from lightning_bpfree.cli.common.tables import console, number
+from lightning_bpfree.cli.common.tables import console, counted, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,10 +111,10 @@ def show(comparison: dict[str, Any]) -> None:
     screen = console()
     for budget in comparison["budgets"]:
         found = rows(comparison, budget)
-        caption = f"mean ± 95 % confidence interval over {len(comparison['seeds'])} seed(s). Peak MiB: of a few steps, "
-        caption += "above the level before; on a CPU, differences below 30 say nothing."
+        caption = f"mean ± 95 % confidence interval over {counted(len(comparison['seeds']), 'seed')}. Peak MiB: growth "
+        caption += "in a few steps; on a CPU, differences below 30 are not significant."
         if any(row.mean_cosine is not None for row in found):
-            caption += " Seconds include GradientAlignment's measurements."
+            caption += " The seconds include the measurements of GradientAlignment."
         table = Table(title=f"bpfree compare: {TITLES[budget]}", caption=caption)
         table.add_column("rule")
         for name in (comparison["metric"], "gap to backprop", "forwards", "seconds", "peak MiB", "cosine"):
@@ -172,7 +172,7 @@ def plot(comparison: dict[str, Any], path: Path) -> None:
 
 
 def figure(comparison: dict[str, Any]) -> Figure:
-    """Return a panel for each budget: the mean of each rule with its 95 % interval, and a stroke for each seed.
+    """Return a panel for each budget: the mean of each rule with its 95 % interval, and a thin mark for each seed.
 
     Args:
         comparison: what comparison.json holds, with or without its summary.
@@ -192,10 +192,8 @@ def figure(comparison: dict[str, Any]) -> Figure:
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.grid(axis="x", color="0.9")
         axes.set_title(TITLES.get(budget, budget).replace(", as many", ",\nas many"), fontsize=11)
-    seeds = len(comparison["seeds"])
-    panels[-1].set_xlabel(
-        f"{comparison['metric']}: mean, 95 % bootstrap interval,\na stroke for each of {seeds} seed(s)"
-    )
+    seeds = counted(len(comparison["seeds"]), "seed")
+    panels[-1].set_xlabel(f"{comparison['metric']}: mean and 95 % bootstrap interval;\nthin marks: {seeds}")
     return drawing
 
 
@@ -215,4 +213,5 @@ def _mark(axes: Axes, place: int, row: dict[str, Any], color: str, values: Seque
     reach = [[max(0.0, mean - float(ends[0]))], [max(0.0, float(ends[1]) - mean)]]
     axes.plot(values, [place] * len(values), "|", color=color, markersize=13, alpha=0.55)
     axes.errorbar(mean, place, xerr=reach, fmt="o", capsize=4, color=color)
-    axes.annotate(f"{mean:.3g}", (mean, place), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=8)
+    above = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+    axes.annotate(f"{mean:#.3g}".rstrip("."), (mean, place), **above)

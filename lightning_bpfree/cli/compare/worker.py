@@ -143,7 +143,7 @@ class Contest:
         # Where backprop failed: what it used on other seeds, or would have used in the epochs of this rule.
         budget = known.get(str(seed)) or max(known.values(), default=BACKPROP_COST * batches)
         if not budget and profiled["rule"] != "Backprop":
-            raise RefusedError("backprop has not been trained: how many forward passes it uses is not known")
+            raise RefusedError("backprop was not trained, so the number of forward passes of the budget is not known")
         return budget, cost
 
     def _run(self, blueprint: Blueprint, seed: int, budget: str, **limits: Any) -> Result:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_bpfree.cli.common import recipes
+from lightning_bpfree.cli.common.checkpoints import check_written
 from lightning_bpfree.cli.common.preconditions import CommandError, nearest, require, require_writable
 from lightning_bpfree.cli.common.records import finite, provenance, write_csv, write_json
 from lightning_bpfree.cli.common.tables import console, number
@@ -29,8 +30,8 @@ def run(arguments: Sequence[str]) -> int:
         raise CommandError(
             f"--engine: no such engine{nearest(options.engine, list(ENGINES))} Choose {', '.join(ENGINES)}."
         )
-    for name in ("save_every", "timeout"):
-        if getattr(options, name) <= 0:
+    for name in ("save_every", "timeout", "nodes"):
+        if getattr(options, name) is not None and getattr(options, name) <= 0:
             raise CommandError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a positive number.")
     args = [*recipes.config_arguments([str(Path(f).absolute()) if Path(f).exists() else f for f in options.config])]
     args += overrides
@@ -62,7 +63,9 @@ def _run(options: argparse.Namespace, args: list[str], arguments: Sequence[str])
         raise CommandError(
             f"--resume: there is no checkpoint {job.checkpoint}: leave out --resume, or give its --out DIR."
         )
-    if not options.resume:
+    if options.resume:
+        check_written(job.checkpoint, "--resume", "federation", ("a federation", "bpfree federate"))
+    else:
         for name in ("federation.ckpt", "rounds.csv", "test.json"):
             (folder / name).unlink(missing_ok=True)
     history: list[Row] = []

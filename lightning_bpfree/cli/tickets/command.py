@@ -17,7 +17,7 @@ from lightning_bpfree.cli.common.evaluation import larger_is_better
 from lightning_bpfree.cli.common.preconditions import CommandError, require, require_writable
 from lightning_bpfree.cli.common.records import finite, provenance
 from lightning_bpfree.cli.common.tables import console
-from lightning_bpfree.cli.compare.plan import contenders
+from lightning_bpfree.cli.compare.plan import check_seeds, contenders
 from lightning_bpfree.cli.tickets import results as tickets_results
 from lightning_bpfree.cli.tickets.options import KINDS, parser
 from lightning_bpfree.cli.tickets.runs import AGAIN, Result, Study, plan_of
@@ -79,20 +79,22 @@ def _studies(options: argparse.Namespace, overrides: list[str]) -> tuple[Study, 
     rules = [kind.__name__ for kind in kinds if issubclass(kind, TrainingRule)]
     if len(rules) != 1:
         names = ", ".join(rules) or "none"
-        raise CommandError(f"the configuration must have one training rule among trainer.callbacks; it has {names}.")
+        raise CommandError(f"trainer.callbacks must contain exactly one training rule; it contains {names}.")
     folder, metric = options.out / "tickets", options.metric
     study = Study(base, rules[0], folder, metric)
     for kind in options.kinds:
         study.tickets(kind)
     targets = [Study(_read(config), label, folder, metric) for label, config in _targets(options, overrides)]
     if rules[0] in [target.rule for target in targets]:
-        raise CommandError(f"--transfer {rules[0]}: the base's rule has this name; give the file another.")
+        raise CommandError(
+            f"--transfer {rules[0]}: the rule of the base configuration has the same name. Rename the file."
+        )
     first = options.kinds[0]
     if KINDS[first]["weights"] != "init" and (targets or not options.no_connectivity):
         good = ", ".join(kind for kind, arguments in KINDS.items() if arguments["weights"] == "init")
         raise CommandError(
-            f"--kinds {first} ...: tickets of the first kind are trained again, from the first initialization, with "
-            f"which {first} tickets are not trained. Put one of {good} first, or leave out --transfer and give "
+            f"--kinds {first} ...: tickets of the first kind are trained a second time from the initial weights, and "
+            f"{first} tickets do not keep these. Put one of {good} first, or leave --transfer out and give "
             "--no-connectivity."
         )
     return study, targets
@@ -136,13 +138,18 @@ def run(arguments: Sequence[str]) -> int:
     overrides = configuration_options(given, made.options())
     require("rich", "matplotlib")
     options.kinds, options.seeds = (list(dict.fromkeys(given)) for given in (options.kinds, options.seeds))
+    check_seeds(options.seeds)
     base, targets = _studies(options, overrides)
     require_writable(options.out, "--out DIR")
+    if (options.out / "tickets.json").exists() and not options.overwrite:
+        raise CommandError(
+            f"{options.out} holds the results of an earlier study. Give another --out, or --overwrite to replace them."
+        )
     with quiet_lightning():
         shapes = base.check(not options.no_connectivity)
         for target in targets:
             if target.check(not options.no_connectivity) != shapes:
-                raise CommandError(f"--transfer {target.rule}: its network has other parameters than the base's.")
+                raise CommandError(f"--transfer {target.rule}: its network has other parameters than the base network.")
     study: dict[str, Any] = {**settings(options, base, arguments), "runs": [], "barriers": []}
     with quiet_lightning(), tickets_results.progress() as bar:
         plan = {"connectivity": not options.no_connectivity, "transfers": len(targets), "seeds": options.seeds}

@@ -23,9 +23,9 @@ def parser() -> Parser:
     """Return the parser of the command's own options; all others are those of the configuration."""
     made = Parser(
         "bpfree tickets",
-        "Find lottery tickets in several ways, from a configuration with a rule and a LotteryTicket; train tickets of\n"
-        "the first kind under other rules; measure how the loss rises on the lines between trained networks.\n"
-        "Runs on one device. Other options are those of bpfree fit.",
+        "Find lottery tickets of several kinds, starting from a configuration with a rule and a LotteryTicket. Then\n"
+        "train the tickets of the first kind by other rules (--transfer), and measure the metric and the loss on the\n"
+        "straight lines between trained networks. Runs on one device. Other options are those of bpfree fit.",
         [
             "bpfree tickets -c papers/es_lottery_tickets --out runs/tickets",
             "bpfree tickets -c papers/es_lottery_tickets --kinds magnitude random --no-connectivity --out out",
@@ -40,11 +40,12 @@ def parser() -> Parser:
         choices=tuple(KINDS),
         default=["snr", "magnitude", "random"],
         metavar="KIND",
-        help=f"ways to find tickets: {', '.join(KINDS)}; the first is transferred (default: snr magnitude random)",
+        help=f"kinds of tickets: {', '.join(KINDS)}; the first one is transferred (default: snr magnitude random)",
     )
-    add("--transfer", nargs="+", default=[], metavar="FILE", help="overlays with one other rule each")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="one study for each (default: 0 1 2)")
-    add("--no-connectivity", action="store_true", help="leave out the lines between networks")
+    add("--transfer", nargs="+", default=[], metavar="FILE", help="overlays, each with another rule")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="one study for each seed (default: 0 1 2)")
+    add("--no-connectivity", action="store_true", help="skip the lines between networks")
+    add("--overwrite", action="store_true", help="replace the results of an earlier study in --out")
     add("--metric", default="test_acc", metavar="NAME", help="metric of the test set (default: test_acc)")
     add(
         "--out",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_bpfree.cli.common.drawing import colors, interval
 from lightning_bpfree.cli.common.records import write_csv, write_json
-from lightning_bpfree.cli.common.tables import console
+from lightning_bpfree.cli.common.tables import console, counted
 from lightning_bpfree.cli.compare.results import confidence
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Study = dict[str, Any]
 Levels = dict[float, list[float | None]]  # weights left -> values, one a seed; None where one is not finite
 Cells = dict[tuple[str, str], Levels]  # by rule and tickets
+BETWEEN = {"levels": "neighboring levels", "seeds": "two trainings"}  # of a ticket
 FIELDS = ("rule", "tickets", "seed", "level", "weights_left", "kept", "value", "forward_evals", "seconds")
 
 
@@ -43,7 +44,7 @@ def cells(study: Study) -> Cells:
 
 
 def differences(study: Study) -> Cells:
-    """Return the metric of one kind minus that of another, paired by seed, by rule and ``"one - other"``.
+    """Return the metric of one kind minus that of another, paired by seed, by rule and ``"one minus other"``.
 
     The first kind is compared with each other kind; under a rule that it is transferred to, with that rule's own.
     """
@@ -57,7 +58,7 @@ def differences(study: Study) -> Cells:
             continue
         failed = own["value"] is None or run["value"] is None
         difference = None if failed else own["value"] - run["value"]
-        levels = found.setdefault((rule, f"{one} - {kind}"), {})
+        levels = found.setdefault((rule, f"{one} minus {kind}"), {})
         levels.setdefault(round(own["weights_left"], 6), []).append(difference)
     return found
 
@@ -95,7 +96,7 @@ def barrier_rows(study: Study, of: str = "metric") -> tuple[list[str], list[list
     found = barriers(study, of)
     left = sorted({level for levels in found.values() for level in levels}, reverse=True)
     rows = [
-        [rule, between, *(written(levels[level]) if level in levels else "-" for level in left)]
+        [rule, BETWEEN.get(between, between), *(written(levels[level]) if level in levels else "-" for level in left)]
         for (rule, between), levels in found.items()
     ]
     return ["rule", "between", *(f"{100 * level:.3g} %" for level in left)], rows
@@ -115,7 +116,7 @@ def show(study: Study) -> None:
     """Print the tables."""
     from rich.table import Table
 
-    seeds = f"mean ± 95 % confidence interval over {len(study['seeds'])} seed(s), by weights left"
+    seeds = f"mean ± 95 % confidence interval over {counted(len(study['seeds']), 'seed')}, by share of weights left"
     for title, (heads, rows) in (
         (f"{study['metric']} of trained tickets", table_rows(study)),
         (f"barriers of {study['metric']} on straight lines between trained networks", barrier_rows(study)),
@@ -175,7 +176,7 @@ def _connectivity_figure(study: Study) -> Figure:
     from matplotlib.figure import Figure
 
     figure, found = Figure(figsize=(5.6, 7.6), layout="constrained", dpi=130), barriers(study)
-    titles = {"levels": "between neighboring levels", "seeds": "between two trainings of a ticket"}
+    titles = {"levels": "between neighboring levels", "seeds": "between two trainings of the same ticket"}
     ends = [between for between in titles if any(kind == between for _, kind in found)]
     panels = figure.subplots(len(ends), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, between in zip(panels, ends, strict=True):
@@ -193,7 +194,7 @@ def _panel(axes: Axes, lines: dict[str, Levels], title: str, label: str) -> None
     left = {level for levels in lines.values() for level in levels}
     width, color = math.log(max(left) / min(left)), colors(["", *lines])  # no line is the baseline
     for place, (name, levels) in enumerate(lines.items()):
-        aside = math.exp(0.008 * width * ((len(lines) - 1) / 2 - place))  # lest bars lie upon each other
+        aside = math.exp(0.008 * width * ((len(lines) - 1) / 2 - place))  # so that bars do not overlap
         points = {level: good for level in sorted(levels, reverse=True) if (good := _known(levels[level]))}
         means = [statistics.fmean(values) for values in points.values()]
         ends = [interval(values) or (mean, mean) for mean, values in zip(means, points.values(), strict=True)]

@@ -61,8 +61,9 @@ class Study:
         running = [name for name, _ in built.module.named_buffers() if name.rpartition(".")[2].startswith("running_")]
         if connectivity and running:
             raise CommandError(
-                f"{self.rule}: the network keeps running statistics ({running[0]} ...), which fit none between two "
-                "others. Give --no-connectivity, or a network without them, such as one with GroupNorm."
+                f"{self.rule}: the network has running statistics ({running[0]} ...), which do not fit a network on "
+                "the line between two others. Give --no-connectivity, or use a network without them, such as one with "
+                "GroupNorm."
             )
         return {slot.name: tuple(slot.parameter.shape) for slot in ParameterSlots(built.module)}
 
@@ -164,8 +165,8 @@ def ticket_arguments(blueprint: Blueprint) -> dict[str, Any]:
             arguments: dict[str, Any] = callback.init_args.as_dict()
             return arguments
     raise CommandError(
-        "the configuration has no LotteryTicket among trainer.callbacks, which says how many levels there are and how "
-        "long each is trained: start from the recipe papers/es_lottery_tickets."
+        "trainer.callbacks contains no LotteryTicket, which sets the number of levels and the epochs of each level. "
+        "Start from the recipe papers/es_lottery_tickets."
     )
 
 

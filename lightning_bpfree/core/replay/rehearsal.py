@@ -83,7 +83,7 @@ def uninitialized(module: nn.Module) -> list[nn.Module]:
 
 
 def needs_graph(evaluate: Callable[[], object]) -> bool:
-    """Evaluate without a graph, or, where the step differentiates within itself, with one; return whether it does."""
+    """Evaluate without a graph, or, where the step itself computes gradients, with one; return whether it does."""
     try:
         with torch.no_grad():
             evaluate()

@@ -74,7 +74,7 @@ def center_is_mine(inputs: Tensor, _targets: Tensor | None = None) -> Tensor:
 
 
 def legal(inputs: Tensor) -> Tensor:
-    """Whether a position can come up in a game that goes on, booleans (B,), for planes (B, 3, 3, 3).
+    """Whether a position can come up in a game that continues, booleans (B,), for planes (B, 3, 3, 3).
 
     Example:
         >>> empty = torch.zeros(1, 3, 3, 3).index_fill_(1, torch.tensor(0), 1.0)

@@ -87,7 +87,7 @@ class ConceptChange(NamedTuple):
         concept: name of the concept.
         layer: name of the layer.
         inputs: as they were given.
-        reference: what they are compared with: the inputs, or what an autoencoder makes of them.
+        reference: what they are compared with: the inputs, or their reconstruction by an autoencoder.
         changed: the changed inputs.
         before: the probe's score of the inputs, ``(B,)``.
         after: that of the changed inputs.

@@ -90,7 +90,7 @@ def _constant(module: nn.Module) -> Iterator[None]:
 
 
 def evaluate(module: nn.Module, inputs: Any, forward: Forward = None) -> Any:
-    """Return what the module makes of the inputs.
+    """Return the output of the module for the inputs.
 
     Raises:
         ValueError: if ``forward`` names no submodule, or the module has no forward.

@@ -54,7 +54,7 @@ def find_layers(module: nn.Module, layers: str | Sequence[str]) -> dict[str, nn.
         if not any(fnmatchcase(name, pattern) for name in named):
             close = difflib.get_close_matches(pattern, named, n=3, cutoff=0.3) or list(named)[:10]
             raise ValueError(
-                f"layers: {pattern!r} is no submodule of {type(module).__name__}; the nearest names are "
+                f"layers: {pattern!r} is not a submodule of {type(module).__name__}; the nearest names are "
                 f"{', '.join(map(repr, close))}."
             )
     return {name: part for name, part in named.items() if any(fnmatchcase(name, p) for p in patterns)}

@@ -38,7 +38,7 @@ class Parameterization(ABC):
         """Return changed inputs."""
 
     def reference(self, inputs: Tensor) -> Tensor:
-        """Return what changed inputs are compared with: the inputs, or what an autoencoder makes of them."""
+        """Return what changed inputs are compared with: the inputs, or their reconstruction by an autoencoder."""
         return inputs
 
     def size(self, inputs: Tensor, free: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class LatentChange(Parameterization):
         return torch.zeros_like(self.autoencoder.encode(inputs))
 
     def reference(self, inputs: Tensor) -> Tensor:
-        """Return what the autoencoder makes of the inputs as they are."""
+        """Return the reconstruction of the unchanged inputs by the autoencoder."""
         return self.apply(inputs, torch.zeros_like(self.autoencoder.encode(inputs)))
 
     def apply(self, inputs: Tensor, free: Tensor) -> Tensor:

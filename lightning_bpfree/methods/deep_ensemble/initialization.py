@@ -60,7 +60,7 @@ def initial_states(module: pl.LightningModule, seeds: list[int], initialize: Ini
 
 
 def redraw_of(module: pl.LightningModule) -> Callable[[Any], None]:
-    """Return a function that initializes the module anew, and say which parameters it cannot reach."""
+    """Return a function that initializes the module again, and say which parameters it cannot reach."""
     if callable(getattr(module, "reset_parameters", None)):
         return lambda whole: whole.reset_parameters()
     resets, reached = _resets(module)
@@ -73,7 +73,9 @@ def redraw_of(module: pl.LightningModule) -> Callable[[Any], None]:
         )
     if left:
         some = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-        rank_zero_info(f"DeepEnsemble: {some} start alike in all members, for nothing initializes them anew.")
+        rank_zero_info(
+            f"DeepEnsemble: {some} are the same in all members at the start, because nothing initializes them again."
+        )
 
     def draw(_: Any) -> None:
         for reset in resets:
@@ -83,7 +85,7 @@ def redraw_of(module: pl.LightningModule) -> Callable[[Any], None]:
 
 
 def _resets(module: nn.Module) -> tuple[list[Callable[[], Any]], set[int]]:
-    """Return what initializes parts of the module anew, inner parts first, and ids of the parameters reached."""
+    """Return what initializes parts of the module again, inner parts first, and ids of the parameters reached."""
     resets: list[Callable[[], Any]] = []
     reached: set[int] = set()
     pretrained = [part for part in module.modules() if _is_transformers(part)]

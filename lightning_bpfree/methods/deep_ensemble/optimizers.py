@@ -41,7 +41,7 @@ def move_to_stacks(optimizer: Optimizer, members: Members) -> None:
     """Let the user's optimizer move the stacks instead of the module's parameters; groups and options stay.
 
     Raises:
-        MisconfigurationException: if it moves what is no parameter of the module.
+        MisconfigurationException: if it moves something that is not a parameter of the module.
     """
     stack_of = {id(slot.parameter): members.stack[slot.name] for slot in members.slots}
     for group in optimizer.param_groups:

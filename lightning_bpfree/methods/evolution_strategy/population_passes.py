@@ -48,7 +48,7 @@ class PopulationPasses:
         return {**self.__dict__, "_layers": None}
 
     def restart(self) -> None:
-        """Choose anew at the next batch."""
+        """Choose again at the next batch."""
         self.chosen = None
         self.look_again()
 
@@ -111,7 +111,7 @@ class PopulationPasses:
         layers = self._low_rank_layers(step, population) if isinstance(population, LowRankPopulation) else None
         step.rewind()
         with plain_attention(), _no_running_statistics(step.module), warnings.catch_warnings():
-            # Where vmap has no batching rule it loops inside, and says so at every call.
+            # Where vmap has no batching rule it loops inside, and warns at every call.
             warnings.filterwarnings("ignore", message="There is a performance drop")
             return self._vectorized(step, population, members, layers)
 

@@ -52,7 +52,7 @@ class EvolutionStrategy(TrainingRule):
         maximize: whether the objective is a reward rather than a loss.
         weight_decay: lambda >= 0; adds ``lambda * parameters`` to the search gradient. With ``SGD(lr=1)`` the mean
             shrinks by this share in each generation.
-        noise: ``"table"`` (slices of one table of normal numbers, fast) or ``"independent"`` (drawn anew).
+        noise: ``"table"`` (slices of one table of normal numbers, fast) or ``"independent"`` (drawn again).
         chunk_size: members in one vectorized pass; 1 for a loop; ``"auto"`` chooses by the module's structure,
             ``"fastest"`` times both.
         params: shell-style patterns of the parameters to train; None for all.

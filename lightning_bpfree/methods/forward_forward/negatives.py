@@ -38,7 +38,7 @@ def overlaid(inputs: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
     if places.shape[2] <= num_classes:
         raise RefusedError(
             f"label='overlay': {num_classes} labels do not fit into inputs of {places.shape[2]} values (shape "
-            f"{tuple(shape)}), of which some must be left. Use label='embedding', or larger inputs."
+            f"{tuple(shape)}), since a label must not fill the whole input. Use label='embedding', or larger inputs."
         )
     flat = places.flatten(1)
     low, high = (end.view(-1, 1, 1) for end in (flat.amin(1), flat.amax(1)))

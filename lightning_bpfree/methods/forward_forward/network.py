@@ -163,7 +163,7 @@ class GoodnessNetwork(ForwardOverride):
             stop_behind: leave the pass behind this block, and return None.
             entered: sees what enters a block before it is cut off.
         """
-        waits = False  # for what a token embedding makes of the tokens
+        waits = False  # for the output of a token embedding
 
         def enter(index: int, x: Tensor) -> Tensor:
             nonlocal waits

@@ -75,7 +75,8 @@ class OutputKinds:
         if labels is None or labels.shape != (len(scores),) or labels.is_floating_point():
             raise RefusedError(
                 f"ForwardForward(prediction='goodness'): {type(self.network).__name__} returns a number beside its "
-                "scores that is no cross-entropy of labels that it was called with, and goodness takes the place of "
-                "what the number is made of. Compute it in training_step from the scores, or use prediction='readout'."
+                "scores, and the number is not the cross-entropy of labels that it was called with. The rule replaces "
+                "the scores by goodness and cannot recompute this number. Compute it in training_step from the scores, "
+                "or use prediction='readout'."
             )
         return F.cross_entropy(scores, labels.long())

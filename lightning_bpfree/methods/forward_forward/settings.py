@@ -84,6 +84,6 @@ class GoodnessSettings:
             )
         if self.prediction == "readout" and not parts.rest:
             raise RefusedError(
-                "ForwardForward: prediction='readout': every layer is in a block, and none is left to read them out. "
+                "ForwardForward: prediction='readout': every layer is in a block, and none is left for the readout. "
                 "Leave the last layer out of blocks, or use prediction='goodness'."
             )

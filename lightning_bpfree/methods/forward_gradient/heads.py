@@ -135,8 +135,8 @@ def cnn_head(shape: Shape, num_classes: int, *, width: int | None = None, channe
     """
     if not Summary(shape, channels_first).is_map:
         raise RefusedError(
-            f"heads='cnn': a block gives samples of shape {tuple(shape)}, which are no maps (C, H, W). Use 'linear' or "
-            "'mlp'."
+            f"heads='cnn': a block gives samples of shape {tuple(shape)}, which are not maps (C, H, W). Use "
+            "'linear' or 'mlp'."
         )
     width = max(4, shape[0] // 4) if width is None else width
     if width < 1:

@@ -85,8 +85,8 @@ class LocalGuesses:
                 places = [id(owner) in inside for owner, _ in slot.places]
                 if id(slot.parameter) in mine and len(places) > 1 and not all(places):
                     raise MisconfigurationException(
-                        f"ForwardGradient: {slot.name} is tied, and block {block.name} has only one of its places. "
-                        "Put all of them into one block, or leave it out by params=...."
+                        f"ForwardGradient: {slot.name} is tied, and block {block.name} has only one of the modules "
+                        "that use it. Put all of them into one block, or leave it out by params=...."
                     )
         if self.settings.space == "activations" and not self.settings.local:
             self._check_coupling(self._module)
@@ -98,8 +98,8 @@ class LocalGuesses:
             norm = isinstance(part, nn.modules.batchnorm._BatchNorm)
             if norm and id(part) not in first and (part.training or part.running_mean is None):
                 raise MisconfigurationException(
-                    f"ForwardGradient(space='activations') measures the slope of every sample by itself, and {name} "
-                    f"({type(part).__name__}) lets samples see each other. Use GroupNorm or LayerNorm, put it into "
+                    f"ForwardGradient(space='activations') measures the slope of every sample separately, and {name} "
+                    f"({type(part).__name__}) mixes samples. Use GroupNorm or LayerNorm, put it into "
                     "eval mode before the fit, or use space='weights'."
                 )
 

@@ -222,7 +222,7 @@ class ForwardGradient(TrainingRule):
                 f"ForwardGradient(chunk_size={self.chunk_size}): the training step cannot be vectorized ({reason}). "
                 "Use chunk_size=1 or 'auto'."
             )
-        if self._chunk_found is not None:  # else the first batch says so
+        if self._chunk_found is not None:  # otherwise the first batch reports it
             rank_zero_info(f"ForwardGradient: directions one by one from here on, since vectorizing fails: {reason}")
         self._chunk_found = 1
 

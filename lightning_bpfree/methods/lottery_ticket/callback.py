@@ -41,7 +41,7 @@ class LotteryTicket(Callback):
     Checkpoints hold the first initialization, and resume exactly, also between two levels.
 
     The methods of Lange & Sprekeler (2023) by arguments: SNR tickets ``score="snr"``; magnitude tickets
-    ``score="magnitude"``; ``random-reinit`` ``score="random", weights="fresh"`` (its masks are drawn anew at every
+    ``score="magnitude"``; ``random-reinit`` ``score="random", weights="fresh"`` (its masks are drawn again at every
     level); ``mask-reinit`` ``score="magnitude", weights="fresh"``; ``final-ticket_permute`` ``weights="permuted"``;
     ``final_permute-ticket_permute`` the same with ``permute_masks=True``; SNIP ``score="snip"``.
 

@@ -1,4 +1,4 @@
-"""Other callbacks beside ``LotteryTicket``: those that it refuses, and those that begin anew at every level."""
+"""Other callbacks beside ``LotteryTicket``: those that it refuses, and those that start again at every level."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def restart_averages(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 
 def begin_level(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Let callbacks that watch a metric or average weights begin anew: a denser level is another model."""
+    """Let callbacks that watch a metric or average weights start again: a denser level is another model."""
     restart_averages(trainer, module)
     for stopping in callbacks_of(trainer, EarlyStopping):
         stopping.wait_count = stopping.stopped_epoch = 0

@@ -101,7 +101,7 @@ def module_loss(
 
     Args:
         module: computes with the parameters that the returned function is given.
-        batches: gone through anew at each call, all of the same weight: a list, or a loader without shuffling.
+        batches: gone through again at each call, all of the same weight: a list, or a loader without shuffling.
         loss: a scalar of one batch.
         batch_statistics: evaluate in training mode, so that BatchNorm takes the statistics of the batch; for modules
             without dropout.

@@ -186,7 +186,7 @@ class Levels:
         else:
             scores = scored(given.score, mean, std, previous, rule=self.rule, seed=self._draw(_MASKS))
         if given.score == "random" and given.weights == "fresh":
-            previous = None  # the baseline of fresh weights draws its masks anew
+            previous = None  # the baseline of fresh weights draws its masks again
         masks = top_masks(scores, sparsity, previous, given.scope)
         return masks.permuted(self._draw(_PERMUTATION)) if given.permute_masks else masks
 
@@ -280,7 +280,7 @@ class Levels:
         self._init, self._buffers, self._scores = state["init"], state["buffers"], state["scores"]
         self.results, self._metrics = state["results"], state["metrics"]
         if self.given.init_from is not None and self.given.sparsities is None:
-            # The plan goes on from the sparsity of a ticket that may no longer be there.
+            # The plan continues from the sparsity of a ticket that may no longer be there.
             start = state["sparsities"][0]
             self.plan = Plan.of(self.plan.levels, self.given.keep, None, self.plan.epochs_per_level, start)
         self._resumed = True

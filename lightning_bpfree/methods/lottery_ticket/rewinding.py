@@ -62,7 +62,7 @@ def shuffled(params: Mapping[str, Tensor], masks: Masks, seed: int) -> Params:
 
 
 def check_redrawable(module: pl.LightningModule, names: Collection[str]) -> None:
-    """Raise MisconfigurationException if some of the named parameters cannot be initialized anew."""
+    """Raise MisconfigurationException if some of the named parameters cannot be initialized again."""
     if callable(getattr(module, "reset_parameters", None)):
         return
     lacking = [path or type(module).__name__ for path, part in _owners(module, names) if _reset_of(part) is None]
@@ -75,7 +75,7 @@ def check_redrawable(module: pl.LightningModule, names: Collection[str]) -> None
 
 
 def redraw(module: pl.LightningModule, names: Collection[str], seed: int) -> None:
-    """Initialize the named parameters anew, a function of ``seed`` alone; no other parameter and no stream moves.
+    """Initialize the named parameters again, a function of ``seed`` alone; no other parameter and no stream moves.
 
     Args:
         module: with a method ``reset_parameters``, or with submodules that have one.
@@ -102,7 +102,7 @@ def redraw(module: pl.LightningModule, names: Collection[str], seed: int) -> Non
 
 
 def fresh_optimizers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Ask the module for its optimizers and schedulers again; moments, schedules and gradients start anew."""
+    """Ask the module for its optimizers and schedulers again; moments, schedules and gradients start again."""
     module.zero_grad(set_to_none=True)
     trainer.strategy.setup_optimizers(trainer)
 

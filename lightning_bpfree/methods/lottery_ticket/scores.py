@@ -52,7 +52,7 @@ def scored(
 
 
 def check_has_deviations(rule: TrainingRule | None) -> None:
-    """Raise MisconfigurationException if there is no rule that could say a deviation of every weight."""
+    """Raise MisconfigurationException if there is no rule that has a deviation of every weight."""
     if not isinstance(rule, Restricts):
         whose = "plain backprop" if rule is None else type(rule).__name__
         raise MisconfigurationException(

@@ -140,7 +140,7 @@ class ReversibleRecompute(Callback):
     # --- conversion ---
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Convert, before optimizers are made and processes wrap the module; at every stage, for it is the model."""
+        """Convert, before optimizers are made and processes wrap the module; at every stage, as it is the model."""
         check_attributes(self)  # which may have been set since
         self._check()
         check_whole_parameters("ReversibleRecompute", trainer, "strategy='ddp'")
@@ -198,7 +198,7 @@ class ReversibleRecompute(Callback):
         log_settings(trainer, pl_module, {"bpfree_recompute": self.settings()})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to measure anew: validation is not training."""
+        """Begin to measure again: validation is not training."""
         self._window = Throughput()
 
     def on_train_batch_start(

@@ -241,7 +241,7 @@ def _buffers_kept(layer: nn.Module) -> AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _unheard(layer: nn.Module) -> Iterator[None]:
-    """Keep forward hooks within a layer, which may collect what they hear, from a run that is no pass of the model."""
+    """Keep forward hooks within a layer, which may collect outputs, from a run that is not a pass of the model."""
     hooks = [(part, part._forward_hooks) for part in layer.modules()]
     for part, _ in hooks:
         part._forward_hooks = OrderedDict()

@@ -169,7 +169,7 @@ def _stand_in(parameter: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def uncached() -> Iterator[None]:
-    """Compute parametrized weights anew: those of ``torch.nn.utils.parametrize.cached`` belong to another graph."""
+    """Compute parametrized weights again: those of ``torch.nn.utils.parametrize.cached`` belong to another graph."""
     cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
     try:
         yield

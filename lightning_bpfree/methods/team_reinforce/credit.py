@@ -129,7 +129,7 @@ class WeightMax(TopDown):
 
     References:
         S. Chung, "Learning by Competition of Self-Interested Reinforcement Learning Agents", 2020, arXiv 2010.09770.
-        S. Chung, "Unbiased Weight Maximization", 2023, arXiv 2307.13270 (the exact form here is derived anew).
+        S. Chung, "Unbiased Weight Maximization", 2023, arXiv 2307.13270 (the exact form here is a new derivation).
     """
 
     @checked

@@ -17,7 +17,7 @@ from lightning_bpfree.methods.team_reinforce.training_pass import TeamPass
 
 
 class Traces:
-    """Decaying sums of scores times inputs, for each row of the batch: a row is one environment that goes on.
+    """Decaying sums of scores times inputs, for each row of the batch: a row is one environment that continues.
 
     Args:
         decay: of a step, in [0, 1): discount times lambda.
@@ -48,7 +48,7 @@ class Traces:
             advantage: temporal-difference errors, ``(rows,)``.
             parameters: what is trained.
             credit: by the whole reward, MAP propagation or Weight Maximization.
-            done: which environments begin anew after this step, ``(rows,)``.
+            done: which environments start again after this step, ``(rows,)``.
         """
         self._before = dict(self.sums)
         if isinstance(credit, MapPropagation):

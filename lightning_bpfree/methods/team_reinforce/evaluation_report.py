@@ -17,7 +17,7 @@ class EvaluationReport:
     """Logs accuracy and expected reward of validation and test batches, by means and averaged over draws.
 
     Args:
-        labels: takes the labels out of a batch that is no pair.
+        labels: takes the labels out of a batch that is not a pair.
     """
 
     def __init__(self, labels: LabelsOf | None) -> None:

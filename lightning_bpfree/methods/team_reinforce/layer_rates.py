@@ -34,7 +34,7 @@ class LayerRates:
         self._handles: list[Any] = []
 
     def forget(self) -> None:
-        """Begin anew: the module may be another one."""
+        """Start again: the module may be another one."""
         self.detach()
         self._rates, self._before = None, {}
 

@@ -26,7 +26,7 @@ class Rewards:
 
     Args:
         reward: where it comes from; see :class:`~lightning_bpfree.TeamReinforce`.
-        labels: takes the labels out of a batch that is no pair.
+        labels: takes the labels out of a batch that is not a pair.
     """
 
     @checked

@@ -82,7 +82,7 @@ class TeamReinforce(NetworkRule):
             row, with ``output=None``. ``"module"``: the module's method ``reward(batch, action)``. ``"step"``: the
             training step returns ``{"loss", "action", "reward"}`` (and ``"done"``) itself. Or a function ``(batch,
             action)``. One number a row: row ``m * B + b`` of the action is draw ``m`` of sample ``b``.
-        trace_decay: keep eligibility traces, each row of the batch an environment that goes on, that decay by this a
+        trace_decay: keep eligibility traces, each row of the batch an environment that continues, that decay by this a
             step (gamma times lambda); None for none. With ``reward="step"``, rewards are temporal-difference errors.
         lateral_lr: learning rate (Adam) of lateral weights; it matters, and is best below the network's.
         critic_lr: learning rate (Adam) of critics.
@@ -90,7 +90,7 @@ class TeamReinforce(NetworkRule):
             number, the ratio between successive layers (0.1: 1, 0.1, 0.01, ...).
         evaluation: ``"mean"``: units give their means (mean field); ``"samples"``: the average over draws.
         eval_samples: how many draws that averages.
-        labels: takes the labels out of a batch that is no pair (inputs, labels).
+        labels: takes the labels out of a batch that is not a pair (inputs, labels).
         **settings: see :class:`TrainingRule`.
 
     Raises:

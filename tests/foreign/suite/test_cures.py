@@ -16,8 +16,8 @@ import lightning_bpfree as bpf
 
 SAID = {
     ("NotRegistered", "zeroth_order"): r"the optimizer holds others, of shapes \(3, 3\).*nn\.ModuleList",
-    ("GradientPenalty", "feedback"): r"differentiates within itself.*Backprop\(\)",
-    ("Physics", "local_loss"): r"differentiates within itself",
+    ("GradientPenalty", "feedback"): r"itself computes gradients.*Backprop\(\)",
+    ("Physics", "local_loss"): r"itself computes gradients",
     ("Lazy", "team"): r"has lazy ones \(LazyLinear.*Call the module on a batch before the fit",
     ("Lazy", "lottery_ticket"): r"LotteryTicket looks at the shapes.*Call the module on a batch",
     ("OfLightning", "feedback"): r"has no two layers.*network=",

@@ -115,7 +115,7 @@ def test_batch_norm_behind_a_block_is_refused_for_slopes_of_samples():
             net[3].eval()
         fitted(Problem(net), loader(), ForwardGradient(**how))
 
-    with pytest.raises(MisconfigurationException, match=r"3 \(BatchNorm1d\) lets samples see each other.*GroupNorm"):
+    with pytest.raises(MisconfigurationException, match=r"3 \(BatchNorm1d\) mixes samples.*GroupNorm"):
         fit(space="activations")
     with pytest.raises(MisconfigurationException, match="space='weights'"):
         fit(guess=LocalLoss(), space="activations")

@@ -169,7 +169,7 @@ def stacked_batch(batches: Any) -> Any:
         elif all(value == values[0] for value in values):
             leaves.append(values[0])
         else:
-            raise NotStackableError("the members' batches differ in what is no tensor")
+            raise NotStackableError("the members' batches differ in values that are not tensors")
     return tree_unflatten(leaves, spec)
 
 

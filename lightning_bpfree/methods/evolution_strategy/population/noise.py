@@ -39,7 +39,7 @@ class Noise:
         seed: any integer.
         kind: ``"table"``: a vector is a slice of a table of 2^23 normal numbers, at an offset that the seed chooses
             (several slices above 2^20 coordinates). No number is drawn, which is many times faster; slices that overlap
-            share numbers, at different coordinates. ``"independent"``: every number is drawn anew, by a generator for
+            share numbers, at different coordinates. ``"independent"``: every number is drawn again, by a generator for
             each ``k`` (CPU and CUDA generators differ).
         device: where the vectors are.
         dtype: float32 or float64.

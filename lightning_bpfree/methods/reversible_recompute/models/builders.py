@@ -83,7 +83,7 @@ def reversible_vit(config: Any = None, *, fusion: Fusion = "concat", **recompute
     model = _built("ViTForImageClassification", "ViTConfig", config)
     if fusion != "concat":
         return _converted(model, recompute, fusion=fusion)
-    # A conversion keeps the width, for it does not know what follows. Here that is known, and made anew.
+    # A conversion keeps the width, because it does not know what follows. Here that is known, and made again.
     _converted(model, recompute)
     path, stack = next((path, m) for path, m in model.named_modules() if isinstance(m, ReversibleLayers))
     layers = ReversibleLayers([*stack.children()], stack.family, fusion="concat", **recompute)

@@ -59,7 +59,7 @@ class FeedForwardBranch(nn.Sequential):
 class StageTransition(nn.Module):
     """The block between two stages: an ordinary one, which halves both sides of the grid and may widen.
 
-    Stochastic depth drops a sample's branches and never its skip, so that its image goes on through the network.
+    Stochastic depth drops a sample's branches and never its skip, so that its image still passes through the network.
 
     Args:
         dim: channels of the input.
