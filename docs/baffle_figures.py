@@ -39,36 +39,30 @@ def runs_of(found, split, arm):
     return {run["seed"]: run for run in found["runs"] if run["split"] == split and run["arm"] == arm}
 
 
-def curves(found):
+def curves(found, split):
     """Draw accuracy against rounds, and against bytes that a client has sent."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots(2, 2, sharey=True)
-    for row, (split, title) in zip(axes, SPLITS.items(), strict=True):
-        for arm, (color, style) in ARMS.items():
-            runs = list(runs_of(found, split, arm).values())
-            for column, axis in enumerate(row):
-                scale = [run["bytes_up"] if column else 1 for run in runs]
-                for run, factor in zip(runs, scale, strict=True):
-                    axis.plot(
-                        [r * factor for r in run["rounds"]], run["test_acc"], color=color, alpha=0.3, linewidth=0.7
-                    )
-                mean = [statistics.fmean(values) for values in zip(*(run["test_acc"] for run in runs), strict=True)]
-                if runs:
-                    axis.plot(
-                        [r * scale[0] for r in runs[0]["rounds"]], mean, style, color=color, linewidth=1.6, label=arm
-                    )
-        row[1].set_xscale("log")
-        row[0].set_ylabel(f"{title}\ntest accuracy", fontsize=8)
-        for axis in row:
-            axis.set_ylim(0.5, 1.0)
-            axis.axhline(0.93, color="0.7", linewidth=0.8, linestyle=":")
-            axis.tick_params(labelsize=8)
-            axis.grid(alpha=0.2)
-    axes[1][0].set_xlabel("rounds", fontsize=8)
-    axes[1][1].set_xlabel("bytes that a client has sent", fontsize=8)
-    axes[0][0].legend(fontsize=7, loc="lower right")
+    figure = Figure(figsize=(9, 2.9), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for arm, (color, style) in ARMS.items():
+        runs = list(runs_of(found, split, arm).values())
+        for column, axis in enumerate(axes):
+            scale = [run["bytes_up"] if column else 1 for run in runs]
+            for run, factor in zip(runs, scale, strict=True):
+                axis.plot([r * factor for r in run["rounds"]], run["test_acc"], color=color, alpha=0.3, linewidth=0.7)
+            mean = [statistics.fmean(values) for values in zip(*(run["test_acc"] for run in runs), strict=True)]
+            if runs:
+                axis.plot([r * scale[0] for r in runs[0]["rounds"]], mean, style, color=color, linewidth=1.6, label=arm)
+    for axis, label in zip(axes, ("rounds", "bytes that a client has sent"), strict=True):
+        axis.set_ylim(0.5, 1.0)
+        axis.axhline(0.93, color="0.7", linewidth=0.8, linestyle=":")
+        axis.tick_params(labelsize=8)
+        axis.set_xlabel(label, fontsize=8)
+        axis.grid(alpha=0.2)
+    axes[1].set_xscale("log")
+    axes[0].set_ylabel(f"{SPLITS[split]}\ntest accuracy", fontsize=8)
+    axes[0].legend(fontsize=7, loc="lower right")
     return figure
 
 
@@ -243,7 +237,12 @@ def main(arguments=None):
             page.write_text(new, encoding="utf-8")
     if not check:
         found = read("accuracy")
-        for name, figure in {"curves": curves(found), "directions": directions(found)}.items():
+        figures = {
+            "curves": curves(found, "iid"),
+            "curves_dirichlet": curves(found, "dirichlet"),
+            "directions": directions(found),
+        }
+        for name, figure in figures.items():
             figure.savefig(HERE / f"img/baffle_{name}.png", dpi=110)
     return int(check and stale > 0)
 
