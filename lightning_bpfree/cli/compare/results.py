@@ -213,5 +213,5 @@ def _mark(axes: Axes, place: int, row: dict[str, Any], color: str, values: Seque
     reach = [[max(0.0, mean - float(ends[0]))], [max(0.0, float(ends[1]) - mean)]]
     axes.plot(values, [place] * len(values), "|", color=color, markersize=13, alpha=0.55)
     axes.errorbar(mean, place, xerr=reach, fmt="o", capsize=4, color=color)
-    above = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+    above: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "fontsize": 8}
     axes.annotate(f"{mean:#.3g}".rstrip("."), (mean, place), **above)

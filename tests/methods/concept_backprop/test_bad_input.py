@@ -26,7 +26,7 @@ def look(concepts, layers="1", batches=None, net=NET, **settings):
 
 def test_layers_that_do_not_exist_name_the_nearest():
     module = Problem()
-    with pytest.raises(ValueError, match=r"'net.iner' is no submodule of Problem.*'net.inner'"):
+    with pytest.raises(ValueError, match=r"'net.iner' is not a submodule of Problem.*'net.inner'"):
         find_layers(module, "net.iner")
     with pytest.raises(ValueError, match=r"layers=\[\]"):
         find_layers(module, [])
@@ -34,7 +34,7 @@ def test_layers_that_do_not_exist_name_the_nearest():
 
 def test_layers_are_refused_before_anything_is_trained():
     module = Problem()
-    with pytest.raises(ValueError, match=r"'net.iner' is no submodule"):
+    with pytest.raises(ValueError, match=r"'net.iner' is not a submodule"):
         fitted(module, loader(), bpf.ConceptBackprop({"first": lambda x, y: x[:, 0] > 0}, "net.iner"))
     assert module.evaluations == 0
 
