@@ -96,6 +96,17 @@ def test_a_broken_checkpoint_is_named(
     assert "--resume: " in message
 
 
+def test_an_earlier_federation_is_replaced_only_on_demand(small: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["-c", small, "--trainer.logger=false", "--rounds=1", "--out", "out"]
+    assert federate(*command) == 0
+    kept = {file.name: file.read_bytes() for file in Path("out").iterdir() if file.is_file()}
+    assert federate(*command, "--federation.seed=1") == 2
+    assert "holds an earlier federation. Pass --resume to continue it, --overwrite" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in Path("out").iterdir() if file.is_file()} == kept
+    assert federate(*command, "--federation.seed=1", "--overwrite") == 0
+    assert Path("out/federation.ckpt").read_bytes() != kept["federation.ckpt"]
+
+
 def test_resume_is_exact(small: str) -> None:
     silent = ["-c", small, "--trainer.logger=false"]
     assert federate(*silent, "--out", "straight") == 0

@@ -66,8 +66,7 @@ def _run(options: argparse.Namespace, args: list[str], arguments: Sequence[str])
     if options.resume:
         check_written(job.checkpoint, "--resume", "federation", ("a federation", "bpfree federate"))
     else:
-        for name in ("federation.ckpt", "rounds.csv", "test.json"):
-            (folder / name).unlink(missing_ok=True)
+        _make_room(folder, options.overwrite)
     history: list[Row] = []
     with _progress() as bar:
         task = bar.add_task("rounds", total=made.rounds)
@@ -88,6 +87,17 @@ def _run(options: argparse.Namespace, args: list[str], arguments: Sequence[str])
     write_json(finite(result), folder / "result.json")
     _show(made, history, test, folder)
     return 0
+
+
+def _make_room(folder: Path, overwrite: bool) -> None:
+    earlier = [folder / name for name in ("federation.ckpt", "rounds.csv", "test.json", "result.json")]
+    if any(file.exists() for file in earlier) and not overwrite:
+        raise CommandError(
+            f"--out {folder} holds an earlier federation. Pass --resume to continue it, --overwrite to replace it, or give "
+            "another --out."
+        )
+    for file in earlier:
+        file.unlink(missing_ok=True)
 
 
 def _write(history: list[Row], folder: Path) -> None:

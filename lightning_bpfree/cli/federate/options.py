@@ -30,6 +30,7 @@ def parser() -> Parser:
     )
     add("--out", type=Path, default=Path("runs/federate"), metavar="DIR", help="default: runs/federate")
     add("--resume", action="store_true", help="continue from the checkpoint in --out")
+    add("--overwrite", action="store_true", help="replace an earlier federation in --out")
     add("--save-every", type=int, default=10, metavar="N", help="rounds between checkpoints (default: 10)")
     add("--timeout", type=float, default=60.0, metavar="S", help="seconds a round waits for answers (default: 60)")
     add("--nodes", type=int, metavar="N", help="nodes that Flower starts (default: one per client)")
