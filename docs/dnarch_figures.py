@@ -4,7 +4,7 @@
 
 Sources are ``dnarch_accuracy.json``, ``dnarch_benchmarks.json`` and ``dnarch_toys.json``. Tables stand between
 ``<!-- dnarch:NAME -->`` and ``<!-- /dnarch -->``; NAME is ``smaller``, ``ablation``, ``budgets``, ``seeds``,
-``times`` or ``lags``.
+``times`` or ``toys``.
 """
 
 from __future__ import annotations
@@ -130,6 +130,44 @@ def architectures(found, part="sequence", seed=0):
     return figure
 
 
+PLANTED = {
+    "one lag": "label: sign of one earlier sample",
+    "rank": "linear map of some rank",
+}
+PULLS = {
+    "strong pull": "C3",
+    "weak pull": "C1",
+    "weak pull, weights at a tenth": "C0",
+    "weak pull, weights at a hundredth": "C2",
+}
+
+
+def toys(found):
+    """Draw the sizes that were found over those that suffice."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.9), layout="constrained")
+    for axis, (task, title) in zip(figure.subplots(1, 2), PLANTED.items(), strict=True):
+        runs = [run for run in found["runs"] if run["task"] == task]
+        needed = sorted({run["suffices"] for run in runs})
+        axis.plot(needed, needed, color="0.6", linewidth=0.8)
+        for place, (arm, color) in enumerate(PULLS.items()):
+            own = [run for run in runs if run["arm"] == arm]
+            shift = 0.02 * (place - 1.5) * needed[-1]
+            at = {"color": color, "markersize": 4, "linestyle": "none"}
+            for marker, works in (("o", True), ("x", False)):
+                points = [run for run in own if (run["score"] > 0.9) == works]
+                at["label"] = arm if works else None
+                axis.plot([run["suffices"] + shift for run in points], [run["size"] for run in points], marker, **at)
+        axis.set_title(title, fontsize=8)
+        axis.set_xlabel("units that suffice" if task == "rank" else "taps that suffice", fontsize=8)
+        axis.set_xticks(needed)
+        axis.tick_params(labelsize=8)
+    figure.axes[0].set_ylabel("size found", fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    return figure
+
+
 # --- tables ---
 
 
@@ -216,14 +254,34 @@ def times_table(found):
     return table(["multiply-accumulates", *(f"{100 * share:g} %" for share in shares)], rows)
 
 
+def toys_table(found):
+    """The sizes found in each seed, and the mean score of the exported networks."""
+    rows = []
+    for task, what in PLANTED.items():
+        for suffices in sorted({run["suffices"] for run in found["runs"] if run["task"] == task}):
+            cells = []
+            for arm in PULLS:
+                own = [r for r in found["runs"] if (r["task"], r["suffices"], r["arm"]) == (task, suffices, arm)]
+                sizes = ", ".join(str(run["size"]) for run in own)
+                cells.append(f"{sizes} ({statistics.fmean(run['score'] for run in own):.2f})" if own else "")
+            rows.append([what, suffices, *cells])
+    return "\n".join([table(["planted", "suffices", *PULLS], rows), "", provenance(found)])
+
+
 TABLES = {
     "smaller": ("dnarch_accuracy", smaller_table),
     "ablation": ("dnarch_accuracy", ablation_table),
     "budgets": ("dnarch_accuracy", budgets_line),
     "seeds": ("dnarch_accuracy", seeds_table),
     "times": ("dnarch_benchmarks", times_table),
+    "toys": ("dnarch_toys", toys_table),
 }
-FIGURES = {"dnarch_smaller": smaller, "dnarch_ablation": ablation, "dnarch_architectures": architectures}
+FIGURES = {
+    "dnarch_smaller": ("dnarch_accuracy", smaller),
+    "dnarch_ablation": ("dnarch_accuracy", ablation),
+    "dnarch_architectures": ("dnarch_accuracy", architectures),
+    "dnarch_toys": ("dnarch_toys", toys),
+}
 
 
 def loaded(name):
@@ -237,8 +295,8 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if something is out of date")
     check, stale = parser.parse_args(arguments).check, []
-    for name, draw_figure in FIGURES.items():
-        found, digest = loaded("dnarch_accuracy")
+    for name, (source, draw_figure) in FIGURES.items():
+        found, digest = loaded(source)
         path = IMAGES / f"{name}.png"
         if not path.exists() or digest.encode() not in path.read_bytes():
             stale.append(path)
