@@ -220,7 +220,7 @@ def test_pages_show_what_a_varied_comparison_has_found(tmp_path: Path, monkeypat
     assert "| `zo` | +0.1000 ± 0.0200 |" in text
     assert "| `broken` | failed | failed |" in text
     assert "`broken`, `paper`: no slope [/here]\n" in text
-    assert "Tuned by val_acc on seed 1000, at `none` alone: `backprop`: {'lr': '0.1'}" in text
+    assert "Tuned by val_acc on seed 1000, at `none` alone: `backprop`: `lr=0.1`" in text
     assert "(docs/img/noise_comparison.png)" in text
     assert (docs / "img/noise_comparison.png").read_bytes().startswith(b"\x89PNG")
 

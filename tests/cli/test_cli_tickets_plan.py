@@ -121,7 +121,7 @@ ALONE = "--trainer.callbacks=lightning_bpfree.{}"
     ("arguments", "said"),
     [
         ([ALONE.format("Backprop")], ["no LotteryTicket", "papers/es_lottery_tickets"]),
-        ([ALONE.format("LotteryTicket")], ["one training rule", "it has none"]),
+        ([ALONE.format("LotteryTicket")], ["one training rule", "it contains none"]),
         (["--trainer.callbacks+=lightning_bpfree.Backprop"], ["one training rule", "EvolutionStrategy, Backprop"]),
         (["--transfer", "loggers/csv"], ["overlay csv", "it adds none"]),
         (["--transfer", "rules/backprp"], ["rules/backprop"]),

@@ -25,7 +25,7 @@ def values(own: Search) -> list[float]:
 
 
 def test_crops_change_every_so_many_steps_and_masks_at_each():
-    own = made(update_every=3)
+    own = made(update_every=3, lr=0.2)  # so fast that three steps change crops of few units
     crops, sizes = [list(own.architecture.sizes().values())], [values(own)]
     for _ in range(6):
         own.step()
