@@ -93,8 +93,8 @@ def _make_room(folder: Path, overwrite: bool) -> None:
     earlier = [folder / name for name in ("federation.ckpt", "rounds.csv", "test.json", "result.json")]
     if any(file.exists() for file in earlier) and not overwrite:
         raise CommandError(
-            f"--out {folder} holds an earlier federation. Pass --resume to continue it, --overwrite to replace it, or give "
-            "another --out."
+            f"--out {folder} holds an earlier federation. Pass --resume to continue it, --overwrite to replace it, or "
+            "give another --out."
         )
     for file in earlier:
         file.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ LENGTH, TAPS, UNITS, SIDES = 32, 31, 16, 12
 
 
 class PlantedLag:
-    """Noise whose label is the sign of the sample so many steps before the last: ``lag + 1`` taps of a causal kernel."""
+    """Noise whose label is the sign of the sample so many steps back: ``lag + 1`` taps of a causal kernel suffice."""
 
     dimension, smallest = "kernel", LENGTH * 4 * (1 + 2) + 4 * 2  # multiply-accumulates with two taps
 
