@@ -268,13 +268,16 @@ def rates(found):
     """The table of the learning rates that were tried."""
     if not found["tuning"]:
         return "Not measured yet."
-    lines = ["| application | gradient | learning rate: test reward | chosen |", "| --- | --- | --- | ---: |"]
+    lines = ["| application | gradient | learning rate: objective | chosen |", "| --- | --- | --- | ---: |"]
     pairs = dict.fromkeys((row["task"], row["gradient"]) for row in found["tuning"])
     for task, gradient in sorted(pairs, key=lambda pair: list(TASKS).index(pair[0])):
-        of = [row for row in found["tuning"] if (row["task"], row["gradient"]) == (task, gradient)]
-        tried = ", ".join(f"{row['lr']:.2g}: {row['reward']:.4f}" for row in sorted(of, key=lambda row: row["lr"]))
-        best = max(of, key=lambda row: row["reward"])["lr"]
-        lines.append(f"| {TASKS[task]} | `{gradient}` | {tried} | {best:.2g} |")
+        tried = {}
+        for row in found["tuning"]:
+            if (row["task"], row["gradient"]) == (task, gradient):
+                tried.setdefault(row["lr"], []).append(row["objective"])
+        means = {rate: statistics.mean(tried[rate]) for rate in sorted(tried)}
+        text = ", ".join(f"{rate:.2g}: {mean:.4f}" for rate, mean in means.items())
+        lines.append(f"| {TASKS[task]} | `{gradient}` | {text} | {max(means, key=means.get):.2g} |")
     return "\n".join([*lines, "", provenance(found)])
 
 

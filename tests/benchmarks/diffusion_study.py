@@ -4,9 +4,10 @@
 
 ``--model`` is what ``bpfree fit -c papers/adjoint_dpm_pretrain`` has written. Every run is its recipe with an overlay:
 the same steps and the same noise for all gradients of a seed; ``exact_adjoint`` and ``adjoint`` cost the same. Each
-rule of each task has the learning rate of a grid around the recipe's that reached the highest test reward with a seed
-of its own (``TUNING_SEED``) in half of the steps; the grid goes on where the best is at its end. Figures are test
-metrics before and after, on noise that training does not draw (but for ``noise``, where the optimized noise itself is
+rule of each task has the learning rate of a grid around the recipe's that reached the highest objective (test reward
+less the prior of the last steps, as far as the recipe has one) in half of the steps, in the mean over seeds of its own
+(``TUNING_SEEDS``); the grid goes on where the best is at its end. ``noise_30`` is not tuned: all gradients have the
+recipe's learning rate. Figures are test metrics before and after, on noise that training does not draw (but for ``noise``, where the optimized noise itself is
 judged), and the reward of each training step. Images of the first seed go to ``--images``. ``--part i/n`` runs every
 n-th of the missing runs, so that a long study can be made in pieces.
 """
@@ -45,21 +46,23 @@ TASKS = {
     "weights": ("exact_adjoint", "adjoint", "truncated", "evolution_strategy"),
     "noise_30": ("exact_adjoint", "adjoint"),  # by as many steps as the audit in the paper's code
 }
-GRID, TUNING_SEED = (1 / 3, 1.0, 3.0), 100  # factors of the recipe's learning rate
+GRID, TUNING_SEEDS = (1 / 3, 1.0, 3.0), (100, 101)  # factors of the recipe's learning rate
 WIDER = ((1 / 3, 1 / 9), (1 / 9, 1 / 27), (3.0, 9.0), (9.0, 27.0))  # where the best is the first, try the second too
 RULES = ("direct", "exact_adjoint", "adjoint", "checkpoint", "truncated")
 STEPS, BIAS_STEPS = 10, (10, 20, 50, 100)  # of the recipes' callbacks; where the adjoint is compared
-SHOWN = 20  # images
+SHOWN, LAST = 20, 5  # images; steps over which a prior is averaged
 
 
 class Curve(Callback):
-    """The reward of each training step."""
+    """The reward and the weighted prior of each training step."""
 
     def __init__(self) -> None:
         self.rewards: list[float] = []
+        self.priors: list[float] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.rewards.append(round(float(trainer.callback_metrics["train_reward"]), 5))
+        self.priors.append(pl_module.prior_weight * float(trainer.callback_metrics.get("prior", 0.0)))
 
 
 def built(task: str, overlay: str, seed: int, model: Path, folder: str, factor: float = 1.0) -> ConfigCLI:
@@ -83,7 +86,7 @@ def built(task: str, overlay: str, seed: int, model: Path, folder: str, factor: 
     if steps:
         others = [one for one in cli.trainer.callbacks if not isinstance(one, DiffusionAdjoint)]
         cli.trainer.callbacks = [*others, DiffusionAdjoint(overlay, int(steps), "euler")]
-    if seed == TUNING_SEED:
+    if seed in TUNING_SEEDS:
         cli.trainer.fit_loop.max_epochs //= 2
     return cli
 
@@ -110,15 +113,21 @@ def one_run(task: str, gradient: str, seed: int, factor: float, chosen: argparse
             image_grid(reference).save(chosen.images / f"adjoint_dpm_{task}_reference.png")
     found = {"task": task, "gradient": gradient, "seed": seed, "lr": float(f"{module.lr:.3g}"), "factor": factor}
     print(task, gradient, seed, module.lr, f"{seconds:.0f} s", before, after, flush=True)
-    return {**found, "before": before, "after": after, "seconds": seconds, "rewards": curve.rewards}
+    objective = after["test_reward"] - statistics.mean(curve.priors[-LAST:])
+    run = {**found, "before": before, "after": after, "objective": objective, "seconds": seconds}
+    return {**run, "rewards": curve.rewards}
 
 
 def best(tuning: list[dict[str, Any]], task: str, gradient: str) -> float:
-    """The factor of the learning rate with the highest reward of the grid; NaN counts as the lowest."""
-    of = [row for row in tuning if (row["task"], row["gradient"]) == (task, gradient)]
-    if not of:
+    """The factor of the learning rate with the highest mean objective of the grid; NaN counts as the lowest."""
+    objectives: dict[float, list[float]] = {}
+    for row in tuning:
+        if (row["task"], row["gradient"]) == (task, gradient):
+            value = row["objective"]
+            objectives.setdefault(row["factor"], []).append(-math.inf if math.isnan(value) else value)
+    if not objectives:
         return 1.0
-    return float(max(of, key=lambda row: -math.inf if math.isnan(row["reward"]) else row["reward"])["factor"])
+    return max(objectives, key=lambda factor: statistics.mean(objectives[factor]))
 
 
 def show(module: RewardFineTuning) -> Any:
@@ -250,26 +259,28 @@ def main() -> None:
 def train(task: str, gradient: str, found: dict[str, list[dict[str, Any]]], chosen: argparse.Namespace) -> None:
     """Tune the learning rate of a gradient, then run the seeds; what is there already is kept."""
 
-    def missing(rows: list[dict[str, Any]], name: str, value: float) -> bool:
-        return not any((row["task"], row["gradient"], row[name]) == (task, gradient, value) for row in rows)
+    def missing(rows: list[dict[str, Any]], **wanted: float) -> bool:
+        return not any({"task": task, "gradient": gradient, **wanted}.items() <= row.items() for row in rows)
 
     def tune(factor: float) -> None:
-        if missing(found["tuning"], "factor", factor):
-            run = one_run(task, gradient, TUNING_SEED, factor, chosen)
-            row = {name: run[name] for name in ("task", "gradient", "seed", "lr", "factor")}
-            found["tuning"].append({**row, "reward": run["after"]["test_reward"]})
-            save(chosen, found)
+        for seed in TUNING_SEEDS:
+            if missing(found["tuning"], factor=factor, seed=seed):
+                run = one_run(task, gradient, seed, factor, chosen)
+                names = ("task", "gradient", "seed", "lr", "factor", "objective")
+                found["tuning"].append({**{name: run[name] for name in names}, "reward": run["after"]["test_reward"]})
+                save(chosen, found)
 
-    for factor in () if chosen.no_tuning else GRID:
+    tuned = not chosen.no_tuning and "_" not in task
+    for factor in GRID if tuned else ():
         tune(factor)
-    for end, beyond in () if chosen.no_tuning else WIDER:
+    for end, beyond in WIDER if tuned else ():
         if best(found["tuning"], task, gradient) == end:
             tune(beyond)
     factor = best(found["tuning"], task, gradient)
     kept = [row for row in found["runs"] if (row["task"], row["gradient"]) != (task, gradient)]
     found["runs"] = [*kept, *(row for row in found["runs"] if row not in kept and row["factor"] == factor)]
     for seed in chosen.seeds:
-        if missing(found["runs"], "seed", seed):
+        if missing(found["runs"], seed=seed):
             found["runs"].append(one_run(task, gradient, seed, factor, chosen))
             save(chosen, found)
 
