@@ -4,7 +4,8 @@
 
 Figures come from ``diffusion_benchmarks.json`` and ``adjoint_dpm.json``; ``--images`` is the folder of images that the
 study wrote, for the figure of samples, which is left alone without. Tables of ``adjoint_dpm.json`` stand between
-``<!-- adjoint_dpm:NAME -->`` and ``<!-- /adjoint_dpm -->``; NAME is ``outcomes``, ``gradients``, ``bias`` or ``rates``.
+``<!-- adjoint_dpm:NAME -->`` and ``<!-- /adjoint_dpm -->``; NAME is ``outcomes``, ``paired``, ``gradients``,
+``bias`` or ``rates``.
 """
 
 from __future__ import annotations
@@ -18,22 +19,28 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))  # this file is run as a script and loaded by path: its neighbor is found either way
+
+from paired import difference  # noqa: E402
+
+from lightning_bpfree.cli.common.drawing import colors  # noqa: E402
+
 RESULTS, IMAGES = DOCS / "results", DOCS / "img"
 PART = re.compile(r"(<!-- adjoint_dpm:(?P<name>\w+) -->\n).*?(<!-- /adjoint_dpm -->)", re.DOTALL)
-COLORS = {
-    "direct": "0.35",
-    "exact_adjoint": "tab:blue",
-    "adjoint": "tab:orange",
-    "torchdiffeq": "tab:red",
-    "checkpoint": "tab:green",
-    "truncated": "tab:purple",
-    "evolution_strategy": "tab:brown",
-}
+GRADIENTS = ("autograd", "exact_adjoint", "adjoint", "torchdiffeq", "checkpoint", "truncated", "evolution_strategy")
+COLORS = colors(GRADIENTS)
+COLORS["direct"] = COLORS["autograd"]  # elsewhere, "direct" is a rule with feedback
 WIDTHS = {"exact_adjoint": 6, "adjoint": 3.5, "checkpoint": 1.2}
-TASKS = {"noise": "initial noise", "embedding": "conditioning embedding", "weights": "LoRA weights"}
+TASKS = {
+    "noise": "initial noise",
+    "noise_30": "initial noise, 30 steps",
+    "embedding": "conditioning embedding",
+    "weights": "LoRA weights",
+}
 PANELS = {**TASKS, "printed": "LoRA, a reward without a derivative"}
 UNITS = {
     "noise": "margin of the wrong class",
+    "noise_30": "margin of the wrong class",
     "embedding": "minus squared error",
     "weights": "minus squared distance, px²",
 }
@@ -103,7 +110,7 @@ def bias(found, study):
         axes.minorticks_off()
         axes.grid(color="0.9")
     drawing.axes[0].set_ylabel("relative error of adjoint")
-    drawing.axes[0].legend(fontsize=8)
+    drawing.legend(*drawing.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     return drawing
 
 
@@ -114,18 +121,23 @@ def rewards(found):
     panels = {task: [run for run in found["runs"] if (run["task"], printed(run)) == (task, False)] for task in TASKS}
     panels["printed"] = [run for run in found["runs"] if printed(run)]
     panels = {name: runs for name, runs in panels.items() if runs}
-    drawing = Figure(figsize=(3.6 * len(panels), 3.6), layout="constrained", dpi=150)
-    for axes, (name, of) in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    drawing = Figure(figsize=(9.6, 6.0), layout="constrained", dpi=150)
+    places, legend = drawing.subplots(2, 3).flatten(), {}
+    for axes in places:
+        axes.set_axis_off()
+    for axes, (name, of) in zip(places, panels.items(), strict=False):
+        axes.set_axis_on()
         for gradient in dict.fromkeys(run["gradient"] for run in of):
             curves = [smooth(run["rewards"]) for run in of if run["gradient"] == gradient]
             for curve in curves:
-                axes.plot(curve, color=COLORS[gradient], linewidth=0.6, alpha=0.5)
+                axes.plot(curve, color=COLORS[gradient], linewidth=0.7, alpha=0.5)
             mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
-            axes.plot(mean, color=COLORS[gradient], linewidth=2, label=gradient)
+            (legend[gradient],) = axes.plot(mean, color=COLORS[gradient], linewidth=2.2)
         axes.set(xlabel="training step", ylabel=UNITS[of[0]["task"]])
         axes.set_title(PANELS[name], fontsize=10)
         axes.grid(color="0.9")
-        axes.legend(fontsize=8)
+    title = "gradient (thin: seeds)"
+    drawing.axes[-1].legend(legend.values(), legend, loc="center", fontsize=11, title=title, title_fontsize=11)
     return drawing
 
 
@@ -144,29 +156,57 @@ def samples(folder):
     from matplotlib.figure import Figure
     from matplotlib.image import imread
 
-    columns = {"before": "exact_adjoint_before", "exact_adjoint": "exact_adjoint_after", "adjoint": "adjoint_after"}
-    further = {"noise": None, "embedding": "truncated", "weights": "evolution_strategy"}
-    drawing = Figure(figsize=(10.4, 7.4), layout="constrained", dpi=130)
-    for row, task in zip(drawing.subplots(len(TASKS), len(columns) + 1), TASKS, strict=True):
-        other = further[task]
-        shown = {**columns, **({other: f"{other}_after"} if other else {})}
-        for axes in row:
+    drawing = Figure(figsize=(12.6, 7.0), layout="constrained", dpi=130)
+    for row, (task, shown) in zip(drawing.subplots(len(SAMPLES), 5), SAMPLES.items(), strict=True):
+        for axes, name in zip(row, shown, strict=True):
             axes.set_axis_off()
-        for axes, (title, name) in zip(row, shown.items(), strict=False):
-            path = folder / f"adjoint_dpm_{task}_{name}.png"
+            path = folder / f"adjoint_dpm_{name}.png"
             if path.exists():
-                axes.imshow(imread(path), cmap="gray")
-            else:
-                axes.annotate("not run", (0.5, 0.5), ha="center")
-            axes.set_title(f"{TASKS[task]}: {title}", fontsize=8)
+                axes.imshow(imread(path), cmap="gray", interpolation="nearest")
+                axes.set_title(f"{TASKS[task]}:\n{titled(name, task)}", fontsize=10)
     return drawing
+
+
+SAMPLES = {
+    "noise": (
+        "noise_exact_adjoint_before",
+        "noise_exact_adjoint_after",
+        "noise_adjoint_after",
+        "noise_30_exact_adjoint_after",
+        "noise_30_adjoint_after",
+    ),
+    "embedding": (
+        "embedding_exact_adjoint_before",
+        "embedding_exact_adjoint_after",
+        "embedding_adjoint_after",
+        "embedding_truncated_after",
+        "embedding_reference",
+    ),
+    "weights": (
+        "weights_exact_adjoint_before",
+        "weights_exact_adjoint_after",
+        "weights_adjoint_after",
+        "weights_truncated_after",
+        "weights_evolution_strategy_after",
+    ),
+}
+
+
+def titled(name, task):
+    """Return what an image of samples shows: before training, or the gradient after it."""
+    rest = name.removeprefix(f"{task}_")
+    steps = re.match(r"(\d+)_", rest)
+    rest = rest[steps.end() :] if steps else rest
+    text = "before" if rest.endswith("_before") else rest.removesuffix("_after")
+    text = "reference image" if text == "reference" else text
+    return f"{text}, {steps[1]} steps" if steps else text
 
 
 def outcomes(found):
     """The table of metrics before and after."""
     lines = ["| application | gradient | seeds | metric | before | after |", "| --- | --- | ---: | --- | ---: | ---: |"]
     cells = {(r["task"], r["gradient"], r["metric"], r["when"]): r for r in found["summary"]}
-    for task, gradient, metric, when in cells:
+    for task, gradient, metric, when in sorted(cells, key=lambda cell: list(TASKS).index(cell[0])):
         if when == "before":
             before, after = (shown(cells[task, gradient, metric, one]) for one in ("before", "after"))
             seeds = sum((run["task"], run["gradient"]) == (task, gradient) for run in found["runs"])
@@ -176,6 +216,25 @@ def outcomes(found):
 
 def shown(row):
     return f"{row['mean']:.4f}" + ("" if row["ci95"] is None else f" ± {row['ci95']:.4f}")
+
+
+def paired(found):
+    """The table of the exact gradient against the others: rewards after training, paired by seed, and time."""
+    lines = ["| application | against | seeds | reward of `exact_adjoint` minus its | training time, exact over it |"]
+    lines.append("| --- | --- | ---: | ---: | ---: |")
+    runs = {}
+    for run in found["runs"]:
+        if not printed(run):  # it raises another reward
+            runs.setdefault((run["task"], run["gradient"]), {})[run["seed"]] = run
+    for task, gradient in sorted(runs, key=lambda pair: list(TASKS).index(pair[0])):
+        exact, other = runs.get((task, "exact_adjoint"), {}), runs[task, gradient]
+        seeds = [seed for seed in other if seed in exact]
+        if gradient == "exact_adjoint" or not seeds:
+            continue
+        gap = difference(*({seed: of[seed]["after"]["test_reward"] for seed in seeds} for of in (exact, other)))
+        times = statistics.median(exact[seed]["seconds"] / other[seed]["seconds"] for seed in seeds)
+        lines.append(f"| {TASKS[task]} | `{gradient}` | {len(seeds)} | {gap} | {times:.2f} |")
+    return "\n".join([*lines, "", provenance(found)])
 
 
 def gradient_table(found):
@@ -209,16 +268,20 @@ def rates(found):
     """The table of the learning rates that were tried."""
     if not found["tuning"]:
         return "Not measured yet."
-    lines = ["| application | gradient | learning rate: test reward | chosen |", "| --- | --- | --- | ---: |"]
-    for task, gradient in dict.fromkeys((row["task"], row["gradient"]) for row in found["tuning"]):
-        of = [row for row in found["tuning"] if (row["task"], row["gradient"]) == (task, gradient)]
-        tried = ", ".join(f"{row['lr']:.2g}: {row['reward']:.4f}" for row in of)
-        best = max(of, key=lambda row: row["reward"])["lr"]
-        lines.append(f"| {TASKS[task]} | `{gradient}` | {tried} | {best:.2g} |")
+    lines = ["| application | gradient | learning rate: objective | chosen |", "| --- | --- | --- | ---: |"]
+    pairs = dict.fromkeys((row["task"], row["gradient"]) for row in found["tuning"])
+    for task, gradient in sorted(pairs, key=lambda pair: list(TASKS).index(pair[0])):
+        tried = {}
+        for row in found["tuning"]:
+            if (row["task"], row["gradient"]) == (task, gradient):
+                tried.setdefault(row["lr"], []).append(row["objective"])
+        means = {rate: statistics.mean(tried[rate]) for rate in sorted(tried)}
+        text = ", ".join(f"{rate:.2g}: {mean:.4f}" for rate, mean in means.items())
+        lines.append(f"| {TASKS[task]} | `{gradient}` | {text} | {max(means, key=means.get):.2g} |")
     return "\n".join([*lines, "", provenance(found)])
 
 
-TABLES = {"outcomes": outcomes, "gradients": gradient_table, "bias": bias_table, "rates": rates}
+TABLES = {"outcomes": outcomes, "paired": paired, "gradients": gradient_table, "bias": bias_table, "rates": rates}
 FIGURES = {
     "diffusion_steps": (("diffusion_benchmarks",), over_steps),
     "diffusion_bias": (("diffusion_benchmarks", "adjoint_dpm"), bias),

@@ -4,10 +4,12 @@
 
 ``--model`` is what ``bpfree fit -c papers/adjoint_dpm_pretrain`` has written. Every run is its recipe with an overlay:
 the same steps and the same noise for all gradients of a seed; ``exact_adjoint`` and ``adjoint`` cost the same. Each
-gradient of each task has the learning rate of a grid around the recipe's that reached the highest test reward with a
-seed of its own (``TUNING_SEED``) in half of the steps; the evolution strategy has its recipe's. Figures are test metrics before and after, on noise that training does not draw (but
-for ``noise``, where the optimized noise itself is judged), and the reward of each training step. Images of the first
-seed go to ``--images``. ``--part i/n`` runs every n-th of the missing runs, so that a long study can be made in pieces.
+rule of each task has the learning rate of a grid around the recipe's that reached the highest objective (test reward
+less the prior of the last steps, as far as the recipe has one) in half of the steps, in the mean over seeds of its own
+(``TUNING_SEEDS``); the grid goes on where the best is at its end. ``noise_30`` is not tuned: all gradients have the
+recipe's learning rate. Figures are test metrics before and after, on noise that training does not draw (but for ``noise``, where the optimized noise itself is
+judged), and the reward of each training step. Images of the first seed go to ``--images``. ``--part i/n`` runs every
+n-th of the missing runs, so that a long study can be made in pieces.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ from memory import peak_bytes
 
 from lightning_bpfree.cli.common.configured import ConfigCLI
 from lightning_bpfree.cli.common.recipes import with_paths
+from lightning_bpfree.cli.compare.results import confidence
+from lightning_bpfree.demos.diffusion_tasks.digit_rewards import digits
+from lightning_bpfree.methods.diffusion_adjoint.callback import DiffusionAdjoint
 from lightning_bpfree.methods.diffusion_adjoint.fine_tuning import RewardFineTuning
 from lightning_bpfree.methods.diffusion_adjoint.image_grids import image_grid
 
@@ -39,25 +44,30 @@ TASKS = {
     "noise": ("exact_adjoint", "adjoint"),
     "embedding": ("exact_adjoint", "adjoint", "truncated"),
     "weights": ("exact_adjoint", "adjoint", "truncated", "evolution_strategy"),
+    "noise_30": ("exact_adjoint", "adjoint"),  # by as many steps as the audit in the paper's code
 }
-GRID, TUNING_SEED = (1 / 3, 1.0, 3.0), 100  # factors of the recipe's learning rate
+GRID, TUNING_SEEDS = (1 / 3, 1.0, 3.0), (100, 101)  # factors of the recipe's learning rate
+WIDER = ((1 / 3, 1 / 9), (1 / 9, 1 / 27), (3.0, 9.0), (9.0, 27.0))  # where the best is the first, try the second too
 RULES = ("direct", "exact_adjoint", "adjoint", "checkpoint", "truncated")
 STEPS, BIAS_STEPS = 10, (10, 20, 50, 100)  # of the recipes' callbacks; where the adjoint is compared
-SHOWN = 20  # images
+SHOWN, LAST = 20, 5  # images; steps over which a prior is averaged
 
 
 class Curve(Callback):
-    """The reward of each training step."""
+    """The reward and the weighted prior of each training step."""
 
     def __init__(self) -> None:
         self.rewards: list[float] = []
+        self.priors: list[float] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.rewards.append(round(float(trainer.callback_metrics["train_reward"]), 5))
+        self.priors.append(pl_module.prior_weight * float(trainer.callback_metrics.get("prior", 0.0)))
 
 
 def built(task: str, overlay: str, seed: int, model: Path, folder: str, factor: float = 1.0) -> ConfigCLI:
     """The recipe's module and Trainer, with a factor of its learning rate; half as many epochs to tune that."""
+    task, _, steps = task.partition("_")
     files = [
         f"papers/adjoint_dpm_{task}",
         *([f"papers/adjoint_dpm_{task}/{overlay}"] if overlay != "exact_adjoint" else []),
@@ -65,6 +75,7 @@ def built(task: str, overlay: str, seed: int, model: Path, folder: str, factor: 
     arguments = [word for file in files for word in ("-c", file)]
     table = "no_class" if task == "embedding" else "embeddings"
     own = {"pipeline": model, "embeddings": model / f"{table}.safetensors", "image_every": 0}
+    own |= {"num_steps": int(steps)} if steps else {}
     arguments += ["--seed_everything", str(seed), "--trainer.logger", "false", "--trainer.default_root_dir", folder]
     arguments += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
     arguments += ["--trainer.enable_checkpointing", "false", "--trainer.limit_val_batches", "0"]
@@ -72,7 +83,10 @@ def built(task: str, overlay: str, seed: int, model: Path, folder: str, factor: 
         arguments += [f"--model.init_args.{name}", str(value)]
     cli = ConfigCLI(with_paths(arguments), run=False)
     cli.model.lr *= factor  # read when the fit makes its optimizer
-    if seed == TUNING_SEED:
+    if steps:
+        others = [one for one in cli.trainer.callbacks if not isinstance(one, DiffusionAdjoint)]
+        cli.trainer.callbacks = [*others, DiffusionAdjoint(overlay, int(steps), "euler")]
+    if seed in TUNING_SEEDS:
         cli.trainer.fit_loop.max_epochs //= 2
     return cli
 
@@ -94,17 +108,26 @@ def one_run(task: str, gradient: str, seed: int, factor: float, chosen: argparse
         chosen.images.mkdir(parents=True, exist_ok=True)
         for when, picture in zip(("before", "after"), pictures, strict=True):
             picture.save(chosen.images / f"adjoint_dpm_{task}_{gradient}_{when}.png")
+        if task == "embedding":
+            reference = digits("test")[0][[module.reward.index]]
+            image_grid(reference).save(chosen.images / f"adjoint_dpm_{task}_reference.png")
     found = {"task": task, "gradient": gradient, "seed": seed, "lr": float(f"{module.lr:.3g}"), "factor": factor}
     print(task, gradient, seed, module.lr, f"{seconds:.0f} s", before, after, flush=True)
-    return {**found, "before": before, "after": after, "seconds": seconds, "rewards": curve.rewards}
+    objective = after["test_reward"] - statistics.mean(curve.priors[-LAST:])
+    run = {**found, "before": before, "after": after, "objective": objective, "seconds": seconds}
+    return {**run, "rewards": curve.rewards}
 
 
 def best(tuning: list[dict[str, Any]], task: str, gradient: str) -> float:
-    """The factor of the learning rate with the highest reward of the grid; NaN counts as the lowest."""
-    of = [row for row in tuning if (row["task"], row["gradient"]) == (task, gradient)]
-    if not of:
+    """The factor of the learning rate with the highest mean objective of the grid; NaN counts as the lowest."""
+    objectives: dict[float, list[float]] = {}
+    for row in tuning:
+        if (row["task"], row["gradient"]) == (task, gradient):
+            value = row["objective"]
+            objectives.setdefault(row["factor"], []).append(-math.inf if math.isnan(value) else value)
+    if not objectives:
         return 1.0
-    return float(max(of, key=lambda row: -math.inf if math.isnan(row["reward"]) else row["reward"])["factor"])
+    return max(objectives, key=lambda factor: statistics.mean(objectives[factor]))
 
 
 def show(module: RewardFineTuning) -> Any:
@@ -186,11 +209,7 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for name in of[0]["after"]:
             for when in ("before", "after"):
                 values = [run[when][name] for run in of]
-                half = (
-                    STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-                    if len(values) > 1
-                    else None
-                )
+                half = confidence(values)
                 metric = name.removeprefix("test_")
                 rows.append(
                     {
@@ -203,9 +222,6 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     }
                 )
     return rows
-
-
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
 def main() -> None:
@@ -227,7 +243,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     kept = json.loads(chosen.out.read_text(encoding="utf-8")) if chosen.out.exists() else {}
     found = {name: list(kept.get(name, [])) for name in ("tuning", "rules", "bias", "runs")}
-    for task in [] if chosen.no_gradients else chosen.only:
+    for task in [] if chosen.no_gradients else [one for one in chosen.only if "_" not in one]:
         if not any(row["task"] == task for row in found["rules"]):
             found["rules"] += rules_of(task, chosen)
         for steps in BIAS_STEPS:
@@ -243,20 +259,28 @@ def main() -> None:
 def train(task: str, gradient: str, found: dict[str, list[dict[str, Any]]], chosen: argparse.Namespace) -> None:
     """Tune the learning rate of a gradient, then run the seeds; what is there already is kept."""
 
-    def missing(rows: list[dict[str, Any]], name: str, value: float) -> bool:
-        return not any((row["task"], row["gradient"], row[name]) == (task, gradient, value) for row in rows)
+    def missing(rows: list[dict[str, Any]], **wanted: float) -> bool:
+        return not any({"task": task, "gradient": gradient, **wanted}.items() <= row.items() for row in rows)
 
-    for factor in () if gradient == "evolution_strategy" or chosen.no_tuning else GRID:
-        if missing(found["tuning"], "factor", factor):
-            run = one_run(task, gradient, TUNING_SEED, factor, chosen)
-            row = {name: run[name] for name in ("task", "gradient", "seed", "lr", "factor")}
-            found["tuning"].append({**row, "reward": run["after"]["test_reward"]})
-            save(chosen, found)
+    def tune(factor: float) -> None:
+        for seed in TUNING_SEEDS:
+            if missing(found["tuning"], factor=factor, seed=seed):
+                run = one_run(task, gradient, seed, factor, chosen)
+                names = ("task", "gradient", "seed", "lr", "factor", "objective")
+                found["tuning"].append({**{name: run[name] for name in names}, "reward": run["after"]["test_reward"]})
+                save(chosen, found)
+
+    tuned = not chosen.no_tuning and "_" not in task
+    for factor in GRID if tuned else ():
+        tune(factor)
+    for end, beyond in WIDER if tuned else ():
+        if best(found["tuning"], task, gradient) == end:
+            tune(beyond)
     factor = best(found["tuning"], task, gradient)
     kept = [row for row in found["runs"] if (row["task"], row["gradient"]) != (task, gradient)]
     found["runs"] = [*kept, *(row for row in found["runs"] if row not in kept and row["factor"] == factor)]
     for seed in chosen.seeds:
-        if missing(found["runs"], "seed", seed):
+        if missing(found["runs"], seed=seed):
             found["runs"].append(one_run(task, gradient, seed, factor, chosen))
             save(chosen, found)
 

@@ -16,6 +16,11 @@ COLORS = {
     **dict.fromkeys(("direct solver", "one", "autograd"), "0.55"),
     "plain_pre_norm": "#8c564b",
     "checkpoint": "#e6550d",
+    # gradients through a sampler
+    "exact_adjoint": "#1f77b4",
+    "adjoint": "#c51b7d",
+    "torchdiffeq": "#de77ae",
+    "truncated": "#4d9221",
     "sequential": "#3b4cc0",
     "parallel": "#1b9e77",
     # estimates of the gradient

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_bpfree.core.arguments import FractionBelowOne, OpenFraction, PositiveFloat, PositiveInts, checked
@@ -67,7 +68,7 @@ class DigitDiffusion(LightningModule):
         self.scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay)
         parts = nn.ModuleDict({"unet": self.unet, "classes": self.classes})
-        self.averaged = torch.optim.swa_utils.AveragedModel(parts, multi_avg_fn=average)
+        self.averaged = torch.optim.swa_utils.AveragedModel(parts, multi_avg_fn=average).requires_grad_(False)
 
     def _loss(self, parts: Any, images: Tensor, labels: Tensor) -> Tensor:
         noise = torch.randn_like(images)
@@ -105,6 +106,7 @@ class DigitDiffusion(LightningModule):
         """Save the pipeline."""
         if self.trainer.is_global_zero:
             self.save(self.folder)
+            rank_zero_info(f"The pipeline and its embeddings are in {self.folder}.")
 
     def save(self, folder: str | Path) -> None:
         """Write pipeline and embeddings into a folder."""

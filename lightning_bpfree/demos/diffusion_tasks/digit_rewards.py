@@ -20,6 +20,7 @@ __all__ = [
     "Slant",
     "StrokeThickness",
     "Towards",
+    "ToyClassifierFooled",
     "ToyClassifierTurned",
     "TurnToyClassifier",
 ]
@@ -161,6 +162,19 @@ class Legibility:
         rows = images.detach().float().cpu().flatten(1).numpy() * _BRIGHTEST
         found = torch.as_tensor(_support_vectors().predict(rows), device=prompts.device)
         return (found == (prompts if self.digit is None else self.digit)).float()
+
+
+class ToyClassifierFooled:
+    """Whether the perceptron errs where :class:`Legibility` still reads the digit that was asked for: 1 or 0.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+
+    def __call__(self, images: Tensor, prompts: Tensor) -> Tensor:
+        """Return 1 where both hold, shape (B,)."""
+        fooled: Tensor = ToyClassifierTurned()(images, prompts) * Legibility()(images, prompts)
+        return fooled
 
 
 class Likeness:

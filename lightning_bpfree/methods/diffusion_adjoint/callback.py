@@ -28,8 +28,9 @@ class DiffusionAdjoint(Callback):
     For the duration of ``fit``, samplers that the module holds get these settings, and calls of diffusers pipelines
     that it holds (``self.pipe(prompt_embeds=..., latents=...)``) return images through which gradients flow, to the
     initial noise, to the conditioning and to the networks' weights, as far as these require one. The module's
-    ``training_step`` stays as it is; afterwards the pipelines are what they were. A setting that is None is left to the
-    sampler, or to the arguments of the call.
+    ``training_step`` stays as it is; afterwards samplers and pipelines are what they were, so that ``test`` and
+    ``predict`` sample by their own settings. A setting that is None is left to the sampler, or to the arguments of the
+    call.
 
     The rules give the same samples. ``"exact_adjoint"`` gives the gradient of the solver that ran; so do ``"direct"``
     (autograd; memory grows with the steps) and ``"checkpoint"`` (torch's). ``"adjoint"`` is AdjointDPM's: the gradient

@@ -35,3 +35,27 @@ def test_stale_tables_are_seen(tmp_path, monkeypatch):
     assert made.main([]) == 0
     assert "| initial noise | `adjoint` | 0.5000 | 1 | 1.30 | 9 |" in page.read_text()
     assert made.main(["--check"]) == 0
+
+
+def test_gradients_are_compared_by_seed():
+    rows = [
+        {"task": "weights", "gradient": gradient, "seed": seed, "seconds": 2.0, "after": {"test_reward": reward}}
+        for gradient, rewards in {
+            "exact_adjoint": (1.0, 2.0, 3.0),
+            "adjoint": (0.0, 1.0, 2.0),
+            "truncated": (0.5,),
+            "evolution_strategy": (9.0, 9.0, 9.0),
+        }.items()
+        for seed, reward in enumerate(rewards)
+    ]
+    about = {"versions": {}, "device": "cpu", "command": "run", "date": "2026-01-02"}
+    table = loaded().paired({"runs": rows, **about})
+    assert "| LoRA weights | `adjoint` | 3 | **+1.0000** ± 0.0000 | 1.00 |" in table
+    assert "| LoRA weights | `truncated` | 1 | +0.5000 | 1.00 |" in table
+    assert "evolution_strategy" not in table  # it raises another reward
+
+
+def test_no_two_gradients_share_a_color():
+    found = loaded()
+    colors = [found.COLORS[gradient] for gradient in found.GRADIENTS]
+    assert len(set(colors)) == len(colors)
