@@ -17,6 +17,18 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, *filter(None, [os.environ.
 torch.set_num_threads(1)
 
 
+class Seeded:
+    """Every test starts from one seed, the examples in docstrings too, which fixtures of this folder do not reach."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self) -> None:
+        torch.manual_seed(0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Seeded(), "seeded")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

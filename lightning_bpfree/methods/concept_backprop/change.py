@@ -158,6 +158,7 @@ def change_concept(
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(2, 2))
+        >>> _ = nn.init.eye_(net[0].weight)
         >>> probe = LinearProbe("large", "0", "binary", torch.tensor([1.0, 0.0]), torch.tensor(0.0))
         >>> change = change_concept(net, torch.zeros(3, 2), probe)
         >>> bool((change.after > 0.94).all()), net[0].weight.grad is None
