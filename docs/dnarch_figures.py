@@ -4,7 +4,7 @@
 
 Sources are ``dnarch_accuracy.json``, ``dnarch_benchmarks.json`` and ``dnarch_toys.json``. Tables stand between
 ``<!-- dnarch:NAME -->`` and ``<!-- /dnarch -->``; NAME is ``smaller``, ``ablation``, ``budgets``, ``seeds``,
-``times`` or ``toys``.
+``times``, ``toys`` or ``decides``.
 """
 
 from __future__ import annotations
@@ -243,13 +243,35 @@ def seeds_table(found):
     return "\n".join([table(["sizes that differ between seeds", "width", "depth", "kernel", "resolution"], rows), ""])
 
 
+def decides_table(found):
+    """How much the loss says about the sizes of the residual network, and what becomes of the accuracy without it."""
+    as_is = [run for run in found["runs"] if run["arm"] == "as in the study"]
+    usual = {(run["share"], run["dims"], run["seed"]): run["sizes"] for run in as_is}
+    rows = []
+    for share, dims, arm in dict.fromkeys((run["share"], run["dims"], run["arm"]) for run in found["runs"]):
+        runs = [run for run in found["runs"] if (run["share"], run["dims"], run["arm"]) == (share, dims, arm)]
+        others = [usual[share, dims, run["seed"]] for run in runs]
+        moved = [
+            sum(abs(run["sizes"][name] - own[name]) for name in own) for run, own in zip(runs, others, strict=True)
+        ]
+        counts = f"{min(moved)}" if min(moved) == max(moved) else f"{min(moved)} to {max(moved)}"
+        ratio, reached = (statistics.fmean(run[key] for run in runs) for key in ("ratio", "reached"))
+        score = "" if arm == "shuffled labels" else cell([run["score"] for run in runs])
+        rows.append([f"{100 * share:g} %, {dims}: {arm}", f"{100 * ratio:.1f} %", f"{reached:.2f}", counts, score])
+    head = ["search", "gradient of the loss / of the budget", "reached cost / budget", "units moved", "accuracy"]
+    return "\n".join([table(head, rows), "", provenance(found)])
+
+
 def times_table(found):
     """Step times over those of the plain network, by the share of multiply-accumulates."""
     shares = [row["share"] for row in next(iter(found["networks"].values()))["shares"]]
     rows = []
     for name, own in found["networks"].items():
         for kind in ("masked", "exported"):
-            values = [f"{row[f'{kind}_over_plain']:.2f}" for row in own["shares"]]
+            values = [
+                f"{row[f'{kind}_over_plain']:.2f} ({row[f'{kind}_range'][0]:.2f}–{row[f'{kind}_range'][1]:.2f})"
+                for row in own["shares"]
+            ]
             rows.append([f"{name}, {kind}", *values])
     return table(["multiply-accumulates", *(f"{100 * share:g} %" for share in shares)], rows)
 
@@ -275,6 +297,7 @@ TABLES = {
     "seeds": ("dnarch_accuracy", seeds_table),
     "times": ("dnarch_benchmarks", times_table),
     "toys": ("dnarch_toys", toys_table),
+    "decides": ("dnarch_decides", decides_table),
 }
 FIGURES = {
     "dnarch_smaller": ("dnarch_accuracy", smaller),

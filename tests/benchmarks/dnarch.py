@@ -3,7 +3,8 @@
     python tests/benchmarks/dnarch.py --out docs/results/dnarch_benchmarks.json
 
 A step is forward and backward pass of one batch in training mode. Times are CPU time of one thread, the shortest of
-rounds that run all shares one after the other; the plain network is without this package's hooks.
+rounds that run all shares one after the other; the plain network is without this package's hooks. Ratios are within a
+repeat; the median over repeats is kept, with the smallest and the largest.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import statistics
 import time
 from pathlib import Path
 
@@ -54,10 +56,29 @@ def cropped(make, shape, dims, share):
     return network, architecture, cost.full
 
 
+def shortest(steps, x, rounds):
+    """Return for each network the shortest of several CPU times of a step."""
+    best = dict.fromkeys(steps, float("inf"))
+    for _ in range(rounds + 1):
+        for key, network in steps.items():
+            start = time.process_time()
+            network(x).sum().backward()
+            best[key] = min(best[key], time.process_time() - start)
+    return best
+
+
+def over_plain(kind, share, times):
+    """Return the median ratio to the plain network's time over repeats, and its range."""
+    ratios = [best[f"{kind} {share}"] / best["plain"] for best in times]
+    ends = [round(min(ratios), 3), round(max(ratios), 3)]
+    return {f"{kind}_over_plain": round(statistics.median(ratios), 3), f"{kind}_range": ends}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -67,6 +88,7 @@ def main() -> None:
         "versions": {"torch": torch.__version__},
         "batch": options.batch,
         "rounds": options.rounds,
+        "repeats": options.repeats,
         "networks": {},
     }
     for name, (make, shape, dims) in NETWORKS.items():
@@ -80,21 +102,16 @@ def main() -> None:
             plain = export(architecture).network
             steps[f"exported {share}"] = plain.train()
             rows[share] = count_macs(plain, x[:1]) / full
-        best = dict.fromkeys(steps, float("inf"))
-        for _ in range(options.rounds + 1):
-            for key, network in steps.items():
-                start = time.process_time()
-                network(x).sum().backward()
-                best[key] = min(best[key], time.process_time() - start)
+        times = [shortest(steps, x, options.rounds) for _ in range(options.repeats)]
         found["networks"][name] = {
             "full_macs": full,
-            "plain_ms": round(1e3 * best["plain"], 2),
+            "plain_ms": round(1e3 * statistics.median(best["plain"] for best in times), 2),
             "shares": [
                 {
                     "share": share,
                     "counted": round(rows[share], 4),
-                    "masked_over_plain": round(best[f"masked {share}"] / best["plain"], 3),
-                    "exported_over_plain": round(best[f"exported {share}"] / best["plain"], 3),
+                    **over_plain("masked", share, times),
+                    **over_plain("exported", share, times),
                 }
                 for share in SHARES
             ],

@@ -25,12 +25,13 @@ def test_stale_tables_are_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(made, "RESULTS", tmp_path)
     monkeypatch.setattr(made, "FIGURES", {})
     row = {"share": 0.5, "masked_over_plain": 0.6, "exported_over_plain": 0.55}
+    row |= {"masked_range": [0.5, 0.7], "exported_range": [0.5, 0.6]}
     (tmp_path / "dnarch_benchmarks.json").write_text(made.json.dumps({"networks": {"net": {"shares": [row]}}}))
     page = tmp_path / "page.md"
     page.write_text("<!-- dnarch:times -->\nold\n<!-- /dnarch -->\n")
     assert made.main(["--check"]) == 1
     assert made.main([]) == 0
-    assert "| net, masked | 0.60 |" in page.read_text()
+    assert "| net, masked | 0.60 (0.50–0.70) |" in page.read_text()
     assert made.main(["--check"]) == 0
 
 
