@@ -82,17 +82,24 @@ def test_expired_certificates_are_refused(tmp_path, monkeypatch):
 def test_what_a_killed_process_has_started_ends_with_it(tmp_path):
     """Flower's programs start others in sessions of their own, which no signal to the group reaches."""
     deployment = Deployment(tmp_path, 1)
-    code = "import subprocess, time; subprocess.Popen(['sleep', '600'], start_new_session=True); time.sleep(600)"
+    # 100 MB each: the system needs a while to end them, and stop() must not return before
+    child = "import time; held = bytearray(b'1') * 100_000_000; print(flush=True); time.sleep(600)"
+    code = (
+        "import subprocess, sys, time\n"
+        f"command = [sys.executable, '-c', {child!r}]\n"
+        "all = [subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE) for _ in range(4)]\n"
+        "[child.stdout.readline() for child in all]\n"
+        "open('ready', 'w').close()\n"
+        "time.sleep(600)"
+    )
     deployment._found = lambda command: [sys.executable, "-c", code]
     deployment.link = deployment._started("superlink", ["flower-superlink"])
     mark = f"{tmp_path}:superlink"
-    deadline = time.monotonic() + 30
-    while len(_marked(mark)) < 2 and time.monotonic() < deadline:
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert len(_marked(mark)) == 2
+    assert len(_marked(mark)) == 5
     deployment.stop()
-    while _marked(mark) and time.monotonic() < deadline:
-        time.sleep(0.05)
     assert _marked(mark) == []
 
 

@@ -294,13 +294,24 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> None:
         return
 
 
-def _kill(process: subprocess.Popen[bytes], mark: str) -> None:
-    """Kill a process, its group, and what it has started in sessions of their own."""
+def _kill(process: subprocess.Popen[bytes], mark: str, seconds: float = 10.0) -> None:
+    """Kill a process, its group, and what it has started in sessions of their own; return when they are gone.
+
+    Raises:
+        RuntimeError: if one of them is still there after ``seconds``.
+    """
     _signal(process, signal.SIGKILL)
-    process.wait(timeout=10)
-    for pid in _marked(mark):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    process.wait(timeout=seconds)
+    deadline, empty = time.monotonic() + seconds, 0
+    while empty < 2:  # twice: a process that is just being started shows no environment for a moment
+        left = _marked(mark)
+        empty = 0 if left else empty + 1
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if left and time.monotonic() > deadline:
+            raise RuntimeError(f"processes {left} of {mark} are still running {seconds:g} s after they were killed")
+        time.sleep(0.01)
 
 
 def _marked(mark: str) -> list[int]:
