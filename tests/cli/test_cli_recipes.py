@@ -13,6 +13,7 @@ from lightning_bpfree.cli import main
 from lightning_bpfree.cli.common import recipes
 from lightning_bpfree.cli.common.configured import Blueprint
 from lightning_bpfree.cli.common.preconditions import CommandError
+from lightning_bpfree.demos.loading import idx
 
 EXPECTED = {
     "quickstart",
@@ -161,3 +162,16 @@ def test_each_recipe_parses_and_says_how_to_run_it(name: str, base: str) -> None
     assert len(built.rules) == (0 if trains_by_backprop(name) else 1)
     Path("again.yaml").write_text(blueprint.dump())
     assert Blueprint(["-c", "again.yaml"]).dump() == blueprint.dump()
+
+
+@pytest.mark.slow  # three seconds each
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+@pytest.mark.parametrize("name", [name for name in recipes.names() if name.startswith("papers/dnarch")])
+def test_the_sizes_of_each_recipe_can_meet_its_budget(name: str, folder: Path) -> None:
+    """When a fit starts, its budget is compared with the smallest network that the sizes to learn allow."""
+    text = recipes.find(name).read_text()
+    if ("FashionMNIST" in text) and not Path(idx.FASHION_MNIST.system_folder).is_dir():
+        pytest.skip("Debian's dataset-fashion-mnist is not installed")
+    short = [f"--trainer.limit_{part}_batches=1" for part in ("train", "val", "test")]
+    command = shlex.split(text.splitlines()[1])[2:]
+    assert main([*command, "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", *short]) == 0
