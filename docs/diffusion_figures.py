@@ -121,8 +121,8 @@ def rewards(found):
     panels = {task: [run for run in found["runs"] if (run["task"], printed(run)) == (task, False)] for task in TASKS}
     panels["printed"] = [run for run in found["runs"] if printed(run)]
     panels = {name: runs for name, runs in panels.items() if runs}
-    drawing = Figure(figsize=(9.6, 6.0), layout="constrained", dpi=150)
-    places, legend = drawing.subplots(2, 3).flatten(), {}
+    drawing = Figure(figsize=(7.6, 4.8), layout="constrained", dpi=150)
+    places, legend = drawing.subplots(-(-len(panels) // 2), 2).flatten(), {}
     for axes in places:
         axes.set_axis_off()
     for axes, (name, of) in zip(places, panels.items(), strict=False):
@@ -136,8 +136,8 @@ def rewards(found):
         axes.set(xlabel="training step", ylabel=UNITS[of[0]["task"]])
         axes.set_title(PANELS[name], fontsize=10)
         axes.grid(color="0.9")
-    title = "gradient (thin: seeds)"
-    drawing.axes[-1].legend(legend.values(), legend, loc="center", fontsize=11, title=title, title_fontsize=11)
+    place = {"loc": "outside lower center", "ncols": len(legend), "fontsize": 10}
+    drawing.legend(legend.values(), legend, **place)
     return drawing
 
 

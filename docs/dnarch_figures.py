@@ -52,7 +52,8 @@ def scores(runs, **key):
     return [run["score"] for run in runs if all(run[name] == value for name, value in key.items())]
 
 
-def draw(axis, rows, runs, keys):
+def draw(axis, rows, runs, keys, highest=1.0):
+    """Draw seeds, means and intervals, which end where the scores do: at 0 and at ``highest``."""
     for place, key in enumerate(keys):
         values = scores(runs, **key)
         if not values:
@@ -60,7 +61,8 @@ def draw(axis, rows, runs, keys):
         mean, half = interval(values)
         color = COLORS[key["arm"]]
         axis.plot(values, [place] * len(values), "|", color=color, alpha=0.5, markersize=9)
-        axis.errorbar(mean, place, xerr=half, fmt="o", color=color, markersize=5)
+        reach = [[min(half, mean)], [min(half, highest - mean)]]
+        axis.errorbar(mean, place, xerr=reach, fmt="o", color=color, markersize=5)
     axis.set_yticks(range(len(rows)), rows, fontsize=8)
     axis.invert_yaxis()
     axis.tick_params(axis="x", labelsize=8)
@@ -89,7 +91,8 @@ def ablation(found):
     figure = Figure(figsize=(9, 2.5), layout="constrained")
     for axis, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         keys = [{"arm": arm} for arm in ("K", "K+R", "K+R+W", "K+R+W+D", "reference")]
-        draw(axis, [key["arm"] for key in keys], found[part]["runs"], keys)
+        highest = math.inf if "error" in TITLES[part] else 1.0
+        draw(axis, [key["arm"] for key in keys], found[part]["runs"], keys, highest)
         axis.set_title(TITLES[part], fontsize=8)
     figure.supxlabel("a stroke for each seed, 95 % interval of the mean", fontsize=8)
     return figure
