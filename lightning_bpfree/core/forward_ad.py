@@ -21,7 +21,7 @@ LossFunction = Callable[[Params], Tensor]
 
 
 class NoForwardDerivativeError(Exception):
-    """The loss has no forward-mode derivative; the message names the layer and the cure."""
+    """The loss has no forward-mode derivative; the message names the layer and a fix."""
 
 
 @checked
@@ -188,7 +188,7 @@ def _no_reentrant_checkpoint() -> Iterator[None]:
 
 
 def unsupported_layers(module: nn.Module, trained: Iterable[Tensor]) -> list[tuple[str, str]]:
-    """Return (layer, cure) for every layer with ``trained`` parameters that has no forward derivative in torch."""
+    """Return (layer, fix) for every layer with ``trained`` parameters that has no forward derivative in torch."""
     found = []
     moving = {id(parameter) for parameter in trained}
     for name, part in module.named_modules():

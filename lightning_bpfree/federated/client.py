@@ -175,7 +175,7 @@ class BaffleClient:
         return {} if self._update is None else self._update.state_dict()
 
     def load_update_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`update_state` returned."""
+        """Restore what :meth:`update_state` returned."""
         if state:
             self._update = self._update or ServerUpdate(self.loss.module, self.settings)
             self._update.load_state_dict(state)

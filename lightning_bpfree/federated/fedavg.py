@@ -193,10 +193,10 @@ class FedAvgServer(MovingAverage):
         return change
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an exact resume needs."""
+        """Return the state for an exact resume."""
         return {**super().state_dict(), "settings": self.settings.to_plain(), "update": self.steps.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
         super().load_state_dict(state)
         self.steps.load_state_dict(state["update"])

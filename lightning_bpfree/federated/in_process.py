@@ -103,10 +103,10 @@ class InProcessFederation(Run):
         return self.secure.finish(server, replies, list(told))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an exact resume needs, answers on their way included."""
+        """Return the state for an exact resume, answers on their way included."""
         return {**super().state_dict(), "late": [vars(reply) for reply in self._late]}
 
     def load_state_dict(self, state: dict[str, Any], name: str = "a state") -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
         super().load_state_dict(state, name)
         self._late = [Reply(**reply) for reply in state.get("late", [])]

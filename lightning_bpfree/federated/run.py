@@ -103,7 +103,7 @@ class Run:
         temporary.replace(path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an exact resume needs."""
+        """Return the state for an exact resume."""
         return {
             "server": self.server.state_dict(),
             "federation": self.federation.to_plain(),
@@ -121,7 +121,7 @@ class Run:
         self.load_state_dict(torch.load(path, weights_only=True), str(path))
 
     def load_state_dict(self, state: dict[str, Any], name: str = "a state") -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
         was, now = state["federation"], self.federation.to_plain()
         different = sorted(key for key in now if was.get(key) != now[key])
         if self.federation.privacy is not None and state["rounds"] != self.rounds:

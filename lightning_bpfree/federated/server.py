@@ -94,7 +94,7 @@ class MovingAverage:
             self.average[name].lerp_(param, 1 - keep)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an exact resume needs: tensors, numbers and strings alone."""
+        """Return the state for an exact resume: tensors, numbers and strings alone."""
         return {
             "round": self.round,
             "updates": self.updates,
@@ -104,7 +104,7 @@ class MovingAverage:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
         self.round, self.updates = int(state["round"]), int(state["updates"])
         with torch.no_grad():
             for name, param in self.params.items():
@@ -242,12 +242,12 @@ class BaffleServer(MovingAverage):
         self._in_step.pop(client, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an exact resume needs: tensors, numbers and strings alone."""
+        """Return the state for an exact resume: tensors, numbers and strings alone."""
         own = {"settings": self.settings.to_plain(), "fingerprint": self.fingerprint}
         return {**super().state_dict(), **own, "update": self.update.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned; clients get weights at their next round.
+        """Restore what :meth:`state_dict` returned; clients get weights at their next round.
 
         Raises:
             ValueError: if the state is of another module, or of other settings.

@@ -13,7 +13,7 @@ from lightning_bpfree.core.replay.batch import rebuilt
 
 
 class RefusedError(ValueError):
-    """A rule does not support a network, or a training step's use of it; the message names the cure."""
+    """A rule does not support a network, or a training step's use of it; the message says how to fix it."""
 
 
 LABELS = ("labels", "label", "targets", "target")

@@ -120,7 +120,7 @@ class MemberOptimizers(Optimizer):
         return {"members": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned.
+        """Restore what :meth:`state_dict` returned.
 
         Raises:
             ValueError: if it is of another number of members.

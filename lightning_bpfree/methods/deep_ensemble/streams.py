@@ -89,7 +89,7 @@ class MemberStreams:
         return plain
 
     def from_plain(self, plain: Sequence[dict[str, Any]]) -> None:
-        """Take back what :meth:`to_plain` returned."""
+        """Restore what :meth:`to_plain` returned."""
         self._generators, self._states = None, []
         with self._untouched():
             for state in plain:
