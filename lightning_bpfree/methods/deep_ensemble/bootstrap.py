@@ -1,4 +1,4 @@
-"""A bootstrap sample of the training set for each member: batches that hold one batch for each."""
+"""A bootstrap sample of the training set for each member: every batch holds one batch per member."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _STREAM = 0xB007  # apart from all other uses of a member's seed
 
 @checked
 def bootstrap_rows(samples: PositiveInt, seed: int) -> Tensor:
-    """Return the indices of a bootstrap sample, int64 ``(samples,)``: drawn with replacement, a function of ``seed``.
+    """Return the indices of a bootstrap sample, int64 ``(samples,)``: drawn with replacement, determined by ``seed``.
 
     Training a member alone on ``torch.utils.data.Subset(data, bootstrap_rows(len(data), seed))``, with the member's
-    seed, is training it in the ensemble.
+    seed, is equivalent to training it in the ensemble.
 
     Examples:
         >>> rows = bootstrap_rows(1000, seed=0)
