@@ -57,8 +57,8 @@ class NextByteDataModule(SplitLoaders, LightningDataModule):
         sequence_length: T, at least 1.
         batch_size: Windows per batch, at least 1.
         max_sequences: Maximum number of windows per split, from all over its text; None for all.
-        quoted: Whether to use only windows with a double quotation mark that start outside of a quotation, with eight
-            start positions per window length: samples of a concept that is rare in the text.
+        quoted: Whether to use only windows with a double quotation mark that start outside of a quotation, with a
+            stride of T / 8: samples of a concept that is rare in the text.
 
     Attributes:
         vocab_size: 128.
