@@ -1,4 +1,4 @@
-"""Reading a data loader once more, without moving the random generators that it owns."""
+"""Additional reads of a data loader, without advancing its random generators."""
 
 from __future__ import annotations
 

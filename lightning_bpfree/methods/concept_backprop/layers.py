@@ -1,4 +1,4 @@
-"""Layers by name, and the activations that leave them in a forward pass."""
+"""Layers by name, and their output activations in a forward pass."""
 
 from __future__ import annotations
 

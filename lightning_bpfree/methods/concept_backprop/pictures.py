@@ -1,4 +1,4 @@
-"""Pictures of concepts: where they are, how they come up, and what they look like in inputs."""
+"""Pictures of concepts: scores by layer, scores over training, and changed inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that is known of some concepts in a module: detections, sensitivities, changed inputs, entanglement."""
+"""The results for concepts in a module: detections, sensitivities, changed inputs, entanglement."""
 
 from __future__ import annotations
 
