@@ -1,4 +1,4 @@
-"""Another activation for each member, in the place of the module's own."""
+"""A different activation for each member, instead of the module's own."""
 
 from __future__ import annotations
 

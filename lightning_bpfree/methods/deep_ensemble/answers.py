@@ -1,4 +1,4 @@
-"""An ensemble in evaluation: it answers for the network, reports its members, and fits the weights of stacking."""
+"""An ensemble in evaluation: it replaces the network's output, logs member metrics, and fits stacking weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collecting what members log, so that Lightning hears one number where M members have said M."""
+"""Collection of members' logged values, so that Lightning logs their mean instead of M numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training steps of members one after the other, each with its backward pass before the next begins."""
+"""Training steps of members one after another, each with its backward pass before the next starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hooks of the user's module that look at gradients, called once for each member."""
+"""Gradient hooks of the user's module, called once for each member."""
 
 from __future__ import annotations
 

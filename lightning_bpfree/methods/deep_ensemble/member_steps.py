@@ -1,4 +1,4 @@
-"""What both routes of a training step need: the module, its members, and who is computing."""
+"""Shared state of both routes of a training step: the module, its members, and the current member."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The members of an ensemble: parameters and buffers of each, lent to the one module that Lightning knows."""
+"""The members of an ensemble: parameters and buffers of each, which the Trainer's module uses temporarily."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The user's optimizer for all members: one over stacked parameters where that is the same, or one each."""
+"""The user's optimizer for all members: one over stacked parameters if that is equivalent, or one for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training rule for each member: members are trained apart, with directions and search states of their own."""
+"""A training rule for each member: members train separately, with their own directions and search states."""
 
 from __future__ import annotations
 

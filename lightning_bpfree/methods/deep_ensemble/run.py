@@ -1,4 +1,4 @@
-"""One ensemble in one module: how its members are kept, evaluated and moved, from the start of a fit to its end."""
+"""One ensemble in one module: storage, evaluation and updates of its members during a fit."""
 
 from __future__ import annotations
 

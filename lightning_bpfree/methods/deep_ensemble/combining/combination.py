@@ -1,4 +1,4 @@
-"""From what the members' networks return to what the ensemble's returns, in the same form."""
+"""Conversion of the outputs of the members' networks to that of the ensemble, in the same form."""
 
 from __future__ import annotations
 

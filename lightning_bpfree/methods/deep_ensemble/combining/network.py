@@ -1,4 +1,4 @@
-"""The network in a user's evaluation step: found where the step enters it, and answered for by the ensemble."""
+"""The network in a user's evaluation step: detection by its call, and replacement of its output by the ensemble's."""
 
 from __future__ import annotations
 
