@@ -1,4 +1,4 @@
-"""Evaluations of the field of a solve: their context, their graphs, and products of cotangents with derivatives."""
+"""Evaluations of a solver's vector field: their context, their graphs, and vector-Jacobian products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The right-hand side of the sampling ODE: a network's prediction, guided, in the variables of the solver."""
+"""The right-hand side of the sampling ODE: a network's guided prediction in the variables of the solver."""
 
 from __future__ import annotations
 

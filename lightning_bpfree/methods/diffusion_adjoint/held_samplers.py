@@ -1,4 +1,4 @@
-"""What a LightningModule samples from, found and made differentiable: samplers of this package, diffusers pipelines."""
+"""Detection of a LightningModule's samplers and diffusers pipelines, which are made differentiable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grids of generated images, as PNG files and in loggers that take images."""
+"""Grids of generated images, as PNG files and in loggers that accept images."""
 
 from __future__ import annotations
 

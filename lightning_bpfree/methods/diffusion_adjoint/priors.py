@@ -1,4 +1,4 @@
-"""Distances of a fine-tuned model from the one that it began as."""
+"""Distances of a fine-tuned model from the original model."""
 
 from __future__ import annotations
 

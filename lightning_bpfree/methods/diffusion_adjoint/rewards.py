@@ -1,4 +1,4 @@
-"""Rewards of generated images: callables and torchmetrics, called by what they take."""
+"""Rewards for generated images: callables and torchmetrics, called according to their signatures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fine-tuning moves: all weights of the network, LoRA on some of its layers, and averages of either."""
+"""The trained parameters of a fine-tuning: all weights of the network, or LoRA on some layers, and their averages."""
 
 from __future__ import annotations
 
