@@ -1,4 +1,4 @@
-"""Fixed feedback in place of transposed weights: from the network's output to every block, or from layer to layer."""
+"""Fixed feedback instead of transposed weights: from the network's output to every block, or from layer to layer."""
 
 from __future__ import annotations
 
