@@ -1,4 +1,4 @@
-"""Populations whose noise is of low rank: a member costs little more than inference on its samples."""
+"""Populations with low-rank noise: a member costs little more than inference on its samples."""
 
 from __future__ import annotations
 
