@@ -1,4 +1,4 @@
-"""The forward pass of a network that is trained by goodness: label in, score of every label out."""
+"""The forward pass of a network that is trained by goodness, which returns the score of every label."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In what form a network returns its scores, for forward passes that end before it does."""
+"""The form in which a network returns its scores, for forward passes that stop before its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One mini-batch of Forward-Forward: positive and negative samples through the blocks, one gradient a block."""
+"""One mini-batch of Forward-Forward: positive and negative samples through the blocks, one gradient per block."""
 
 from __future__ import annotations
 
