@@ -1,4 +1,4 @@
-"""Evaluations of one step that perturb what the blocks of its network compute."""
+"""Evaluations of one step that perturb the outputs of its network's blocks."""
 
 from __future__ import annotations
 

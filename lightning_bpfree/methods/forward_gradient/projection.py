@@ -1,4 +1,4 @@
-"""Forward gradients over a network in blocks: guesses, targets, and the projection of one on the other."""
+"""Forward gradients over a network in blocks: guesses, targets, and the projection of targets onto guesses."""
 
 from __future__ import annotations
 
