@@ -1,4 +1,4 @@
-"""Budgets: what a network may cost, absolute or relative to a reference, and whether it can be met."""
+"""Budgets: the allowed cost of a network, absolute or relative to a reference, and whether it can be met."""
 
 from __future__ import annotations
 

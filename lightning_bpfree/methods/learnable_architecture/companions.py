@@ -1,4 +1,4 @@
-"""Other callbacks beside ``LearnableArchitecture``: those that it refuses, and why."""
+"""Callbacks that ``LearnableArchitecture`` refuses to be combined with, and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plain network of the learned sizes: no masks, no hooks, and what is needed to load it elsewhere."""
+"""A plain network of the learned sizes, without masks and hooks, and everything needed to load it elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learnable sizes: one parameter, a mask over positions, the number kept now, and a differentiable length."""
+"""Learnable sizes: one parameter, a mask over positions, the current number kept, and a differentiable length."""
 
 from __future__ import annotations
 

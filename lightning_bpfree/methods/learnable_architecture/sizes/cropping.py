@@ -1,4 +1,4 @@
-"""Cropped layers: for the time of a forward pass, tensors stand in for parameters, cropped and multiplied by masks."""
+"""Cropped layers: during a forward pass, cropped and masked tensors replace the parameters."""
 
 from __future__ import annotations
 

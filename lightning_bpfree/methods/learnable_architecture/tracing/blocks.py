@@ -1,4 +1,4 @@
-"""Residual blocks that a network can do without, and which of their layers write to the residual stream."""
+"""Residual blocks that can be removed from a network, and which of their layers write to the residual stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What layers do with channels: which axis of which parameter reads them, makes them or goes along with them."""
+"""Channels in layers: which axis of which parameter reads channels, produces them or is indexed by them."""
 
 from __future__ import annotations
 
