@@ -1,4 +1,4 @@
-"""Other callbacks beside ``LotteryTicket``: those that it refuses, and those that start again at every level."""
+"""Callbacks in combination with ``LotteryTicket``: those that it refuses, and those that restart at every level."""
 
 from __future__ import annotations
 

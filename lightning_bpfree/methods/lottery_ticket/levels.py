@@ -1,4 +1,4 @@
-"""The levels of a lottery ticket: what is pruned, what the weights go back to, and what is kept of each level."""
+"""The levels of a lottery ticket: pruning, rewinding, and the saved results of each level."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Setting a module back to its first initialization, or to a fresh one, in the middle of a fit."""
+"""Resets of a module to its first initialization, or to a new one, during a fit."""
 
 from __future__ import annotations
 
