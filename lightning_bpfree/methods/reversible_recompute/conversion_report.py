@@ -1,4 +1,4 @@
-"""Report of a conversion: the layers that were replaced, and the way back."""
+"""Report of a conversion: the replaced layers, and how to undo it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weights and buffers that a module computes with at one time, so that it can compute with them again."""
+"""Snapshots of a module's weights and buffers, so that it can compute with them again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reversible stack cannot do, as the error that Lightning raises for configurations."""
+"""Refusals of a reversible stack, as Lightning's error for invalid configurations."""
 
 from __future__ import annotations
 

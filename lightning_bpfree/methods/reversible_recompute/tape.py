@@ -1,4 +1,4 @@
-"""The backward pass of a reversible stack: inputs come back from outputs, block by block."""
+"""The backward pass of a reversible stack: inputs are recovered from outputs, block by block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The transformer layers that can be taken apart into the two branches of a reversible block."""
+"""The transformer layers that can be split into the two branches of a reversible block."""
 
 from __future__ import annotations
 
