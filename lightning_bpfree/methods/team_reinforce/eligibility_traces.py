@@ -1,4 +1,4 @@
-"""Eligibility traces: what every weight did lately in every environment, waiting for a temporal-difference error."""
+"""Eligibility traces: recent scores of every weight in every environment, for the temporal-difference error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One layer of units in one forward pass, and what goes into the network and comes out of it."""
+"""One layer of units in one forward pass, and the inputs and outputs of the network."""
 
 from __future__ import annotations
 

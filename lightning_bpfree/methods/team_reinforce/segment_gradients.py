@@ -1,4 +1,4 @@
-"""Signals on potentials, and what they amount to in the parameters of the segments below."""
+"""Signals on potentials, and the resulting gradients of the parameters in the segments below."""
 
 from __future__ import annotations
 

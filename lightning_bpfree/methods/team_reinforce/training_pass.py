@@ -1,4 +1,4 @@
-"""One training pass of a team: every layer draws, the output acts, and what is needed to learn from it is kept."""
+"""One training pass of a team: every layer draws, the output acts, and the data for the update is kept."""
 
 from __future__ import annotations
 
