@@ -23,7 +23,7 @@ class Parameterization(ABC):
     continuous: bool = True
 
     def prepare(self, inputs: Tensor) -> None:  # noqa: B027  # most have nothing to learn
-        """Learn what is to be learned from many inputs; called before inputs are changed."""
+        """Fit to many inputs; called before inputs are changed."""
 
     @abstractmethod
     def start(self, inputs: Tensor) -> Tensor:
