@@ -53,7 +53,7 @@ class MemberHooks:
         self._replaced.append(hook)
 
     def undo(self) -> None:
-        """Let the module have its own hooks again."""
+        """Restore the module's own hooks."""
         for hook in self._replaced:
             self.module.__dict__.pop(hook, None)
         self._replaced = []

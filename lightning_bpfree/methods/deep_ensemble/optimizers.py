@@ -38,7 +38,7 @@ def why_not_stacked(optimizer: Optimizer, lr_factors: Sequence[float]) -> str | 
 
 
 def move_to_stacks(optimizer: Optimizer, members: Members) -> None:
-    """Let the user's optimizer move the stacks instead of the module's parameters; groups and options stay.
+    """Let the user's optimizer update the stacks instead of the module's parameters; groups and options stay.
 
     Raises:
         MisconfigurationException: if it moves something that is not a parameter of the module.

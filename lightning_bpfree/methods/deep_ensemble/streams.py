@@ -70,7 +70,7 @@ class MemberStreams:
 
     @contextlib.contextmanager
     def rewound(self) -> Iterator[None]:
-        """Put the members' streams back afterwards."""
+        """Restore the streams afterward."""
         self._settle()
         states = [dict(state) for state in self._states]
         try:

@@ -20,7 +20,7 @@ Task = Literal["classification", "binary", "regression"]
 
 
 class Combination:
-    """Combines the outputs of members into one of the same form, so that code behind the network notices nothing.
+    """Combines the outputs of members into one of the same form, so that code after the network needs no changes.
 
     Logits become the logarithm of the combined probabilities: softmax, cross-entropy and argmax of it are those of the
     ensemble. Of a network that returns several tensors, the prediction is the entry ``"logits"`` of a mapping, or the
