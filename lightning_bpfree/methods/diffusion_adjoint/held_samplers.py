@@ -29,7 +29,7 @@ class Held(ABC):
 
     @abstractmethod
     def remove(self) -> None:
-        """Put back what was there."""
+        """Restore the previous state."""
 
     def describe(self) -> str:
         """Return solver and steps in a few words."""

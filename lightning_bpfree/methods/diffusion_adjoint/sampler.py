@@ -41,11 +41,11 @@ class Settings(NamedTuple):
         solver: ``"euler"`` (DDIM), ``"midpoint"``, ``"heun"``, ``"rk4"`` or ``"dpmpp_2m"``.
         gradient: ``"exact_adjoint"``, ``"adjoint"``, ``"checkpoint"``, ``"direct"`` or ``"truncated"``.
         guidance_scale: of classifier-free guidance, at least 0; 1 for none.
-        guidance_rescale: in [0, 1]; how far standard deviations are put back.
+        guidance_rescale: in [0, 1]; how far standard deviations are moved back.
         last_steps: steps that ``"truncated"`` differentiates, at least 1.
         micro_batch: samples that are solved, and differentiated, at a time, at least 1. None for all: then the exact
             adjoint keeps the activations of the last evaluation instead of evaluating it twice.
-        split_guidance: evaluate with and without the prompt one after the other.
+        split_guidance: evaluate with and without the prompt one after another.
     """
 
     num_steps: int = 20

@@ -20,7 +20,7 @@ class Node(NamedTuple):
 
     Attributes:
         rho: the variable of integration; falls from noise to data.
-        time: what the network is told, in its own units (0 to 1000 as a rule).
+        time: the network's time input, in its own units (usually 0 to 1000).
         scale: of the network's input, ``x = scale * y``.
         alpha: of the data, in ``x = alpha * x0 + sigma * noise``.
         sigma: of the noise.
@@ -34,7 +34,7 @@ class Node(NamedTuple):
 
 
 class Schedule(Protocol):
-    """What a solver asks of a noise schedule."""
+    """The interface of a noise schedule for solvers."""
 
     predictions: ClassVar[tuple[str, ...]]
     """What a network may predict under this schedule."""

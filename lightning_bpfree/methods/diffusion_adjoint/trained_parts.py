@@ -13,7 +13,7 @@ Optimize = Literal["noise", "prompt_embeds", "weights", "lora"]
 
 
 def add_lora(network: nn.Module, rank: int, targets: Sequence[str]) -> list[str]:
-    """Put low-rank adapters beside layers of a network, freeze all else, and return the names of those layers.
+    """Add low-rank adapters to layers of a network, freeze all else, and return the names of these layers.
 
     Args:
         network: changed in place.
