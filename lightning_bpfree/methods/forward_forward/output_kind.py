@@ -18,7 +18,7 @@ from lightning_bpfree.core.replay.tensor_copies import Buffers
 
 
 class OutputKinds:
-    """Examples of what a network returns, without numbers, one for each way of calling it.
+    """Examples of a network's outputs, without numbers, one for each way of calling it.
 
     An example comes from one forward pass that leaves no trace.
 

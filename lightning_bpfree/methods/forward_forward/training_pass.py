@@ -82,7 +82,7 @@ class GoodnessPass:
 
     Args:
         step: the mini-batch.
-        settings: what is positive and negative, and how goodness is judged.
+        settings: the choice of positive and negative samples, and the goodness.
         trained_blocks: indices of the blocks that learn in this step.
         peers: peer normalization, or None.
         rank: of this process; ranks draw different negatives.
