@@ -26,7 +26,7 @@ _POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 class Summary(nn.Module):
     """Summarizes a block's output in one vector per sample, for any size of map and any number of tokens.
 
-    - vectors ``(B, D)`` stay as they are;
+    - vectors ``(B, D)`` do not change;
     - tokens ``(B, T, D)`` give their mean, ``(B, D)``;
     - maps ``(B, C, ...)`` with one to three places are averaged over a grid of 2 cells a side (1 where a side has one
       place), ``(B, C * cells)``; with one place only if ``channels_first``, for their shape is that of tokens.
