@@ -31,7 +31,7 @@ _REFUSED = {
 
 
 def check_companions(trainer: pl.Trainer, own: Callback) -> None:
-    """Raise MisconfigurationException for callbacks that cannot work beside this one.
+    """Raise MisconfigurationException for callbacks that are incompatible with this one.
 
     Args:
         trainer: the Trainer.

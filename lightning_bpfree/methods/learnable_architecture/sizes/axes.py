@@ -102,7 +102,7 @@ class Axis(nn.Module):
 
 
 def refresh(axes: Iterable[Axis]) -> None:
-    """Let the crops of all axes follow their masks, with one transfer from the device."""
+    """Update the crops of all axes from their masks, with one transfer from the device."""
     with torch.no_grad():
         listed = list(axes)
         if listed:

@@ -44,7 +44,7 @@ class Layer(NamedTuple):
         module: the module.
         role: what it does with channels.
         axis: of its inputs and outputs that holds channels.
-        held: what is cropped with the channels.
+        held: tensors that are cropped with the channels.
         reads: channels of its input.
         makes: channels of its output.
         why: for fixed ones, why their channels cannot be cropped.
@@ -73,7 +73,7 @@ _FIXED: dict[type, tuple[int, str]] = {
 
 
 def layer_of(name: str, module: nn.Module) -> Layer | None:
-    """Return how the tracer sees a module; None for what is no layer.
+    """Return the tracer's description of a module; None if it is not a layer.
 
     Args:
         name: of the module.
