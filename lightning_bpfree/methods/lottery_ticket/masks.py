@@ -26,7 +26,7 @@ class Restricts(Protocol):
         Called at the start of every fit, after a resume too, and whenever masks change; then :meth:`restart` follows.
 
         Raises:
-            ValueError: if the rule cannot search under masks, as it is set.
+            ValueError: if the rule cannot search under masks with its settings.
         """
 
     def restart(self) -> None:

@@ -109,7 +109,7 @@ def fresh_optimizers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from global random streams that start at ``seed``, and put them back afterwards."""
+    """Draw from global random streams that start at ``seed``, and restore them afterward."""
     streams = RandomStreams([device])
     before = streams.save()
     streams.seed(seed)

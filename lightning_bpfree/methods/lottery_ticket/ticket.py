@@ -189,7 +189,7 @@ class Ticket:
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> Params:
-    """Return detached copies on the CPU, which nobody else holds."""
+    """Return detached copies on the CPU that share no memory."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
