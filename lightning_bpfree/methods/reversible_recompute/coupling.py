@@ -100,7 +100,7 @@ def _in_place(name: str, label: str) -> str:
 
 
 def accepted(branch: Branch) -> tuple[str, ...] | None:
-    """Return the keyword arguments that ``branch`` takes beside its input; None for all."""
+    """Return the keyword arguments of ``branch`` apart from its input; None for all."""
     if isinstance(branch, functools.partial):
         return _names(branch.func, len(branch.args) + 1)
     if isinstance(branch, nn.Module):

@@ -16,7 +16,7 @@ from lightning_bpfree.methods.reversible_recompute.refused import RefusedStackEr
 
 
 class Inventory:
-    """The parameters and buffers of a module, as they are now, and its mode.
+    """The current parameters and buffers of a module, and its mode.
 
     Args:
         owner: the module.
