@@ -41,7 +41,7 @@ class Credit(ABC):
         Args:
             work: the pass that the reward is for.
             advantages: of every layer, the output included, ``(rows,)``.
-            parameters: what is trained.
+            parameters: the trained parameters.
             by_output: derivative of the rewards by the output, if that is not drawn.
         """
 
@@ -203,5 +203,5 @@ class Pathwise(TopDown):
             raise ValueError("credit='pathwise': draws of discrete units have no derivative; use credit='ste'.")
 
     def signal(self, layer: Layer, said: Tensor, above: Layer, reward: Tensor) -> Tensor:
-        """Return what backprop says of the values, times the slope of the mean."""
+        """Return backprop's derivative of the values, times the slope of the mean."""
         return said * layer.unit.derivative(layer.potential.detach())

@@ -46,7 +46,7 @@ class Traces:
         Args:
             work: the pass.
             advantage: temporal-difference errors, ``(rows,)``.
-            parameters: what is trained.
+            parameters: the trained parameters.
             credit: by the whole reward, MAP propagation or Weight Maximization.
             done: which environments start again after this step, ``(rows,)``.
         """

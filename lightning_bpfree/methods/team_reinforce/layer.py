@@ -53,7 +53,7 @@ def as_input(layer: Layer, value: Tensor) -> Tensor:
 
 
 def averaged(output: Tensor, copies: int, unit: StochasticUnit | None) -> Tensor:
-    """Return what the network's callers see: the mean action over ``copies`` batches one behind the other.
+    """Return the output for the network's callers: the mean action over ``copies`` concatenated batches.
 
     For a softmax these are scores: the logarithm of the mean probability, and the logits as they are for one copy.
     """

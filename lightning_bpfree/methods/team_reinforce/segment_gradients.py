@@ -25,7 +25,7 @@ class Sums:
     """Gradients of parameters, collected segment by segment.
 
     Args:
-        parameters: what is trained.
+        parameters: the trained parameters.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -34,7 +34,7 @@ class Sums:
         self.gradients: Gradients = [None] * len(self.parameters)
 
     def add(self, layer: Layer, signal: Tensor, values: Sequence[Tensor]) -> Gradients:
-        """Add what a signal on a layer's potentials amounts to, and return its derivative by ``values``.
+        """Add the gradients of a signal on a layer's potentials, and return its derivative with respect to ``values``.
 
         Args:
             layer: the layer.
