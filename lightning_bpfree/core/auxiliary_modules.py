@@ -29,7 +29,7 @@ def made(build: Build, seed: int, device: torch.device, dtype: torch.dtype = tor
 
     Args:
         build: makes the module.
-        seed: of its initialization, which is drawn on the CPU in float32 for any device.
+        seed: seed of its initialization, which is drawn on the CPU in float32 for any device.
         device: the device to move the module to.
         dtype: the type of its parameters and buffers.
 
@@ -117,7 +117,7 @@ class AuxiliaryModules:
         Args:
             key: its name.
             build: makes a new one.
-            seed: of its initialization; equal on all ranks, so that their modules are equal.
+            seed: seed of its initialization; equal on all ranks, so that their modules are equal.
             device: where it is needed; an existing module moves there with the state of its optimizer.
             dtype: the type of its parameters.
 

@@ -22,7 +22,7 @@ Blocks = (
 
 
 class Block(NamedTuple):
-    """Some layers of a network that run one after the other.
+    """Consecutive layers of a network.
 
     Args:
         name: names of the first and the last layer.
@@ -101,7 +101,7 @@ def _block(modules: list[nn.Module], named: Iterable[nn.Parameter], names: dict[
 
 
 def _chain(network: nn.Module) -> list[nn.Module] | None:
-    """Return the modules that run one after the other, or None if the structure does not tell."""
+    """Return the modules that run in sequence, or None if the structure does not show it."""
     if isinstance(network, nn.Sequential):
         return [
             part

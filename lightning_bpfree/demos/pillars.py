@@ -83,7 +83,7 @@ def pillar_classes(
     Args:
         failed: whether each failed, (N,).
         safety: safety factors, (N,).
-        threshold: of the safety factor, above 0.
+        threshold: limit of the safety factor, above 0.
         labeling: ``agreement`` or ``adequacy``.
 
     Example:
@@ -219,7 +219,7 @@ class CoalPillarDataModule(TableDataModule):
 
     Args:
         path: CSV file of pillars, see :func:`read_pillars`; None: simulated ones.
-        threshold: Of the safety factor, above 0; 1.0, 1.3 and 1.6 are in use.
+        threshold: Limit of the safety factor, above 0; 1.0, 1.3 and 1.6 are in use.
         labeling: Which reading of a suitable factor, ``agreement`` or ``adequacy``.
         strength: Constant of the safety factor, in MPa.
         width_power: Constant of the safety factor.

@@ -23,9 +23,9 @@ class Samples(NamedTuple):
 
     Args:
         features: of every layer, ``(N, D)``, on the CPU.
-        labels: of every concept, ``(N,)``, NaN where unknown.
+        labels: labels of every concept, ``(N,)``, NaN where unknown.
         inputs: ``(N, ...)``, on the CPU.
-        outputs: of the module, ``(N, ...)``; None where the pass did not go to the end.
+        outputs: outputs of the module, ``(N, ...)``; None where the pass did not go to the end.
     """
 
     features: dict[str, Tensor]

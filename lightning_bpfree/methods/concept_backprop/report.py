@@ -33,7 +33,7 @@ class Plan:
         sensitivity: whether it is measured how much the output follows a concept.
         forward: how the module is evaluated.
         validity: differentiable cost of a changed input being no real one, ``(B, ...) -> (B,)``.
-        validity_weight: of that cost.
+        validity_weight: weight of that cost.
         legal: rule of what inputs exist, ``(B, ...) -> (B,)`` of booleans.
     """
 

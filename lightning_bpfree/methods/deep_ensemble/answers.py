@@ -25,7 +25,7 @@ class Answers:
     Args:
         run: the ensemble.
         combination: of its members' outputs.
-        settings: of the ensemble.
+        settings: settings of the ensemble.
 
     Raises:
         MisconfigurationException: if the settings name a network that the module does not have.

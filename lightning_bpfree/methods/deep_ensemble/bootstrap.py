@@ -80,7 +80,7 @@ class Bootstrap:
     Args:
         trainer: the Trainer, before it has loaded its training data.
         module: the module.
-        seeds: of the members.
+        seeds: seeds of the members.
 
     Raises:
         MisconfigurationException: if members cannot have their own batches.

@@ -23,7 +23,7 @@ class MemberHooks:
     Args:
         module: the module.
         members: its members.
-        optimizers: of the members; empty where one optimizer moves the stacks.
+        optimizers: optimizers of the members; empty where one optimizer moves the stacks.
         clip_val: of the Trainer; None for none.
         algorithm: of the Trainer's clipping.
     """

@@ -71,7 +71,7 @@ class MemberOptimizers(Optimizer):
     before each step.
 
     Args:
-        optimizers: of the members, the leader first.
+        optimizers: optimizers of the members, the leader first.
         lr_factors: by which a member's learning rates differ from the leader's.
     """
 

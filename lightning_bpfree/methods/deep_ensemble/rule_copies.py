@@ -69,7 +69,7 @@ def twin_of(rule: R, module: nn.Module, seed: int) -> R:
     Args:
         rule: the rule.
         module: that it trains.
-        seed: of the copy's random directions.
+        seed: seed of the copy's random directions.
 
     Raises:
         RuntimeError: outside of a fit.

@@ -45,7 +45,7 @@ class EnsembleRun:
         module: the module.
         states: the members' parameters and buffers.
         seeds: the members' seeds.
-        settings: of the ensemble.
+        settings: settings of the ensemble.
     """
 
     def __init__(

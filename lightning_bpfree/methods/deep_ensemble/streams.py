@@ -18,7 +18,7 @@ class MemberStreams:
     would draw alone.
 
     Args:
-        seeds: of the members.
+        seeds: seeds of the members.
         device: that the module computes on.
     """
 

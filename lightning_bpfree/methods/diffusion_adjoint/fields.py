@@ -86,7 +86,7 @@ class GuidedField:
         guidance_rescale: in [0, 1].
         split_guidance: evaluate the two halves of guidance one after the other, and hold the activations of one of them
             at a time; costs a further evaluation in a backward pass.
-        dtype: of the network; None for that of its input.
+        dtype: type of the network; None for that of its input.
         count: called with the number of samples at every call of the network.
     """
 

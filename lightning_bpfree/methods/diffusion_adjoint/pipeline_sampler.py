@@ -101,7 +101,7 @@ class PipelineCall:
 
     Args:
         pipe: the pipeline.
-        settings: of the sampler, those that are not to be taken from the call.
+        settings: settings of the sampler, those that are not to be taken from the call.
     """
 
     def __init__(self, pipe: Any, settings: dict[str, Any]) -> None:

@@ -37,10 +37,10 @@ class Settings(NamedTuple):
     """How a sampler solves its ODE, and how it is differentiated.
 
     Attributes:
-        num_steps: of the solver, at least 1.
+        num_steps: number of solver steps, at least 1.
         solver: ``"euler"`` (DDIM), ``"midpoint"``, ``"heun"``, ``"rk4"`` or ``"dpmpp_2m"``.
         gradient: ``"exact_adjoint"``, ``"adjoint"``, ``"checkpoint"``, ``"direct"`` or ``"truncated"``.
-        guidance_scale: of classifier-free guidance, at least 0; 1 for none.
+        guidance_scale: scale of classifier-free guidance, at least 0; 1 for none.
         guidance_rescale: in [0, 1]; how far standard deviations are moved back.
         last_steps: steps that ``"truncated"`` differentiates, at least 1.
         micro_batch: samples that are solved, and differentiated, at a time, at least 1. None for all: then the exact
@@ -262,7 +262,7 @@ def _rows(conditioning: Conditioning | None, start: int, size: int, batch: int) 
 
 
 class _Counter:
-    """A number in an object of its own: rules that evaluate a step again put attributes of modules back."""
+    """A number in a separate object: rules that evaluate a step again restore attributes of modules."""
 
     def __init__(self) -> None:
         self.count = 0.0

@@ -17,7 +17,7 @@ def add_lora(network: nn.Module, rank: int, targets: Sequence[str]) -> list[str]
 
     Args:
         network: changed in place.
-        rank: of the adapters, at least 1.
+        rank: rank of the adapters, at least 1.
         targets: ends of layers' names, such as ``"to_q"``.
 
     Raises:

@@ -157,7 +157,7 @@ class GoodnessNetwork(ForwardOverride):
 
         Args:
             inputs: with labels in them.
-            labels: of the rows, for an embedding; None for the neutral label.
+            labels: labels of the rows, for an embedding; None for the neutral label.
             call: further arguments of the network.
             leave: what becomes of a block's output.
             stop_behind: stop the pass after this block, and return None.

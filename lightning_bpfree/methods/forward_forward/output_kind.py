@@ -38,7 +38,7 @@ class OutputKinds:
 
         Args:
             original: the network's own forward pass.
-            inputs: of this call.
+            inputs: inputs of this call.
             call: its further arguments.
             scores: shape ``(B, num_classes)``.
 

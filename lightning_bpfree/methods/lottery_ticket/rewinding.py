@@ -80,7 +80,7 @@ def redraw(module: pl.LightningModule, names: Collection[str], seed: int) -> Non
     Args:
         module: with a method ``reset_parameters``, or with submodules that have one.
         names: which parameters.
-        seed: of the initialization.
+        seed: seed of the initialization.
     """
     slots = list(ParameterSlots(module))
     others = [(slot.parameter, slot.parameter.detach().clone()) for slot in slots if slot.name not in names]

@@ -37,7 +37,7 @@ class Baselines:
         Args:
             work: the pass, before any of its values is changed.
             rewards: shape ``(M, B)``.
-            seed: of the critics' start.
+            seed: seed of the critics' start.
         """
         layers = len(work.layers)
         if self.kind == "leave_one_out":

@@ -17,7 +17,7 @@ class Layer:
     """One layer of units in one forward pass.
 
     Args:
-        name: of the module in whose place the units are; with a number from its second call on.
+        name: name of the module in whose place the units are; with a number from its second call on.
         unit: what the units are.
         potential: what enters them, ``(rows, ...)``, with the graph of the segment below and no more.
         value: what they gave, cut off from the graph.

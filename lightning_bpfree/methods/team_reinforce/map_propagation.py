@@ -145,8 +145,8 @@ def ascent_direction(layers: Sequence[Any], values: Sequence[Tensor]) -> list[Te
     """Return the derivative of the log probability of all layers by each of ``values``.
 
     Args:
-        layers: of units, and the output; their potentials follow from ``values``, by a graph.
-        values: of the layers of units, leaves that require a gradient.
+        layers: layers of units, and the output; their potentials follow from ``values``, by a graph.
+        values: values of the layers of units, leaves that require a gradient.
     """
     given = [*values, layers[-1].value]
     terms = [layer.unit.log_prob(layer.potential, value).sum() for layer, value in zip(layers, given, strict=True)]

@@ -52,7 +52,7 @@ class UnitLayerOverride(ForwardOverride):
 
     Args:
         team: the network it belongs to.
-        name: of the activation in the network.
+        name: name of the activation in the network.
         module: the activation.
     """
 

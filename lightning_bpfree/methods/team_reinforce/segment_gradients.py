@@ -39,7 +39,7 @@ class Sums:
         Args:
             layer: the layer.
             signal: shaped like its potentials.
-            values: of layers below, in their order; what is asked for.
+            values: values of layers below, in their order; what is asked for.
         """
         if not layer.potential.requires_grad:
             return [None] * len(values)

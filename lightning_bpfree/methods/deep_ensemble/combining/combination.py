@@ -30,7 +30,7 @@ class Combination:
     Args:
         combine: ``"mean"``, ``"vote"`` or ``"stack"`` (the mean, with weights that are fitted).
         task: what the prediction is: logits of classes, one logit a sample, or values.
-        weights: of the members; None for equal ones.
+        weights: weights of the members; None for equal weights.
         probabilities: whether the network returns probabilities rather than logits.
         class_dim: dimension of a prediction that counts classes.
     """
@@ -51,7 +51,7 @@ class Combination:
         """Return the ensemble's output.
 
         Args:
-            outputs: of the members' networks.
+            outputs: outputs of the members' networks.
 
         Raises:
             ValueError: where they differ in shape, or are none of the task.

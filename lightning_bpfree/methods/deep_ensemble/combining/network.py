@@ -35,7 +35,7 @@ class EnsembleNetwork:
     Args:
         module: the LightningModule.
         answer: called with the forward pass of one member, its arguments, and the part's name; returns the output.
-        name: of the part that is the network; None finds it: the outermost module that a step calls.
+        name: name of the part that is the network; None finds it: the outermost module that a step calls.
 
     Raises:
         MisconfigurationException: if the module has no part of that name.

@@ -100,7 +100,7 @@ class FullRankPopulation(Population):
     Args:
         params: the mean, named tensors.
         size: number of members.
-        seed: of the noise.
+        seed: seed of the noise.
         std: standard deviation, one number or a vector of shape ``(dim,)``.
         mirrored: whether members come in pairs.
         masks: see :class:`Coordinates`; noise is drawn for survivors only.

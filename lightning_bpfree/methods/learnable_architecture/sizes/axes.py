@@ -225,7 +225,7 @@ class FrequencyAxis(Axis):
     """Resolution in samples: a sigmoid over the frequencies of a signal.
 
     Args:
-        samples: of the signal, even.
+        samples: samples of the signal, even.
         sharpness: slope of the mask.
 
     Examples:

@@ -66,7 +66,7 @@ class Kept:
 
     Args:
         axis: the number of blocks.
-        index: of the block.
+        index: index of the block.
     """
 
     axis: Axis

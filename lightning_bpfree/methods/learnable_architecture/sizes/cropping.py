@@ -34,7 +34,7 @@ class Gate(NamedTuple):
 
     Args:
         axis: the learnable number of blocks.
-        number: of the block, from 0.
+        number: number of the block, from 0.
     """
 
     axis: UnitAxis
@@ -58,7 +58,7 @@ class CroppedTensor:
 
     Args:
         owner: the module that holds it.
-        name: of the tensor.
+        name: name of the tensor.
     """
 
     def __init__(self, owner: nn.Module, name: str) -> None:

@@ -51,8 +51,8 @@ class _Run(NamedTuple):
     """Shapes of one evaluation.
 
     Args:
-        outputs: of each layer, all its calls.
-        inputs: of each layer, all its calls.
+        outputs: outputs of each layer, all its calls.
+        inputs: inputs of each layer, all its calls.
     """
 
     outputs: dict[str, list[torch.Size]]

@@ -18,7 +18,7 @@ class Held(NamedTuple):
 
     Args:
         owner: the module that holds the tensor.
-        name: of the tensor in it.
+        name: name of the tensor in it.
         dim: the axis.
         side: ``"in"`` if its entries belong to channels that are read, ``"out"`` if to those that are made; for layers
             that keep channels apart, ``"in"``.
@@ -40,7 +40,7 @@ class Layer(NamedTuple):
     """A layer as the tracer sees it.
 
     Args:
-        name: of the module.
+        name: name of the module.
         module: the module.
         role: what it does with channels.
         axis: of its inputs and outputs that holds channels.
@@ -76,7 +76,7 @@ def layer_of(name: str, module: nn.Module) -> Layer | None:
     """Return the tracer's description of a module; None if it is not a layer.
 
     Args:
-        name: of the module.
+        name: name of the module.
         module: the module.
     """
     for kind, (axis, why) in _FIXED.items():
