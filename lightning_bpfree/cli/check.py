@@ -1,4 +1,4 @@
-"""``bpfree check``: which rules can train a module, what stands in the way, and what a step costs; without training."""
+"""``bpfree check``: which rules can train a module, what prevents the others, and the cost of a step; no training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lightning_bpfree.training.training_rule import TrainingRule
 
 
 class Cost(NamedTuple):
-    """What a step of a rule costs.
+    """The cost of a rule's step.
 
     Args:
         forward_evals: evaluations of the training step, in forward passes.
@@ -43,7 +43,7 @@ class Cost(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What ``check`` says of one rule: what a step costs, or what stands in the way."""
+    """The result of ``check`` for one rule: the cost of a step, or what prevents training."""
 
     rule: str
     cost: Cost | None
@@ -55,17 +55,16 @@ class _Measured(Exception):  # noqa: N818  # no error: it ends a fit in front of
 
 
 class CostMeter(Callback):
-    """Lets a fit run up to the optimizer's first step, measures the rule's step there, and ends the fit.
+    """Runs a fit up to the optimizer's first step, measures the rule's step there, and ends the fit.
 
-    Every error that a fit raises by then, in setup, rehearsal, training step or backward pass, is raised by the check
-    too, because the check runs a fit.
+    Since the check runs a fit, it raises every error of the fit's setup, rehearsal, training step or backward pass.
 
     Args:
-        repeats: measurements, of which the shortest counts.
+        repeats: number of measurements; the shortest is used.
 
     Attributes:
         reached: whether the fit reached the first step.
-        cost: what was measured; not a number where the step does not run a second time on its batch.
+        cost: the measured cost; NaN if the step cannot run twice on its batch.
     """
 
     def __init__(self, repeats: int) -> None:
@@ -76,12 +75,12 @@ class CostMeter(Callback):
         self._evals = math.nan
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let the rule begin with the first epoch, for its own epochs may lie further on."""
+        """Start the rule in the first epoch, since its own epochs may start later."""
         for rule in callbacks_of(trainer, TrainingRule):
             rule.start_epoch, rule.stop_epoch = 0, None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep what Lightning calls the training step with, for the measurement."""
+        """Save the arguments of Lightning's call of the training step, for the measurement."""
         strategy: Any = trainer.strategy
         self._step = strategy.training_step
         rule = callbacks_of(trainer, TrainingRule)[0]
@@ -146,7 +145,7 @@ def _wait(device: torch.device) -> None:
 
 
 def shipped_rules() -> list[type[TrainingRule]]:
-    """Return the rules of the package that can be made with their default settings."""
+    """Return the rules of the package that can be constructed with their default settings."""
     public = [value for _, value in inspect.getmembers(lightning_bpfree, inspect.isclass)]
     return [kind for kind in public if issubclass(kind, TrainingRule) and not inspect.isabstract(kind)]
 
@@ -155,7 +154,7 @@ def check(blueprint: Blueprint, repeats: int = 3) -> list[Verdict]:
     """Return a verdict on every rule of the package, and on those of the configuration with their settings.
 
     Raises:
-        CommandError: the configuration cannot be built, or its data not be loaded.
+        CommandError: if the configuration cannot be built, or its data cannot be loaded.
     """
     with quiet_lightning():
         try:
@@ -191,14 +190,14 @@ def _verdict(blueprint: Blueprint, name: str, rules: RulesChoice, repeats: int) 
 def judged(
     name: str, trainer: pl.Trainer, module: pl.LightningModule, meter: CostMeter, data: pl.LightningDataModule | None
 ) -> Verdict:
-    """Return a verdict on the rule of a Trainer, after a fit that ends in front of the optimizer's first step.
+    """Return a verdict on the rule of a Trainer, after a fit that ends before the optimizer's first step.
 
     Args:
-        name: for the verdict.
-        trainer: with the rule, and the meter behind it, among its callbacks.
-        module: the module, which is of no use afterwards.
+        name: the rule's name in the verdict.
+        trainer: the Trainer; its callbacks include the rule, followed by the meter.
+        module: the module, which cannot be used afterward.
         meter: ends the fit.
-        data: the data module; None if the module brings its own loaders.
+        data: the data module; None if the module has its own loaders.
     """
     try:
         trainer.fit(module, datamodule=data)
@@ -236,7 +235,7 @@ def _shown(value: float, form: Callable[[float], str]) -> str:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run ``bpfree check``; the code is 0 also if no rule can train the module, because it is a report."""
+    """Run ``bpfree check``; the exit code is 0 even if no rule can train the module, because it is a report."""
     parser = check_options.parser()
     options, given = parser.parse_known_args(arguments)
     overrides = configuration_options(given, parser.options())

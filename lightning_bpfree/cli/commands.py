@@ -9,10 +9,10 @@ class Command(NamedTuple):
     """One command.
 
     Args:
-        run: ``module:function``; the function takes the arguments behind the command and returns an exit code.
+        run: ``module:function``; the function takes the arguments after the command and returns an exit code.
         summary: one line for ``bpfree --help``.
         options: ``module:function`` that returns the command's parser and imports neither torch nor Lightning, so that
-            ``--help`` and shell completion answer at once. Empty if the parser is made by ``run``.
+            ``--help`` and shell completion respond immediately. Empty if ``run`` creates the parser.
     """
 
     run: str

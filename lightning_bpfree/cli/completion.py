@@ -1,4 +1,4 @@
-"""``bpfree completion``: a script with which a shell completes commands, options and recipes."""
+"""``bpfree completion``: a shell script that completes commands, options and recipes."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class FitCLI(ConfigCLI):
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Return the configured Trainer; for a report, metrics.csv is written beside what its loggers write."""
+        """Return the configured Trainer; for a report, it also writes metrics.csv."""
         self.save_config_kwargs = {**self.save_config_kwargs, "report": self._reports}
         trainer = super().instantiate_trainer(**kwargs)
         if self._reports and not is_dry_run(trainer):
@@ -56,7 +56,7 @@ class FitCLI(ConfigCLI):
         self._started = time.perf_counter()
 
     def after_fit(self) -> None:
-        """Test the module and report, where that is asked for."""
+        """Test the module and report, if requested."""
         if not self._reports:
             return
         seconds = time.perf_counter() - self._started

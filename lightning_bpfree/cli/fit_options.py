@@ -48,7 +48,7 @@ def parser(command: str) -> Parser:
         "--config",
         action="append",
         metavar="FILE",
-        help="YAML file or recipe; later ones overlay earlier ones",
+        help="YAML file or recipe; later files override earlier ones",
     )
     add("--ckpt_path", metavar="FILE", help="a checkpoint to load; fit continues from it")
     if command == "fit":
@@ -66,7 +66,7 @@ fit, validate, test, predict = (partial(parser, command) for command in DOES)
 
 
 def accepted(command: str, arguments: Sequence[str]) -> None:
-    """Raise CommandError for an option that cannot exist, before the libraries are imported that know all others."""
+    """Raise CommandError for an option that cannot exist, before importing the libraries that define all others."""
     from lightning_bpfree.cli.common.arguments import configuration_options
 
     own = [*parser(command).options(), "--verbose", "--weights_only", "--return_predictions", "--print_completion"]

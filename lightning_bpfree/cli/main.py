@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Ctrl-C, and 143 after SIGTERM. Errors in the user's own code are raised, with their traceback.
 
     Args:
-        argv: the arguments behind ``bpfree``; None takes those of the process.
+        argv: the arguments after ``bpfree``; None uses those of the process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -1,4 +1,4 @@
-"""``bpfree metrics``: what rules and companions log, one line per metric."""
+"""``bpfree metrics``: the metrics that rules and companion callbacks log, one line per metric."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parser() -> Parser:
 
 
 def tables() -> dict[str, dict[str, str]]:
-    """Return the metrics of every class that logs some, by class; each metric with its meaning.
+    """Return the metrics of every class that logs any, by class, each with its meaning.
 
     Examples:
         >>> tables()["GradientAlignment"]["bpfree/norm_ratio"]

@@ -31,9 +31,9 @@ def show(trainer: pl.Trainer, metrics: dict[str, float], seconds: float) -> None
     """Print the table, draw the figure, show it in the loggers that take images, and print where the files are.
 
     Args:
-        trainer: after fit and test.
-        metrics: of the test set.
-        seconds: that the fit took.
+        trainer: the Trainer after fit and test.
+        metrics: metrics of the test set.
+        seconds: duration of the fit.
     """
     from rich.table import Table
 
@@ -67,16 +67,16 @@ def _rows(trainer: pl.Trainer, metrics: dict[str, float], seconds: float) -> dic
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the rows of a CSVLogger's file, each without the columns that are empty in it."""
+    """Return the rows of a CSVLogger's file, each without its empty columns."""
     with path.open(newline="", encoding="utf-8") as file:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def curves(rows: Iterable[dict[str, float]], quantity: str) -> dict[str, Curve]:
-    """Return the curves by epoch of a quantity: those of the columns ``train_acc``, ``val/acc_epoch`` and the like.
+    """Return the curves of a quantity by epoch, from columns such as ``train_acc`` and ``val/acc_epoch``.
 
     Args:
-        rows: of metrics.csv.
+        rows: rows of metrics.csv.
         quantity: ``"acc"``, ``"return"`` or ``"loss"``.
     """
     wanted = re.compile(rf"(train|val|valid|validation)[_/](?!.*_step$).*{quantity}")
@@ -91,7 +91,7 @@ def curves(rows: Iterable[dict[str, float]], quantity: str) -> dict[str, Curve]:
 
 
 def plot(rows: list[dict[str, float]], path: Path) -> None:
-    """Draw accuracy (else return, else loss) by epoch, and the cosine to backprop by step if it was measured."""
+    """Draw accuracy (or return, or loss) by epoch, and the cosine to backprop by step if it was measured."""
     from matplotlib.figure import Figure
 
     cosine = [(row["step"], row[COSINE]) for row in rows if COSINE in row]

@@ -1,4 +1,4 @@
-"""The folder of a run: its configuration, its report, and what loggers are told of both."""
+"""The folder of a run: its configuration, its report, and their logging."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_bpfree.training.logging_of_rules import log_settings, note_settin
 
 
 def run_folder(trainer: pl.Trainer) -> str:
-    """Return the folder of a run: that of its first logger on disk, where Lightning puts the checkpoints too.
+    """Return the folder of a run: that of its first logger on disk, where Lightning also saves the checkpoints.
 
     It is ``save_dir/project/run id`` for Weights & Biases, and the ``log_dir`` of TensorBoard and CSV loggers. Without
     loggers it is the Trainer's ``default_root_dir``.
@@ -31,11 +31,11 @@ def run_folder(trainer: pl.Trainer) -> str:
 
 
 class RunFiles(SaveConfigCallback):
-    """Writes config.yaml to the folder of the run, tells loggers the whole configuration, and prepares the report.
+    """Writes config.yaml to the folder of the run, logs the whole configuration, and prepares the report.
 
     Args:
         *args: see ``SaveConfigCallback``.
-        report: whether metrics.csv is to be written beside config.yaml.
+        report: whether to write metrics.csv next to config.yaml.
         **kwargs: see ``SaveConfigCallback``.
     """
 
@@ -44,7 +44,7 @@ class RunFiles(SaveConfigCallback):
         self.report = report
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write the configuration; loggers have made their runs by now."""
+        """Write the configuration, after loggers have created their runs."""
         note_settings(trainer, {"config": _without_none(dumped(self.parser, self.config))})
         if self.report and not any(isinstance(logger, CSVLogger) for logger in trainer.loggers):
             trainer.loggers = [*trainer.loggers, _csv_logger(trainer)]
@@ -84,9 +84,9 @@ def upload_figure(loggers: list[Logger], name: str, path: Path) -> None:
     """Show a figure in Weights & Biases and TensorBoard.
 
     Args:
-        loggers: those of the run; others are left out.
-        name: under which they show it.
-        path: of the PNG.
+        loggers: loggers of the run; other kinds are skipped.
+        name: name of the figure.
+        path: path of the PNG file.
     """
     from matplotlib.image import imread
 

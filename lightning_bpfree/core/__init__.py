@@ -1,1 +1,1 @@
-"""Parts that two methods or more are made of. Needs torch only."""
+"""Building blocks that two or more methods share. They need only torch."""

@@ -1,4 +1,4 @@
-"""Checked arguments: types and ranges, declared where an argument is declared, and the one checker that reads them.
+"""Argument checking: annotations declare types and ranges, and one checker reads them.
 
     @checked
     def draw(num: PositiveInt = 1, sigma: PositiveFloat | None = None) -> None: ...
@@ -33,9 +33,9 @@ class Range:
 
     Args:
         ge: the least value.
-        gt: a value that it must be above.
+        gt: the number must be greater than this.
         le: the largest value.
-        lt: a value that it must be below.
+        lt: the number must be less than this.
 
     Examples:
         >>> 0.5 in Range(gt=0, le=1), 0 in Range(gt=0)
@@ -93,8 +93,8 @@ Patterns = Name | Annotated[abc.Sequence[Name], NonEmpty()]
 def checked(function: _F) -> _F:
     """Return a function, or the constructor of a class, that checks its arguments by their annotations.
 
-    The error is a ValueError that names owner, argument, value and what is allowed. A keyword that the function does
-    not have is a TypeError, as in any call, that names the nearest ones.
+    The error is a ValueError that names the owner, the argument, the value and the allowed values. An unknown keyword
+    raises a TypeError, as in any call; the message names the nearest keywords.
 
     Examples:
         >>> @checked
@@ -127,13 +127,13 @@ def checked(function: _F) -> _F:
 
 
 def check_arguments(kind: type, given: Mapping[str, Any]) -> None:
-    """Check the arguments of a constructor from within, where a wrapper is in the way.
+    """Check the arguments of a constructor from inside it, for constructors that must not be wrapped.
 
-    Lightning's ``save_hyperparameters`` looks for constructors in the frames of the call, and stops at others.
+    Lightning's ``save_hyperparameters`` searches the call stack for constructors, and stops at any other frame.
 
     Args:
-        kind: the class whose constructor it is.
-        given: what it was given, ``locals()``.
+        kind: the class of the constructor.
+        given: the arguments, ``locals()``.
     """
     constructor = vars(kind)["__init__"]
     parameters = inspect.signature(constructor).parameters
@@ -153,17 +153,17 @@ def check(owner: str, name: str, value: Any, hint: Any) -> None:
     """Raise ValueError if a value is not of the annotated type and range.
 
     Args:
-        owner: whose argument it is.
-        name: of the argument.
-        value: what was given.
-        hint: the annotation.
+        owner: the function or class that takes the argument.
+        name: the name of the argument.
+        value: its value.
+        hint: its annotation.
     """
     if not accepts(hint, value):
         raise ValueError(f"{owner}: {name}={shown(value)}: {cure(hint)}.")
 
 
 def cure(hint: Any) -> str:
-    """Return what to do instead of a value that an annotation does not allow.
+    """Return advice for a value that an annotation does not allow.
 
     Examples:
         >>> cure(Literal["sum", "mean"]), cure(PositiveInt)
@@ -173,7 +173,7 @@ def cure(hint: Any) -> str:
 
 
 def check_attributes(holder: Any) -> None:
-    """Check the attributes of an object that are named like arguments of its constructors; they may have been set."""
+    """Check the attributes that share names with constructor arguments; they may have been assigned since."""
     kind: Any = type(holder)
     for name, hint in argument_types(kind).items():
         if not hasattr(holder, name) or callable(getattr(type(holder), name, None)):  # a method of this name
@@ -186,7 +186,7 @@ def check_attributes(holder: Any) -> None:
 
 
 def keywords(kind: type) -> list[str]:
-    """Return the names of a class's arguments, with those that its ``**kwargs`` hand on to its bases."""
+    """Return the names of a class's arguments, including those that ``**kwargs`` passes to its bases."""
     found: list[str] = []
     for base in kind.__mro__:
         if "__init__" not in vars(base) or base is object:
@@ -199,7 +199,7 @@ def keywords(kind: type) -> list[str]:
 
 
 def unknown(owner: str, name: str, value: Any, known: list[str]) -> str:
-    """Return what is wrong with a keyword that there is not, with the nearest ones."""
+    """Return the error text for an unknown keyword, with the nearest known ones."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
     return f"{owner}: {name}={shown(value)}: there is no such argument; nearest: {', '.join(near) or 'none'}."
 
@@ -357,7 +357,7 @@ def _is_choice(hint: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Return a value as messages show it: what is long is cut, tensors and modules are named.
+    """Return a value as messages show it: long values are truncated, tensors and modules are summarized.
 
     Examples:
         >>> shown("forwrad"), shown(torch.zeros(2, 3))
@@ -399,7 +399,7 @@ def _hints(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
 
 @functools.cache
 def argument_types(kind: type) -> dict[str, Any]:
-    """Return the annotations of a class's arguments by name, those of its bases included that are checked or ours."""
+    """Return the annotations of a class's arguments by name, including bases that are checked or in this package."""
     found: dict[str, Any] = {}
     for base in kind.__mro__:
         constructor: Any = vars(base).get("__init__")

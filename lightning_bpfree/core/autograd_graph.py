@@ -1,4 +1,4 @@
-"""Walking through autograd's graph."""
+"""Traversal of autograd's graph."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def reached(tensor: Tensor) -> list[Tensor]:
-    """Return the leaves that the graph of ``tensor`` reaches."""
+    """Return the leaves of the graph of ``tensor``."""
     if tensor.grad_fn is None:
         return [tensor]
     found, seen, waiting = [], set(), [tensor.grad_fn]

@@ -1,4 +1,4 @@
-"""Modules of a rule's own, beside the user's: heads of local losses, embeddings of labels."""
+"""Modules that a rule adds to the user's network: heads of local losses, embeddings of labels."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def made(build: Build, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return a new module whose start is a function of ``seed`` alone; no global random stream moves.
+    """Return a new module whose initialization depends on ``seed`` alone; no global random stream advances.
 
-    It is in evaluation mode, so that using it moves no stream either (dropout) and no sample sees another (BatchNorm).
+    It is in evaluation mode, so its calls draw no random numbers (dropout) and do not mix samples (BatchNorm).
 
     Args:
         build: makes the module.
-        seed: of its initialization, drawn on the CPU in float32 whatever the device.
-        device: where the module goes.
-        dtype: type of its parameters and buffers.
+        seed: seed of its initialization, which is drawn on the CPU in float32 for any device.
+        device: the device to move the module to.
+        dtype: the type of its parameters and buffers.
 
     Examples:
         >>> one, two = (made(lambda: nn.Linear(2, 1), 7, torch.device("cpu")) for _ in range(2))
@@ -56,13 +56,13 @@ def _plain_defaults() -> Iterator[None]:
 
 
 class AuxiliaryModules:
-    """Modules that a rule makes late, trains itself, and saves with its own state.
+    """Modules that a rule creates lazily, trains itself, and saves with its own state.
 
-    They are not part of the user's module: neither its state dict nor its optimizer knows of them. A rule asks for a
-    module when the shapes are known (:meth:`get`), hands over gradients as micro-batches come (:meth:`add_gradients`),
-    and steps when the user's optimizer does (:meth:`step`, from ``on_before_optimizer_step``). Its ``rule_state`` and
-    ``load_rule_state`` pass on :meth:`state_dict` and :meth:`load_state_dict`; what is loaded waits for modules that
-    are not made yet.
+    They are not part of the user's module: neither its state dict nor its optimizer includes them. A rule requests a
+    module when the shapes are known (:meth:`get`), adds gradients after each micro-batch (:meth:`add_gradients`), and
+    steps when the user's optimizer does (:meth:`step`, from ``on_before_optimizer_step``). Its ``rule_state`` and
+    ``load_rule_state`` use :meth:`state_dict` and :meth:`load_state_dict`. Loaded state is kept until its module is
+    created.
 
     Args:
         optimizer: ``"adam"``, or ``"sgd"`` with momentum 0.9; one for each module.
@@ -92,7 +92,7 @@ class AuxiliaryModules:
         self._proposed: dict[str, Sequence[Tensor | None]] = {}
 
     def configure(self, optimizer: AuxiliaryOptimizer, lr: float) -> None:
-        """Take another optimizer or learning rate for modules that were made already as well; they stay as they are."""
+        """Change the optimizer or learning rate, also for existing modules; their parameters do not change."""
         if (optimizer, lr) == (self.optimizer, self.lr):
             return
         if optimizer != self.optimizer:
@@ -112,17 +112,17 @@ class AuxiliaryModules:
     def get(
         self, key: str, build: Build, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> nn.Module:
-        """Return the module called ``key``, made at the first call: from what was loaded, or else from ``seed``.
+        """Return the module called ``key``, created at the first call from loaded state, or else from ``seed``.
 
         Args:
             key: its name.
             build: makes a new one.
-            seed: of its initialization; equal on all ranks, so that their modules are.
-            device: where it is needed; a module that is elsewhere moves, with the state of its optimizer.
-            dtype: type of its parameters.
+            seed: seed of its initialization; equal on all ranks, so that their modules are equal.
+            device: where it is needed; an existing module moves there with the state of its optimizer.
+            dtype: the type of its parameters.
 
         Raises:
-            ValueError: if what was loaded does not fit into what ``build`` makes.
+            ValueError: if the loaded state does not fit the module that ``build`` makes.
         """
         module = self._modules.get(key)
         if module is not None and _is_on(module, device, dtype):
@@ -154,20 +154,20 @@ class AuxiliaryModules:
         self._sums[key] = [added(a, b) for a, b in zip(total, gradients, strict=True)], times + 1
 
     def propose(self, key: str, gradients: Sequence[Tensor | None]) -> None:
-        """Keep gradients of a micro-batch until :meth:`settle`: a batch may be skipped for another rank's sake."""
+        """Keep gradients of a micro-batch until :meth:`settle`: another rank may cause the batch to be skipped."""
         self._proposed[key] = gradients
 
     def settle(self, succeeded: bool) -> None:
-        """Add what was proposed, or drop it."""
+        """Add the proposed gradients, or drop them."""
         for key, gradients in self._proposed.items() if succeeded else ():
             self.add_gradients(key, gradients)
         self._proposed.clear()
 
     def step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Move the modules that got gradients along the mean of these, and forget them.
+        """Step the modules that have gradients with the mean gradient, and clear the gradients.
 
         Args:
-            reduce: takes the mean of a tensor over ranks; None on one.
+            reduce: averages a tensor over ranks; None on one rank.
         """
         for key, (total, times) in self._sums.items():
             parameters = list(self._modules[key].parameters())
@@ -197,12 +197,12 @@ class AuxiliaryModules:
     def state_dict(self) -> dict[str, Any]:
         """Return copies of all modules and of their optimizers' states, in tensors, numbers, lists and dicts.
 
-        Gradients that wait for a step are not among them, as Lightning saves none of the user's.
+        Gradients that have not been applied are not included, as Lightning does not save the user's either.
         """
         return {**self._saved, **{key: self._state_of(key) for key in self._modules}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned, for the time when the modules are asked for again."""
+        """Load what :meth:`state_dict` returned; modules receive it when they are next requested."""
         for held in (self._modules, self._optimizers, self._sums, self._proposed):
             held.clear()
         self._saved = dict(state)

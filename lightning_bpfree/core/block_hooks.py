@@ -1,4 +1,4 @@
-"""Watching what enters and leaves the blocks of a network while it runs."""
+"""Hooks on the inputs and outputs of a network's blocks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WHOLE: ContextVar[bool] = ContextVar("whole_graph", default=False)
 
 @contextlib.contextmanager
 def whole_graph() -> Iterator[None]:
-    """Let gradients cross the borders of blocks: to explain a network by its input, not to train it."""
+    """Let gradients cross block boundaries: for explaining a network by its input, not for training it."""
     token = _WHOLE.set(True)
     try:
         yield
@@ -30,7 +30,7 @@ def whole_graph() -> Iterator[None]:
 
 
 def cut_off(tensor: Tensor) -> Tensor:
-    """Return the tensor without its graph, so that no gradient crosses the border of a block.
+    """Return the tensor without its graph, so that no gradient crosses a block boundary.
 
     Examples:
         >>> import torch
@@ -51,7 +51,7 @@ def _same(tensor: Tensor) -> Tensor:
 def on_first_tensor(
     change: Callable[[Tensor], Tensor], values: Any, what: str, *, others: Callable[[Tensor], Tensor] = _same
 ) -> Any:
-    """Apply ``change`` to the first tensor in ``values`` (nested tuples, lists or dicts), ``others`` to the others."""
+    """Apply ``change`` to the first tensor in ``values`` (nested tuples, lists or dicts), ``others`` to the rest."""
     seen = 0
 
     def changed(tensor: Tensor) -> Tensor:
@@ -67,9 +67,9 @@ def on_first_tensor(
 
 @contextlib.contextmanager
 def block_hooks(blocks: Sequence[Block], *, enter: Look, leave: Look) -> Iterator[list[int]]:
-    """Let ``enter(j, x)`` change what enters block ``j`` and ``leave(j, z)`` what leaves it, and yield who has run.
+    """Replace the input of block ``j`` by ``enter(j, x)`` and its output by ``leave(j, z)``.
 
-    Only the first tensor of inputs and outputs is shown; all others (masks, skip connections, caches) are detached.
+    Only the first tensor of inputs and outputs is passed; all others (masks, skip connections, caches) are detached.
 
     Args:
         blocks: the blocks; each may run once.
@@ -112,7 +112,7 @@ def block_hooks(blocks: Sequence[Block], *, enter: Look, leave: Look) -> Iterato
 
 @contextlib.contextmanager
 def scores_leaving(network: nn.Module, look: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let ``look(scores)`` change the scores in what ``network`` returns, be it a tensor or an object around one."""
+    """Replace the scores in the output of ``network``, a tensor or an object that holds one, by ``look(scores)``."""
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  # a hook's signature
         scores = scores_of(network, output)
@@ -128,7 +128,7 @@ def scores_leaving(network: nn.Module, look: Callable[[Tensor], Tensor]) -> Iter
 
 @contextlib.contextmanager
 def calls_of(network: nn.Module) -> Iterator[list[Call]]:
-    """Yield a list that gets every call of ``network`` by keywords, with the labels that it was given."""
+    """Yield a list that records every keyword call of ``network``, with the labels passed to it."""
     calls: list[Call] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ARG001  # a hook's signature
@@ -144,7 +144,7 @@ def calls_of(network: nn.Module) -> Iterator[list[Call]]:
 
 @contextlib.contextmanager
 def entering(modules: Sequence[nn.Module], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let ``change`` change the first tensor that enters ``modules``, whenever they run."""
+    """Apply ``change`` to the first input tensor of ``modules`` in every call."""
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
         return on_first_tensor(change, (args, kwargs), f"enters {type(module).__name__}")
@@ -161,12 +161,12 @@ def entering(modules: Sequence[nn.Module], change: Callable[[Tensor], Tensor]) -
 def leaving(
     modules: Mapping[int, nn.Module], look: Look, *, others: Callable[[Tensor], Tensor] = _same
 ) -> Iterator[None]:
-    """Let ``look(j, z)`` change the first tensor that leaves ``modules[j]``, whenever it runs.
+    """Replace the first output tensor of ``modules[j]`` by ``look(j, z)`` in every call.
 
     Args:
-        modules: the modules, by a number each; of a block, its last one.
-        look: called with the number and the first tensor; returns what replaces it.
-        others: applied to all other tensors that leave; ``torch.Tensor.detach`` ends their graphs.
+        modules: numbered modules; for a block, its last module.
+        look: called with the number and the first tensor; returns its replacement.
+        others: applied to all other output tensors; ``torch.Tensor.detach`` ends their graphs.
 
     Examples:
         >>> import torch

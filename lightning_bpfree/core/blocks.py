@@ -22,13 +22,13 @@ Blocks = (
 
 
 class Block(NamedTuple):
-    """Some layers of a network that run one after the other.
+    """Consecutive layers of a network.
 
     Args:
         name: names of the first and the last layer.
-        modules: the layers in the order in which they run; what enters the first is the block's input, what leaves the
-            last is its output.
-        parameters: those of the layers, and those named beside them, each once.
+        modules: the layers in the order in which they run; the input of the first is the block's input, the output of
+            the last is the block's output.
+        parameters: those of the layers and those named explicitly, each once.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Cut(NamedTuple):
 
     Args:
         blocks: in the order in which they run.
-        rest: parameters of no block, by name; those of the last layer if the cut was automatic.
+        rest: parameters that belong to no block, by name; those of the last layer if the cut was automatic.
     """
 
     blocks: list[Block]
@@ -57,9 +57,9 @@ def cut(network: nn.Module, blocks: Blocks = 1) -> Cut:
         blocks: how to cut.
 
             - ``n``, a number of at least 1: every ``n`` layers of an ``nn.Sequential`` are a block. Layers are modules
-              with a weight of two dimensions or more; normalizations, activations and other modules join the layer
-              before them. The last layer, which makes the network's output, belongs to no block.
-            - ``[n1, n2, ...]``: blocks of so many layers. They may also cover the last layer.
+              with a weight of two or more dimensions; normalizations, activations and other modules join the layer
+              before them. The last layer, which computes the network's output, belongs to no block.
+            - ``[n1, n2, ...]``: blocks of these numbers of layers. They may also cover the last layer.
             - ``["features.*", "head"]``: shell-style patterns on module names. Every outermost module that matches is
               a block of its own, if it is a layer; a list of patterns (``[["embed", "layer.0"], "layer.1"]``) makes one
               block. In such a list a pattern may also name a parameter outside of layers (``"position"``).
@@ -101,7 +101,7 @@ def _block(modules: list[nn.Module], named: Iterable[nn.Parameter], names: dict[
 
 
 def _chain(network: nn.Module) -> list[nn.Module] | None:
-    """Return the modules that run one after the other, or None if the structure does not tell."""
+    """Return the modules that run in sequence, or None if the structure does not show it."""
     if isinstance(network, nn.Sequential):
         return [
             part
@@ -115,7 +115,7 @@ def _chain(network: nn.Module) -> list[nn.Module] | None:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module has a weight of two dimensions or more; normalizations have none."""
+    """Whether a module has a weight of two or more dimensions; normalizations have none."""
     return any(parameter.dim() > 1 for parameter in module.parameters())
 
 
@@ -224,9 +224,9 @@ def _check(network: nn.Module, blocks: list[Block]) -> None:
 
 
 def suggestion(network: nn.Module) -> list[str | list[str]]:
-    """Return blocks by names that are likely to work: layers as they are registered, without the one of the output.
+    """Return names of blocks that are likely to work: layers in registration order, without the output layer.
 
-    Token embeddings join the layer behind them, for nothing can be added to tokens; normalizations and activations
+    Token embeddings join the layer after them, since nothing can be added to tokens; normalizations and activations
     join the layer before them.
 
     Args:
@@ -281,14 +281,14 @@ def _listing(network: nn.Module) -> str:
 
 
 def find_network(module: nn.Module, name: str | None = None) -> tuple[str, nn.Module]:
-    """Return name and module of the network in ``module``: what maps inputs to outputs, one call a step.
+    """Return name and module of the network in ``module``, which maps inputs to outputs in one call per step.
 
     Args:
         module: a LightningModule, or any module.
         name: the network's name, ``""`` for ``module`` itself. None takes the only child with parameters.
 
     Raises:
-        ValueError: if there is no such module, or more than one to choose from.
+        ValueError: if there is no such module, or more than one candidate.
 
     Examples:
         >>> find_network(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))[0]

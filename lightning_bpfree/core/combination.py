@@ -1,4 +1,4 @@
-"""From slopes along directions to an estimate of the gradient."""
+"""Gradient estimates from slopes along directions."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lightning_bpfree.core.params import Params, count
 class Combination:
     """Makes the estimate ``sum_k a_k v_k`` of the gradient from slopes ``s_k = <g, v_k>``.
 
-    Where ``a_k = s_k / K`` and the slopes are this rank's own, directions are added up as their slopes come in, while
-    they are in memory: one copy of the parameters for the sum, and no direction is drawn twice. Else they are remade,
-    once all slopes are known.
+    If ``a_k = s_k / K`` and the slopes are this rank's own, each direction is added while it is in memory: the sum
+    needs one copy of the parameters, and no direction is drawn twice. Otherwise the directions are regenerated once
+    all slopes are known.
 
     Args:
         directions: the ``K`` directions.
         orthogonal: see :func:`weights_from_slopes`.
         normalize: see :func:`weights_from_slopes`.
-        exchanged: whether the slopes that count are known only after ranks have agreed.
+        exchanged: whether the final slopes are known only after an exchange between ranks.
 
     Examples:
         >>> directions = Directions({"w": torch.zeros(2)}, num=1, seed=0)
@@ -41,7 +41,7 @@ class Combination:
         self._total: Params = {}
 
     def add(self, slopes: Tensor, directions: Params) -> None:
-        """Add a direction with its slope, or a stack ``(C, *shape)`` with slopes ``(C,)``; uses up ``directions``."""
+        """Add a direction with its slope, or a stack ``(C, *shape)`` with slopes ``(C,)``; may overwrite them."""
         if not self.at_once:
             return
         coefficients = slopes / len(self.directions)
@@ -52,10 +52,10 @@ class Combination:
             self._total[name] = self._total[name].add_(part) if name in self._total else part
 
     def gradients(self, slopes: Tensor) -> Callable[[Tensor | None], Params]:
-        """Return the estimate, as a function of a scalar to multiply it by (or None).
+        """Return the estimate as a function of a scalar factor (or None).
 
         Args:
-            slopes: all ``K`` slopes, shape ``(K,)``, as ranks have agreed on them.
+            slopes: all ``K`` slopes that the ranks agreed on, shape ``(K,)``.
         """
         if self.at_once:
             return self._summed
@@ -80,18 +80,18 @@ def weights_from_slopes(
     With ``s_k = <g, v_k>``, ``V`` the matrix of directions, ``G = V^T V`` and ``d`` the number of coordinates:
 
     - plain: ``a = s / K``; variance about ``(d + 1) / K`` times ``|g|^2`` for Gaussian directions;
-    - ``normalize``: every direction is put on the sphere of radius sqrt(d): ``a_k = d s_k / (K |v_k|^2)``;
-    - ``orthogonal``: the gradient is projected on the span of the directions, as orthonormalised directions would do:
-      ``a = (d / K) G^-1 s``; with ``K = d`` directions it is the gradient itself.
+    - ``normalize``: every direction is scaled to length sqrt(d): ``a_k = d s_k / (K |v_k|^2)``;
+    - ``orthogonal``: the gradient is projected onto the span of the directions, as with orthonormalized directions:
+      ``a = (d / K) G^-1 s``; with ``K = d`` directions the estimate is the gradient itself.
 
     Args:
         slopes: ``s_k``, shape ``(K,)``.
         directions: the ``K`` directions.
         orthogonal: see above.
-        normalize: see above; has no effect beside ``orthogonal``, nor on Rademacher directions.
+        normalize: see above; has no effect with ``orthogonal`` or on Rademacher directions.
 
     Raises:
-        ValueError: if ``orthogonal`` is asked of more directions than there are coordinates.
+        ValueError: if ``orthogonal`` is set with more directions than coordinates.
     """
     num = len(directions)
     if _is_mean(directions, orthogonal, normalize):

@@ -1,4 +1,4 @@
-"""Random directions in parameter space that are remade from a seed instead of being stored."""
+"""Random directions in parameter space that are regenerated from a seed instead of being stored."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _AHEAD = 1 << 14  # numbers: of a small module, several directions are drawn at 
 
 
 class Directions:
-    """``num`` random directions ``v_k`` shaped like ``like``, a function of ``seed`` and ``k`` alone.
+    """``num`` random directions ``v_k`` with the shapes of ``like``, which depend on ``seed`` and ``k`` alone.
 
     Every direction has independent coordinates of mean 0 and variance 1, hence ``E[v v^T] = I``; a complex number has
-    two coordinates. The draws are frozen: one generator per ``k`` on the tensor's device, tensors in the order of
-    ``like``, in float32 (float64 for float64 parameters). Equal seeds give equal directions on equal kinds of device;
-    CPU and CUDA generators differ, and so do those of two models of GPUs. ``generator="portable"`` gives the same bits
-    on all of them: a counter-based generator in integer operations. It draws directions of a module with fewer than
-    8,192 parameters several at a time, in the order of their numbers, and keeps up to 64 KiB of them.
+    two coordinates. The drawing scheme is fixed: one generator per ``k`` on the tensor's device, tensors in the order
+    of ``like``, in float32 (float64 for float64 parameters). Equal seeds give equal directions on the same kind of
+    device; generators differ between CPU and CUDA, and between GPU models. ``generator="portable"`` gives the same
+    bits on all devices, by a counter-based generator in integer operations. For a module with fewer than 8,192
+    parameters, it draws several directions at a time, in the order of ``k``, and caches up to 64 KiB of them.
 
     Args:
-        like: named tensors whose shapes, dtypes and devices the directions take.
+        like: named tensors that give the shapes, dtypes and devices of the directions.
         num: number of directions ``K``, at least 1.
         seed: any integer.
         distribution: ``"gaussian"`` for N(0, 1), ``"rademacher"`` for fair signs.
@@ -71,7 +71,7 @@ class Directions:
         return dict(zip(self.like, self._rows(ks), strict=True))
 
     def moved(self, k: int, params: Mapping[str, Tensor], sigma: float) -> Params:
-        """Return ``params + sigma v_k``, holding no more than the moved tensors (and one draw at a time)."""
+        """Return ``params + sigma v_k``; memory holds only the result and one drawn tensor at a time."""
         generators = self._generators(k)
         moved = {}
         for name, like in self.like.items():
@@ -80,7 +80,7 @@ class Directions:
         return moved
 
     def part(self, k: int, name: str) -> Tensor:
-        """Return one tensor of a direction, drawn alone; with the portable generator, which can begin anywhere."""
+        """Return one tensor of a direction, drawn alone; requires the portable generator, which can start anywhere."""
         if self.generator != "portable":
             raise ValueError(f"Directions: generator={self.generator!r}: one tensor alone needs 'portable'.")
         like, stream = self.like[name], self._stream(k)
@@ -91,7 +91,7 @@ class Directions:
     def gram(self) -> Tensor:
         """Return the matrix of inner products ``<v_i, v_j>``, ``(K, K)`` in float64 on the CPU.
 
-        Directions are drawn tensor by tensor, so that ``K`` copies of the largest tensor are held, not of the module.
+        Directions are drawn tensor by tensor: memory holds ``K`` copies of the largest tensor, not of the module.
         """
         total = torch.zeros(self.num, self.num, dtype=torch.float64)
         for rows in self._rows(range(self.num)):

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class ScalarExchange(ABC):
-    """Splits the work of measuring ``K`` numbers over ranks and lets all ranks agree on the result.
+    """Splits the measurement of ``K`` numbers over ranks, and gives all ranks the same result.
 
-    A strategy that is also a ScalarExchange declares that no gradients cross ranks: every rank must be able to build
-    the whole estimate from the numbers that :meth:`agree` returns.
+    A strategy that is also a ScalarExchange declares that ranks exchange no gradients: every rank must be able to
+    build the whole estimate from the numbers that :meth:`agree` returns.
     """
 
     @abstractmethod
@@ -25,7 +25,7 @@ class ScalarExchange(ABC):
 
         Args:
             values: this rank's measurements, in the order of :meth:`share`.
-            num: how many numbers there are over all ranks.
+            num: how many numbers all ranks measure together.
         """
 
     @abstractmethod

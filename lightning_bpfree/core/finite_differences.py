@@ -30,13 +30,14 @@ def difference_quotients(
 
     Args:
         loss_fn: the loss as a function of named parameters; it need not be differentiable.
-        params: where; detached tensors, which stay untouched.
-        directions: along what.
+        params: the point, as detached tensors; they are not modified.
+        directions: the directions.
         sigma: length of the step in units of one standard deviation of the directions, > 0.
-        base_loss: the loss at ``params``: takes the forward scheme ``(L(p + sigma v) - L(p)) / sigma``, one evaluation
-            a direction. None takes the central scheme ``(L(p + sigma v) - L(p - sigma v)) / (2 sigma)``, two.
+        base_loss: the loss at ``params``; selects forward differences ``(L(p + sigma v) - L(p)) / sigma``, one
+            evaluation per direction. None selects central differences
+            ``(L(p + sigma v) - L(p - sigma v)) / (2 sigma)``, two evaluations.
         ks: indices of the directions; None for all.
-        combination: takes up every direction with its slope, if it can.
+        combination: adds up directions and slopes as they are computed, if it can.
     """
     slopes = []
     with torch.no_grad():

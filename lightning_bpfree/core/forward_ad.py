@@ -1,4 +1,4 @@
-"""Directional derivatives by forward-mode automatic differentiation, and what stands in their way."""
+"""Directional derivatives by forward-mode automatic differentiation, and operations that do not support it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LossFunction = Callable[[Params], Tensor]
 
 
 class NoForwardDerivativeError(Exception):
-    """The loss has no forward-mode derivative; the message names the layer and the cure."""
+    """The loss has no forward-mode derivative; the message names the layer and a fix."""
 
 
 @checked
@@ -32,11 +32,11 @@ def directional_derivative(
 
     Args:
         loss_fn: the loss as a function of named parameters.
-        params: where; detached tensors.
-        direction: along what; same names and shapes.
+        params: the point, as detached tensors.
+        direction: the direction; same names and shapes.
 
     Raises:
-        NoForwardDerivativeError: if no tangent arrives at the loss, which would otherwise read as a derivative of 0.
+        NoForwardDerivativeError: if no tangent reaches the loss, which would otherwise look like a derivative of 0.
 
     Examples:
         >>> at, along = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 0.0])}
@@ -67,19 +67,19 @@ def directional_derivatives(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and its derivatives along ``C`` stacked directions, in one vectorized pass without a graph.
 
-    The part of the work that does not depend on the direction is done once: ``1 + 2 C`` forward passes instead of
-    ``3 C``, at the price of ``C`` times the memory for directions and activations.
+    Work that does not depend on the direction is done once: ``1 + 2 C`` forward passes instead of ``3 C``, at the
+    cost of ``C`` times the memory for directions and activations.
 
     Args:
-        loss_fn: the loss as a function of named parameters; it must not write into tensors that it captures.
-        params: where; detached tensors.
+        loss_fn: the loss as a function of named parameters; it must not write to tensors that it captures.
+        params: the point, as detached tensors.
         directions: named tensors of shape ``(C, *shape)``.
 
     Returns:
         The loss, a scalar, and the derivatives, shape ``(C,)``.
 
     Raises:
-        NoForwardDerivativeError: if no tangent arrives at the loss.
+        NoForwardDerivativeError: if no tangent reaches the loss.
     """
 
     def stopped(duals: Params) -> Tensor:
@@ -103,10 +103,10 @@ def directional_derivatives(
 @checked
 @contextlib.contextmanager
 def supported_kernels(module: nn.Module) -> Iterator[None]:
-    """Choose kernels that have a forward derivative.
+    """Use only kernels that have a forward derivative.
 
-    Attention takes its math kernel, LSTMs on the CPU leave oneDNN, and transformer layers their fused evaluation path.
-    Reentrant checkpoints would drop the tangent without a word, so they raise in this context.
+    Attention uses its math kernel, LSTMs on the CPU do not use oneDNN, and transformer layers do not use their fused
+    evaluation path. Reentrant checkpoints would silently drop the tangent, so they raise in this context.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(plain_attention())
@@ -122,7 +122,7 @@ def supported_kernels(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_attention() -> Iterator[None]:
-    """Let attention compute by its math kernel: fused ones have neither forward derivative nor batching rule."""
+    """Use the math kernel of attention: fused kernels have neither a forward derivative nor a batching rule."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -188,7 +188,7 @@ def _no_reentrant_checkpoint() -> Iterator[None]:
 
 
 def unsupported_layers(module: nn.Module, trained: Iterable[Tensor]) -> list[tuple[str, str]]:
-    """Return (layer, cure) for every layer with ``trained`` parameters that has no forward derivative in torch."""
+    """Return (layer, fix) for every layer with ``trained`` parameters that has no forward derivative in torch."""
     found = []
     moving = {id(parameter) for parameter in trained}
     for name, part in module.named_modules():
@@ -214,7 +214,7 @@ def _parametrized(part: nn.Module) -> list[nn.Module]:
 
 
 def compiled_parts(module: nn.Module) -> list[str]:
-    """Return the names of parts that torch.compile has wrapped; compiled code may drop tangents without a word."""
+    """Return the names of submodules wrapped by torch.compile; compiled code may silently drop tangents."""
     return [
         name or type(module).__name__
         for name, part in module.named_modules()
@@ -223,7 +223,7 @@ def compiled_parts(module: nn.Module) -> list[str]:
 
 
 def failing_layer(module: nn.Module, evaluate: Callable[[], object]) -> tuple[Exception | None, str | None]:
-    """Return what ``evaluate`` raises, and "name (Type)" of the innermost layer in which it does; None for neither."""
+    """Return what ``evaluate`` raises and "name (Type)" of the innermost layer that raises; None if there is none."""
     stack: list[str] = []
     labels = {
         id(part): f"{name or type(part).__name__} ({type(part).__name__})" for name, part in module.named_modules()

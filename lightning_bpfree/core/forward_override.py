@@ -1,4 +1,4 @@
-"""Overrides of the forward pass of a module, on the instance, which can be removed again."""
+"""Removable overrides of a module's forward pass, set on the instance."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 
 
 class ForwardOverride:
-    """Stands in for ``module.forward``; subclasses are called in its place.
+    """Replaces ``module.forward``; calls of the module call the subclass instead.
 
-    What the module had before (a forward of its own on the instance, or its class's) is :attr:`original`; an object of
-    a kind that stands there already is replaced, and not kept.
+    :attr:`original` is the forward pass that the module had before (on the instance, or its class's). An earlier
+    override of the same kind is replaced, and not kept.
 
     Args:
         module: the module.
@@ -34,11 +34,11 @@ class ForwardOverride:
         return {**self.__dict__, "training_pass": None}
 
     def install(self) -> None:
-        """Take the place of the module's forward pass."""
+        """Replace the module's forward pass."""
         self.module.forward = cast("Any", self)  # subclasses are callable, each with its own arguments
 
     def remove(self) -> None:
-        """Give the module its own forward pass back, unless someone else has replaced it since."""
+        """Restore the module's own forward pass, unless other code has replaced it since."""
         if not self.installed:
             return
         if self._own is None:
@@ -47,12 +47,12 @@ class ForwardOverride:
             self.module.forward = self._own
 
     def set_rule(self, rule: str) -> None:
-        """Name the rule that computes in this way."""
+        """Set the name of the rule that uses this override."""
         self.rule = rule
 
     @contextlib.contextmanager
     def in_training(self, training_pass: Any) -> Iterator[None]:
-        """Let calls of the module go to ``training_pass`` in this context."""
+        """Redirect calls of the module to ``training_pass`` in this context."""
         self.training_pass = training_pass
         try:
             yield
@@ -61,23 +61,23 @@ class ForwardOverride:
 
     @property
     def installed(self) -> bool:
-        """Whether the module computes by this."""
+        """Whether the module uses this override."""
         return self.module.__dict__.get("forward") is self
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute as the module does by itself."""
+        """Call the module's own forward pass."""
         return (self._own or type(self.module).forward.__get__(self.module))(*args, **kwargs)
 
 
 def override_of(module: nn.Module) -> ForwardOverride | None:
-    """Return what stands in for the module's forward pass, if anything does."""
+    """Return the override of the module's forward pass, or None."""
     found = module.__dict__.get("forward")
     return found if isinstance(found, ForwardOverride) else None
 
 
 @contextlib.contextmanager
 def removed(override: ForwardOverride | None) -> Iterator[None]:
-    """Let the module be itself in this context."""
+    """Restore the module's own forward pass in this context."""
     installed = override is not None and override.installed
     if override is not None:
         override.remove()

@@ -29,15 +29,16 @@ class _Inject(torch.autograd.Function):
 def inject(loss: Tensor, parameters: Sequence[Tensor], gradients: GradientSource) -> Tensor:
     """Return a scalar with the value of ``loss`` whose backward pass puts ``gradients`` into ``parameters``.
 
-    The parameters are inputs of the autograd node, so whatever listens to their gradients (accumulation, gradient
-    scalers, DistributedDataParallel's reducer, hooks) works as for an ordinary loss.
+    The parameters are inputs of the autograd node, so everything that depends on their gradients (accumulation,
+    gradient scalers, DistributedDataParallel's reducer, hooks) works as for an ordinary loss.
 
     Args:
-        loss: a scalar; its own graph, if any, is cut.
+        loss: a scalar; it is detached from its own graph, if any.
         parameters: leaf tensors that require a gradient.
         gradients: called once per backward pass with the incoming gradient of the loss (a scalar: 1, or the loss scale
             divided by the number of accumulated batches); returns one gradient per parameter, already multiplied
-            by it. It is called late, so that no second copy of the parameters lives between the two passes.
+            by it. The call is deferred to the backward pass, so that no second copy of the parameters is held until
+            then.
 
     Examples:
         >>> w = torch.zeros(2, requires_grad=True)

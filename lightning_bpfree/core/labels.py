@@ -1,4 +1,4 @@
-"""The labels of a batch, for rules whose losses are not the user's own."""
+"""The labels of a batch, for rules that do not use the user's loss."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def labels_of(
     """Return the labels of a batch, int64 of shape ``(rows,)``.
 
     Args:
-        batch: what the data loader gives; without ``pick`` a pair of inputs and labels, or a mapping with ``labels``.
-        rows: number of samples that the network sees.
-        num_classes: labels are below it.
-        pick: takes the labels out of a batch of another form.
-        given: what the network was called with as its labels, if it was; it goes before the batch.
+        batch: a batch of the data loader; without ``pick``, a pair of inputs and labels, or a mapping with ``labels``.
+        rows: number of samples that the network receives.
+        num_classes: labels are less than this.
+        pick: extracts the labels from a batch of another form.
+        given: the labels that the network was called with, if any; they take precedence over the batch.
 
     Raises:
         RefusedError: if there are no such labels; the message says what was found.

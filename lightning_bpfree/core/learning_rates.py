@@ -1,4 +1,4 @@
-"""Learning rates of blocks, as factors on what any optimizer does."""
+"""Learning rates of blocks, as factors on the step of any optimizer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 
 
 class BlockRates:
-    """Scales what a step of the optimizer changes, parameter by parameter.
+    """Scales the change that an optimizer step makes to each parameter.
 
-    For optimizers whose step is proportional to the learning rate (SGD with momentum, Adam, AdamW), it is as if the
-    parameters have a learning rate of their own, whatever the scheduler does to the common one.
+    For optimizers whose step is proportional to the learning rate (SGD with momentum, Adam, AdamW), this is equivalent
+    to a separate learning rate, which follows the scheduler of the common one.
 
     Args:
-        factors: parameters, and the factor on their learning rate, >= 0.
+        factors: parameters with the factor on their learning rate, >= 0.
 
     Raises:
         ValueError: for a negative factor.
@@ -45,20 +45,20 @@ class BlockRates:
         self._handles: list[Any] = []
 
     def attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Listen to the steps of ``optimizers``, and to no others."""
+        """Scale the steps of ``optimizers``, and of no others."""
         self.detach()
         for optimizer in optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._remember))
             self._handles.append(optimizer.register_step_post_hook(self._scale))
 
     def detach(self) -> None:
-        """Stop listening."""
+        """Stop scaling."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def begin(self, before: Mapping[int, torch.Tensor]) -> None:
-        """Scale the step that is under way as well, given the parameters before it, by their ids."""
+        """Also scale the step in progress, given the parameters before it by their ids."""
         self._before = [before[id(parameter)] for parameter, _ in self.factors if id(parameter) in before]
         if len(self._before) != len(self.factors):  # no step is under way
             self._before = []

@@ -37,7 +37,7 @@ def norm(a: Mapping[str, Tensor]) -> Tensor:
 
 
 def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Return the sum of two gradients, of which None is zero."""
+    """Return the sum of two gradients; None counts as zero."""
     if a is None or b is None:
         return b if a is None else a
     return a + b
@@ -54,7 +54,7 @@ def count(a: Mapping[str, Tensor]) -> int:
 
 
 def real_view(tensor: Tensor) -> Tensor:
-    """Return complex tensors as real ones of shape ``(*shape, 2)`` in the same memory, others as they are.
+    """Return complex tensors as real ones of shape ``(*shape, 2)`` in the same memory, others unchanged.
 
     With real and imaginary parts as coordinates, PyTorch's gradient of a real loss is the ordinary one.
     """
@@ -71,12 +71,12 @@ def _values(tensor: Tensor) -> Tensor:
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """Return half-precision tensors as float32, others as they are: sums of many terms need the digits."""
+    """Return half-precision tensors as float32, others unchanged: sums of many terms need the precision."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 class Slot(NamedTuple):
-    """One parameter and every place of the module that refers to it (more than one where weights are tied)."""
+    """One parameter and every place in the module that refers to it (several for tied weights)."""
 
     name: str
     parameter: nn.Parameter
@@ -87,7 +87,7 @@ class ParameterSlots:
     """The parameters of ``module`` whose names match ``patterns``, each tensor once, with all places that hold it.
 
     Args:
-        module: the module whose parameters are meant.
+        module: the module.
         patterns: shell-style patterns on parameter names (``"net.0.*"``, ``"*.lora_*"``); ``None`` selects all.
 
     Raises:
@@ -122,7 +122,7 @@ class ParameterSlots:
     def trainable(self) -> list[Slot]:
         """Return the selected slots whose parameter requires a gradient now (freezing may change during a fit).
 
-        Of those, the ones that an optimizer moves: directions along others would be noise in the estimate.
+        Parameters that no optimizer updates are excluded: directions along them would be noise in the estimate.
         """
         moved = None if self._moved is None else self._moved()
         if moved is not None and all(id(slot.parameter) not in moved for slot in [*self.slots, *self.rest]):
@@ -130,19 +130,19 @@ class ParameterSlots:
         return [s for s in self.slots if s.parameter.requires_grad and (moved is None or id(s.parameter) in moved)]
 
     def restrict_to(self, moved: Callable[[], set[int]]) -> None:
-        """Count only parameters as trainable that an optimizer moves.
+        """Treat only parameters that an optimizer updates as trainable.
 
         Args:
-            moved: returns the ids of these parameters, now.
+            moved: returns the current ids of these parameters.
         """
         self._moved = moved
 
     def add_places(self, modules: Iterable[nn.Module], places: Iterable[Place]) -> None:
-        """Take note of further places that hold the parameters: modules that are not registered, lists, dicts.
+        """Add further places that hold the parameters: unregistered modules, lists, dicts.
 
         Args:
             modules: all modules, registered or not.
-            places: of parameters in containers and attributes.
+            places: places of parameters in containers and attributes.
         """
         slots = {id(slot.parameter): slot for slot in self.slots}
         for owner in modules:
@@ -157,7 +157,7 @@ class ParameterSlots:
 
     @contextlib.contextmanager
     def replaced(self, params: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let the module compute with ``params`` instead of its own tensors; its parameters come back untouched."""
+        """Let the module compute with ``params`` in this context; its own parameters are restored unchanged."""
         slots = [slot for slot in self.slots if slot.name in params]
         elsewhere = {slot.name: [p for p in self._elsewhere.get(slot.name, ()) if _holds(p, slot)] for slot in slots}
 
@@ -199,8 +199,8 @@ def _holds(found: Place, slot: Slot) -> bool:
 def place(owner: nn.Module, key: str, tensor: Tensor | None) -> None:
     """Let ``owner`` compute with ``tensor`` as its parameter ``key``.
 
-    The registry is written directly, as ``torch.func.functional_call`` does: ``nn.Module`` refuses to assign a plain
-    tensor to a parameter's name.
+    This writes to the registry directly, as ``torch.func.functional_call`` does: ``nn.Module`` does not allow
+    assigning a plain tensor to a parameter's name.
     """
     owner._parameters[key] = tensor  # type: ignore[assignment]  # a plain tensor stands in for the Parameter
     if isinstance(owner, nn.RNNBase) and key in owner._flat_weights_names:

@@ -1,4 +1,4 @@
-"""The context of an evaluation (random streams, autocast, buffers), recorded so that another one gives equal bits."""
+"""The context of an evaluation (random streams, autocast, buffers), recorded so that a repeat gives equal bits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 class Draws(NamedTuple):
     """States of torch's global random streams: the CPU's, and those of the accelerators that hold given tensors.
 
-    Taken before and after every branch, and so without Python's and NumPy's streams, whose states take ten times as
-    long (:class:`~lightning_bpfree.core.replay.random_streams.RandomStreams`, of which a step takes one).
+    They are saved before and after every branch. Python's and NumPy's streams are not included, since saving them takes
+    ten times as long; see :class:`~lightning_bpfree.core.replay.random_streams.RandomStreams`, saved once per step.
 
     Examples:
         >>> before = Draws.now(torch.zeros(1))
@@ -32,24 +32,24 @@ class Draws(NamedTuple):
 
     @classmethod
     def now(cls, tensor: Tensor) -> Draws:
-        """Return the present states of the CPU and of the device of ``tensor``."""
+        """Return the current states of the CPU and of the device of ``tensor``."""
         kind = tensor.device.type
         devices, states = ([], []) if kind in ("cpu", "meta") else get_device_states(tensor)
         return cls(torch.get_rng_state(), kind, devices, states)
 
     def restore(self) -> None:
-        """Put these states back."""
+        """Restore these states."""
         torch.set_rng_state(self.cpu)
         if self.devices:
             set_device_states(self.devices, self.states, device_type=self.kind)
 
     def equals(self, other: Draws) -> bool:
-        """Return whether no number was drawn between the two."""
+        """Return whether no number was drawn between the two states."""
         return torch.equal(self.cpu, other.cpu) and all(map(torch.equal, self.states, other.states))
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Go back to these states at the end, whatever was drawn in between."""
+        """Restore these states at the end of this context."""
         try:
             yield
         finally:
@@ -57,9 +57,9 @@ class Draws(NamedTuple):
 
 
 class Autocast(NamedTuple):
-    """Whether operators on the CPU and on another device choose their types, and which.
+    """Autocast modes on the CPU and on another device.
 
-    Weights are cast without a cache: one cast within a branch, whose graph goes with it, must never serve another use.
+    Weights are cast without a cache: a cast inside a branch belongs to that branch's graph and must not be reused.
 
     Examples:
         >>> with torch.autocast("cpu", torch.bfloat16):
@@ -73,18 +73,18 @@ class Autocast(NamedTuple):
 
     @classmethod
     def now(cls, kind: str) -> Autocast:
-        """Return the present modes of the CPU and of devices of ``kind``."""
+        """Return the current modes of the CPU and of devices of ``kind``."""
         kinds = {"cpu", kind} - {"meta"}
         return cls(tuple((k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in sorted(kinds)))
 
     @property
     def enabled(self) -> bool:
-        """Whether any of the devices casts."""
+        """Whether autocast is enabled on any of the devices."""
         return any(enabled for _, enabled, _ in self.modes)
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """Compute in these modes."""
+        """Apply these modes in this context."""
         with contextlib.ExitStack() as stack:
             for kind, enabled, dtype in self.modes:
                 # Entering costs more than asking, and nothing is cast nearly always.

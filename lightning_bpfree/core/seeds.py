@@ -8,7 +8,7 @@ _MASK = (1 << 64) - 1
 def mix(*values: int) -> int:
     """Return a 63-bit seed from integers; neighboring inputs give unrelated seeds.
 
-    The finaliser is that of SplitMix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014).
+    The finalizer is that of SplitMix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014).
 
     Examples:
         >>> mix(0, 1) != mix(1, 0)

@@ -19,14 +19,14 @@ Gradients = Params | Callable[[Tensor | None], Params]
 
 
 class Estimate(NamedTuple):
-    """What a rule says of one mini-batch.
+    """A rule's result for one mini-batch.
 
     Args:
         loss: the scalar that is reported; it carries a graph when ``gradients`` is None.
-        gradients: named gradients, or a function that makes them late, called with a scalar to multiply them by (or
-            None). None leaves the work to autograd, which differentiates ``loss``.
-        metrics: what the rule has to say of the step beside, logged as ``bpfree/<rule>/<name>``.
-        informative: False if nothing was learned from the batch: its gradients, of zeros, move nothing by themselves.
+        gradients: named gradients, or a function that computes them on demand, called with a scalar factor (or None).
+            None lets autograd differentiate ``loss``.
+        metrics: further numbers of the step, logged as ``bpfree/<rule>/<name>``.
+        informative: False if nothing was learned from the batch: its gradients are zeros, and move no parameter.
     """
 
     loss: Tensor
@@ -35,7 +35,7 @@ class Estimate(NamedTuple):
     informative: bool = True
 
     def resolved(self, scale: Tensor | None = None) -> Params:
-        """Return the named gradients times ``scale``; only for an estimate that brings gradients."""
+        """Return the named gradients times ``scale``; only for an estimate that has gradients."""
         if self.gradients is None:
             raise ValueError("this estimate leaves its gradients to autograd")
         # A pass over the parameters is saved where looking at the scale makes no device wait.
@@ -47,16 +47,16 @@ class Estimate(NamedTuple):
 
 
 class SkipBatchError(Exception):
-    """The user's training step returned None: the batch is to be skipped."""
+    """The user's training step returned None, so the batch is skipped."""
 
 
 class NonFiniteLossError(Exception):
     """One of the numbers that a rule measures is NaN or infinite.
 
     Args:
-        index: which of the numbers, the ``k`` of its direction; None for the unperturbed loss.
+        index: the index ``k`` of the direction; None for the unperturbed loss.
         value: the number.
-        what: what the number is, if neither of these.
+        what: a description of any other number.
     """
 
     def __init__(self, index: int | None, value: float, what: str | None = None) -> None:
@@ -66,22 +66,22 @@ class NonFiniteLossError(Exception):
 
 
 class Step:
-    """One mini-batch: the user's training step as a function of the parameters, and the means to agree over ranks.
+    """One mini-batch: the user's training step as a function of the parameters, and the exchange between ranks.
 
     Args:
         module: the module in training.
         evaluate: the user's training step, called with the arguments of this batch.
         slots: the parameters that the rule may train.
-        seed: equal on all ranks, new for every batch, and the same again after a resume.
+        seed: equal on all ranks, new for every batch, and reproduced after a resume.
         args: positional arguments of the training step.
-        kwargs: its further arguments.
-        replay: puts back between evaluations what they have moved; None if the rule evaluates once.
-        copies: the batch, for a step that is evaluated several times; made of ``args`` and ``kwargs`` if None.
+        kwargs: its keyword arguments.
+        replay: restores state between evaluations; None if the rule evaluates once.
+        copies: the batch, for a step that is evaluated several times; None makes it from ``args`` and ``kwargs``.
         needs_graph: whether the training step itself computes gradients, for which gradients must be enabled.
-        vectorizable: False for a training step that writes to parameters, which no vectorized pass may.
+        vectorizable: False for a training step that writes to parameters, which vectorized passes do not allow.
         quiet: a context in which the module logs nothing.
-        exchange: how ranks agree on measured numbers; None if they do not (one device, or gradients cross instead).
-        read: what the training step returned -> the scalar to minimize.
+        exchange: how ranks agree on measured numbers; None if they do not (one device, or gradients are averaged).
+        read: returns the scalar to minimize from the output of the training step.
     """
 
     def __init__(
@@ -115,33 +115,33 @@ class Step:
 
     @property
     def args(self) -> tuple[Any, ...]:
-        """The positional arguments of the training step: the batch first, in containers as they were at its begin."""
+        """The positional arguments of the training step, batch first, with containers as they were at its start."""
         return self._as_given if self._copies is None else self._copies.fresh()[0]
 
     @property
     def trained(self) -> list[Slot]:
-        """The slots the rule trains in this step: selected, and requiring a gradient now."""
+        """The slots that the rule trains in this step: selected, and currently requiring a gradient."""
         if self._trained is None:
             self._trained = self.slots.trainable()
         return self._trained
 
     @property
     def params(self) -> Params:
-        """The parameters the rule trains, detached, by name; tied weights once."""
+        """The parameters that the rule trains, detached, by name; tied weights once."""
         return {slot.name: slot.parameter.detach() for slot in self.trained}
 
     def loss(
         self, params: Mapping[str, Tensor] | None = None, *, recorded: bool | None = None, cost: float = 1.0
     ) -> Tensor:
-        """Return the user's loss at ``params`` (at the present ones for None), a scalar.
+        """Return the user's loss at ``params`` (None for the current parameters), a scalar.
 
-        All evaluations of one step see the same random numbers and start from the same buffers. Exactly one, the
-        recorded one, is seen by the world: it logs, updates metrics and moves buffers and random streams.
+        All evaluations of one step use the same random numbers and start from the same buffers. Exactly one of them,
+        the recorded one, has side effects: it logs, updates metrics, and advances buffers and random streams.
 
         Args:
-            params: named tensors to compute with; the module's own stay untouched.
-            recorded: whether this is the recorded evaluation. By default the first one at the present parameters is.
-            cost: what the evaluation costs, in forward passes (a dual forward is 3).
+            params: named tensors to compute with; the module's own are not modified.
+            recorded: whether this is the recorded evaluation; by default, the first one at the current parameters.
+            cost: the cost of the evaluation in forward passes (a dual forward is 3).
 
         Raises:
             SkipBatchError: the training step returned None.
@@ -178,7 +178,7 @@ class Step:
 
     @property
     def unvectorizable(self) -> str | None:
-        """Why no vectorized pass may evaluate the training step; None if one may."""
+        """The reason why the training step cannot be vectorized; None if it can."""
         if not self._vectorizable:
             return "the training step writes to parameters"
         return "the training step itself computes gradients" if self.needs_graph else None
@@ -189,14 +189,14 @@ class Step:
         return self._recorded
 
     def rewind(self) -> None:
-        """Go back to the state from which every evaluation of this step starts."""
+        """Restore the state from which every evaluation of this step starts."""
         if self._replay is not None:
             self._replay.rewind()
 
     def loss_under_transform(self, params: Mapping[str, Tensor]) -> Tensor:
-        """Return the loss inside a torch.func transform, which may not write to tensors outside it.
+        """Return the loss inside a torch.func transform, which must not write to tensors outside it.
 
-        Buffers are copies for the time of the evaluation. Call :meth:`rewind` before the transform, not in it.
+        Buffers are replaced by copies during the evaluation. Call :meth:`rewind` before the transform, not inside it.
         """
         with self.slots.replaced(params), self._traceless():
             return self._read(self._output(recorded=False))
@@ -210,7 +210,7 @@ class Step:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Within an evaluation, compute something that leaves no trace in buffers, random streams, logs and metrics."""
+        """Within an evaluation, compute something without side effects on buffers, random streams, logs or metrics."""
         with contextlib.nullcontext() if self._replay is None else self._replay.aside(), self._quiet():
             yield
 
@@ -224,12 +224,12 @@ class Step:
         """Return ``num`` numbers, shape ``(num,)``, on which all ranks agree.
 
         Args:
-            num: how many numbers there are.
-            evaluate: measures those of the given indices on this rank, in their order.
-            infinite: whether infinite numbers are let through, for those who only compare them.
+            num: how many numbers.
+            evaluate: measures the numbers of the given indices on this rank, in their order.
+            infinite: whether infinite numbers are allowed, for callers that only compare them.
 
         Raises:
-            NonFiniteLossError: if one of them is NaN or (unless let through) infinite, with its index.
+            NonFiniteLossError: if a number is NaN or (unless allowed) infinite, with its index.
         """
         share = range(num) if self.exchange is None else self.exchange.share(num)
         values, own = evaluate(share), self.recorded_loss
@@ -247,7 +247,7 @@ class Step:
         return values
 
     def undo(self) -> None:
-        """Undo what the step has done to buffers, such as running means: its batch is left out."""
+        """Undo the step's changes to buffers, such as running means: its batch is skipped."""
         if self._replay is not None:
             self._replay.undo()
 
@@ -258,10 +258,10 @@ class Step:
 
 
 def check_finite(named: Mapping[str, Tensor]) -> None:
-    """Raise NonFiniteLossError if a tensor has a number that is NaN or infinite; devices wait once.
+    """Raise NonFiniteLossError if a tensor has a NaN or infinite number; synchronizes with the device once.
 
     Args:
-        named: tensors by what they are, for the error.
+        named: tensors by a description, for the error.
     """
     if not named:
         return
@@ -285,7 +285,7 @@ def _broken(numbers: Tensor, infinite: bool) -> Tensor:
 
 
 def loss_of(output: Any) -> Tensor:
-    """Return the scalar loss in what a training step returned.
+    """Return the scalar loss from the output of a training step.
 
     Args:
         output: a one-element tensor, a number, or a mapping with the key ``"loss"``.

@@ -1,4 +1,4 @@
-"""Parts of rules that evaluate one by one or many at a time: ``chunk_size``, what vectorizes badly, and timing."""
+"""Helpers for rules that evaluate one at a time or in chunks: ``chunk_size``, slow vectorization, and timing."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _LOOPED = (nn.modules.conv._ConvNd, nn.RNNBase)
 
 
 def vectorises_badly(module: nn.Module) -> bool:
-    """Whether a loop is faster, and at times the only way, where each evaluation has weights of its own."""
+    """Whether a loop is faster (or the only option) when each evaluation has its own weights."""
     return any(isinstance(part, _LOOPED) for part in module.modules())
 
 
 def first_line(error: Exception) -> str:
-    """Return what an exception says in its first line; its name if it says nothing."""
+    """Return the first line of an exception's message, or its class name if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -34,8 +34,8 @@ def timed(evaluate: Callable[[], T], device: torch.device, runs: int) -> tuple[f
 
     Args:
         evaluate: what to run.
-        device: to wait for.
-        runs: how many, at least 1; the first warms up.
+        device: the device to synchronize with.
+        runs: how many runs, at least 1; the first is a warm-up.
     """
     seconds = []
     for _ in range(runs):

@@ -1,7 +1,7 @@
 """Online reinforcement learning: an actor and a critic in running episodes, as a LightningModule and its data.
 
-Plain backprop trains `ActorCritic` as it is; its training step also hands out the actions, their rewards and the ends
-of episodes, for rules that train the actor by a reward.
+Plain backprop can train `ActorCritic`; its training step also returns the actions, their rewards and the ends of
+episodes, for rules that train the actor with a reward.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ class ActorCritic(LightningModule):
     softmax of the actor's logits, and returns a dict:
 
     - ``action``: int64 (E,), counted from 0;
-    - ``reward``: float (E,), without a graph: the error of temporal differences, delta = r + gamma * V(S') - V(S).
-      V(S') is left out where the environment ended the episode, and stays where a limit of steps did;
+    - ``reward``: float (E,), without a graph: the temporal-difference error, delta = r + gamma * V(S') - V(S).
+      V(S') is omitted if the environment ended the episode, but not if the step limit did;
     - ``done``: bool (E,): the episodes that ended, in either way;
     - ``loss``: mean(-delta * log pi(action | S)) + 0.5 * mean((r + gamma * V(S') - V(S))**2), with a graph of the
       actor through log pi, and of the critic through V(S).
 
-    The actor is called once in a training step. Logs ``train_return``, the mean return of the episodes that ended in
-    the epoch, if any did, and as means over the epoch ``val_return`` and ``test_return``: returns of episodes from the
-    seeds in the batch, int64 (B,). Their actions are sampled, too, since this is the policy that is trained, and are a
-    function of the seeds; only an actor with noise of its own takes that from torch's global generator.
+    The actor is called once per training step. Logs ``train_return``, the mean return of the episodes that ended in the
+    epoch, if any, and as means over the epoch ``val_return`` and ``test_return``: returns of episodes from the seeds in
+    the batch, int64 (B,). Their actions are also sampled, since this is the trained policy, and the seeds determine
+    them; only an actor with its own noise draws from torch's global generator.
 
-    Training episodes begin from seeds that are drawn with torch's global generator; on several devices each has
-    episodes of its own. A fit begins new ones. **Checkpoints hold no environment**: a resumed run begins new episodes,
-    and differs from one that was not interrupted. Each call of the training step moves the environments on: a rule that
-    calls it several times in a step sees as many steps.
+    Training episodes start from seeds that are drawn with torch's global generator; each device has its own episodes. A
+    fit starts new ones. **Checkpoints hold no environment**: a resumed run starts new episodes, and differs from an
+    uninterrupted one. Each call of the training step advances the environments: a rule that calls it several times in a
+    step sees that many environment steps.
 
     Args:
         actor: Network from observations (E, ...) to logits (E, actions).
@@ -52,14 +52,14 @@ class ActorCritic(LightningModule):
         num_envs: Episodes at once, at least 1.
         gamma: Discount of the next value, in [0, 1].
         lr: Learning rate of the actor, above 0.
-        critic_lr: Learning rate of the critic, above 0; None: `lr`.
+        critic_lr: Learning rate of the critic, above 0; None for `lr`.
         optimizer: ``sgd`` or ``adam``.
-        max_steps: Steps after which an episode is cut off; None: the environment's own limit.
+        max_steps: Steps after which an episode is truncated; None for the environment's own limit.
 
     Raises:
         ModuleNotFoundError: gymnasium is not installed.
-        ValueError: An argument is out of range, or the environment is of a kind that is not supported; from the first
-            step, if the output of a network has the wrong shape.
+        ValueError: An argument is out of range, or the kind of environment is not supported; from the first step, if
+            the output of a network has the wrong shape.
 
     Example:
         >>> from lightning_bpfree.demos.modules import MLP
@@ -122,12 +122,12 @@ class ActorCritic(LightningModule):
         return (2 * _SEEDS + own % _TRAINING_SEEDS).tolist()
 
     def on_train_start(self) -> None:
-        """Begin new episodes."""
+        """Start new episodes."""
         self.running.begin(self._new_seeds(self.running.num))
         self._returns.clear()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Step all environments once; returns loss, action, reward and done, as the class says."""
+        """Step all environments once; returns loss, action, reward and done, see the class."""
         if self.running.observations is None:
             self.running.begin(self._new_seeds(self.running.num))
         before = self._tensor(self.running.observations)
@@ -195,12 +195,12 @@ class ActorCritic(LightningModule):
 
 
 class OnlineSteps(EpisodeSeeds):
-    """Numbers of steps for training, whose episodes the module holds; seeds of episodes for validation and test.
+    """Step numbers for training, whose episodes the module holds; seeds of episodes for validation and test.
 
     Training batches are int64 of shape (1,); batches for validation and test are those of :class:`EpisodeSeeds`.
 
     Args:
-        steps_per_epoch: Training steps an epoch, at least 1, over all devices.
+        steps_per_epoch: Training steps per epoch, at least 1, over all devices.
         val_episodes: Episodes of validation, 1 to 1,048,576.
         test_episodes: Episodes of the test, 1 to 1,048,576.
 
@@ -223,5 +223,5 @@ class OnlineSteps(EpisodeSeeds):
         self.steps_per_epoch = steps_per_epoch
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The numbers of the steps, one a batch."""
+        """The numbers of the steps, one per batch."""
         return DataLoader(SeedDataset(0, self.steps_per_epoch), batch_size=1, collate_fn=pass_through)

@@ -1,7 +1,7 @@
 """A task without derivatives: the reward of episodes in a simulated world, as a LightningModule and its data.
 
-`ControlModule` is an ordinary LightningModule whose training step returns a number that no graph leads to;
-`EpisodeSeeds` makes batches of episodes. Rules that only evaluate the training step train it; backprop cannot.
+`ControlModule` is an ordinary LightningModule whose training step returns a number without a graph; `EpisodeSeeds`
+makes batches of episodes. Rules that only evaluate the training step can train it; backprop cannot.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ class ControlModule(LightningModule):
     ``test_return``.
 
     **Backprop cannot train this module**: the world is simulated outside of torch, actions are chosen by argmax, and
-    the returned number has no graph. Rules that only evaluate the training step can. What is returned is a reward, so
-    tell the rule that more is better: ``EvolutionStrategy(..., maximize=True)``.
+    the returned number has no graph. Rules that only evaluate the training step can. The returned number is a reward,
+    so the rule must maximize it: ``EvolutionStrategy(..., maximize=True)``.
 
     Args:
-        net: Network from observations (B, ...) to scores: one for each numbered action, of which the highest is taken,
+        net: Network from observations (B, ...) to scores: one for each numbered action, of which the highest is chosen,
             or one for each coordinate of an action in a box, scaled to its range by tanh.
         env_id: Id of a registered environment, such as ``CartPole-v1`` (4 observed numbers, 2 actions) or
             ``Pendulum-v1`` (3 observed numbers, 1 coordinate).
         lr: Learning rate, above 0.
-        optimizer: ``sgd`` or ``adam``; ``sgd`` with a learning rate of 1 takes the step that a rule gives.
-        max_steps: Steps after which an episode ends; None: the environment's own limit.
+        optimizer: ``sgd`` or ``adam``; ``sgd`` with a learning rate of 1 applies the rule's step unchanged.
+        max_steps: Steps after which an episode ends; None for the environment's own limit.
 
     Raises:
         ModuleNotFoundError: gymnasium is not installed.
-        ValueError: An argument is out of range, or the environment is of a kind that is not supported; from the first
-            batch, if the output of `net` does not fit the actions.
+        ValueError: An argument is out of range, or the kind of environment is not supported; from the first batch, if
+            the output of `net` does not fit the actions.
 
     Example:
         >>> from lightning_bpfree.demos.modules import MLP
@@ -121,11 +121,11 @@ class ControlModule(LightningModule):
 
 
 class SeedDataset(Dataset[Tensor]):
-    """Consecutive seeds, which a DataLoader takes a batch at a time.
+    """Consecutive seeds, which a DataLoader indexes a batch at a time.
 
     Args:
         first: The first seed.
-        num: How many there are.
+        num: Number of seeds.
 
     Example:
         >>> SeedDataset(100, 5).__getitems__([0, 3])
@@ -148,11 +148,11 @@ class SeedDataset(Dataset[Tensor]):
 class FreshSampler(Sampler[int]):
     """Indices drawn in each epoch, with torch's global generator.
 
-    Not torch's RandomSampler, which Lightning replaces, on several devices, by one that goes through all seeds.
+    Used instead of torch's RandomSampler, which Lightning replaces on several devices by one that visits all seeds.
 
     Args:
-        num: Indices an epoch.
-        bound: Indices are below it.
+        num: Indices per epoch.
+        bound: Indices are less than this.
     """
 
     def __init__(self, num: int, bound: int) -> None:
@@ -168,12 +168,12 @@ class FreshSampler(Sampler[int]):
 class EpisodeSeeds(LightningDataModule):
     """Seeds of episodes: training batches of new ones in every epoch, fixed ones for validation and test.
 
-    Batches are int64 of shape (B,). No seed for validation is one for test, and training meets neither.
-    ``seed_everything`` decides the seeds for training, and nothing else does.
+    Batches are int64 of shape (B,). Seeds for training, validation and test are disjoint. ``seed_everything``
+    completely determines the seeds for training.
 
     Args:
-        batch_size: Episodes a training batch, at least 1.
-        batches_per_epoch: Training batches an epoch, at least 1.
+        batch_size: Episodes per training batch, at least 1.
+        batches_per_epoch: Training batches per epoch, at least 1.
         val_episodes: Episodes of validation, 1 to 1,048,576.
         test_episodes: Episodes of the test, 1 to 1,048,576.
 

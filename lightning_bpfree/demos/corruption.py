@@ -1,8 +1,8 @@
-"""Corruptions of a training set, to study how a training rule stands noise; validation and test stay clean.
+"""Corruptions of a training set, to study the robustness of training rules to noise; validation and test stay clean.
 
 The parts are those of D. Y. M. Tang, "The Integrated Forward-Forward Algorithm", 2023, arXiv 2305.12960: noise on a
 third of the training images, rows missing from another third, and a third more images of noise with random labels.
-Noise of the labels comes beside them.
+Label noise is available in addition.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CorruptionName = Literal["none", "gaussian", "missing_rows", "random_images", "r
 
 
 class Pixels(NamedTuple):
-    """What a corruption has to know of the clean images.
+    """Statistics of the clean images that a corruption needs.
 
     Args:
         black: Their smallest value.
@@ -43,23 +43,23 @@ class Pixels(NamedTuple):
 @checked_class
 @dataclass(frozen=True)
 class Corruption:
-    """What is done to the training set; each share is of the training samples in use, to the nearest sample.
+    """Corruption of the training set; shares are of the training samples in use, rounded to whole samples.
 
-    Images with Gaussian noise and images with missing rows are never the same, so their shares sum to at most 1.
-    The other two parts are independent of them and of each other; the labels of random images stay as they are drawn.
-    A larger share corrupts the samples that a smaller one does, and more. Values are those before standardization, and
-    are not clipped: noise may leave the range of the pixels, or else black would only get brighter.
+    Images with Gaussian noise and images with missing rows are disjoint, so their shares sum to at most 1. The other
+    two parts are independent of them and of each other; label noise does not affect random images. A larger share
+    corrupts a superset of the samples of a smaller share. Noise is added before standardization, without clipping:
+    values may leave the range of the pixels, since otherwise black could only get brighter.
 
     Args:
         gaussian: Share of the images that get Gaussian noise.
         missing_rows: Share of the images whose bottom rows are black, which is the smallest value of the images.
         random_images: Images to add, as a share of the training samples: the mean of the training images and Gaussian
             noise, with a label drawn from all classes.
-        random_labels: Share of the labels that are replaced by one of the others, each as likely.
+        random_labels: Share of the labels that are replaced by another one, uniformly.
         noise_std: Standard deviation of the Gaussian noise of both parts, in units of the range of the pixels.
         missing_height: Share of the height that is missing, at least one row and not all; None draws the number of
             rows for each image, from one to all but one.
-        seed: Decides everything random here, and nothing else does.
+        seed: Determines all random choices here.
 
     Raises:
         ValueError: An argument is out of range; from :meth:`apply` where it is out of range for this data set.
@@ -87,7 +87,7 @@ class Corruption:
             )
 
     def added(self, n: int) -> int:
-        """How many images come to ``n`` training samples."""
+        """The number of images that are added to ``n`` training samples."""
         return round(self.random_images * n)
 
     def apply(self, images: Tensor, labels: Tensor, num_classes: int, pixels: Pixels) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ class Corruption:
             images: Clean training images, (N, C, H, W), before standardization.
             labels: Their classes, (N,), from 0 to `num_classes` - 1.
             num_classes: Number of classes.
-            pixels: Of the clean images.
+            pixels: Statistics of the clean images.
         """
         images, labels, n = images.clone(), labels.clone(), len(images)
         noise = self.noise_std * (pixels.white - pixels.black)
@@ -151,10 +151,10 @@ CORRUPTIONS: dict[CorruptionName, Corruption] = {
 
 @checked
 def chosen_corruption(choice: CorruptionName | Corruption | None) -> Corruption:
-    """The corruption of that name, or the corruption given; None is none.
+    """The corruption of this name, or the given corruption; None means no corruption.
 
     Raises:
-        ValueError: There is none of that name.
+        ValueError: There is no corruption of this name.
 
     Example:
         >>> chosen_corruption("random_labels").random_labels == 1 / 3

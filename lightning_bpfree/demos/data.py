@@ -37,7 +37,7 @@ def _missing(package: str) -> ModuleNotFoundError:
 class DigitsDataModule(InMemoryDataModule):
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; comes with scikit-learn, nothing is downloaded.
 
-    A stratified fifth, the same always, is the test split. Arguments are those of :class:`InMemoryDataModule`.
+    A fixed stratified fifth is the test split. Arguments are those of :class:`InMemoryDataModule`.
     Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI repository, 1998.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Episodes of gymnasium's environments: many at once, each a function of its policy and seed; or ever new ones."""
+"""Episodes of gymnasium's environments: many at once, determined by policy and seed; or continuously renewed."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def _cartpole_starts(seeds: list[int]) -> Any:
 
 
 class Episodes:
-    """Episodes of a gymnasium environment, many at once, each begun from a seed of its own.
+    """Episodes of a gymnasium environment, many at once, each started from its own seed.
 
-    CartPole runs in one array; other environments step one after the other. Environments are kept from call to call,
-    one set for each number of episodes; copies and pickles hold none of them.
+    CartPole runs in one array; other environments step one after another. Environments are kept between calls, one set
+    per number of episodes; copies and pickles do not contain them.
 
     Args:
         env_id: Id of a registered environment with observations in a box, and actions that are either numbered or in
@@ -53,7 +53,7 @@ class Episodes:
         max_steps: Steps after which an episode ends; None: the environment's own limit.
 
     Attributes:
-        num_scores: Numbers that a policy has to give for an observation: one for each numbered action, or one for each
+        num_scores: Numbers that a policy returns for an observation: one for each numbered action, or one for each
             coordinate of an action in a box.
 
     Raises:
@@ -116,7 +116,7 @@ class Episodes:
         return env.state.T.astype("float32")
 
     def actions(self, scores: Tensor) -> Any:
-        """What scores stand for: the action of the highest, or tanh of each, scaled to the box.
+        """The actions for scores: the one with the highest score, or tanh of each score, scaled to the box.
 
         Args:
             scores: Shape (B, num_scores).
@@ -142,7 +142,7 @@ class Episodes:
     def returns(self, seeds: list[int], policy: Callable[[Any], Tensor]) -> Tensor:
         """The sum of the rewards of each episode, up to its first end, shape (B,), float32 on the CPU.
 
-        It depends on the policy and on the episode's seed, and not on what has been run before.
+        It depends only on the policy and the episode's seed, and not on earlier calls.
 
         Args:
             seeds: One for each episode, at least 0.
@@ -161,7 +161,7 @@ class Episodes:
 
 
 class Step(NamedTuple):
-    """What one step of several episodes gave; on the CPU."""
+    """The result of one step of several episodes, on the CPU."""
 
     observations: Any  # where it led to, an array (num, ...); of an episode that ended, its last one
     rewards: Tensor  # float32, (num,)
@@ -171,18 +171,18 @@ class Step(NamedTuple):
 
 
 class RunningEpisodes:
-    """Episodes that run side by side and are stepped together; where they end, others begin.
+    """Episodes that are stepped together; new episodes replace those that end.
 
-    Copies and pickles hold no environment, and have to :meth:`begin`.
+    Copies and pickles hold no environment; call :meth:`begin` on them first.
 
     Args:
         env_id: Id of a registered environment with observations in a box and numbered actions.
         num: Episodes at once, at least 1.
-        max_steps: Steps after which an episode is cut off; None: the environment's own limit.
+        max_steps: Steps after which an episode is truncated; None for the environment's own limit.
 
     Attributes:
-        num_actions: How many actions there are.
-        observations: What the running episodes show, an array (num, ...); None before :meth:`begin`.
+        num_actions: Number of actions.
+        observations: Current observations of the episodes, an array (num, ...); None before :meth:`begin`.
 
     Raises:
         ModuleNotFoundError: gymnasium is not installed.
@@ -215,7 +215,7 @@ class RunningEpisodes:
         return type(self), (self._episodes.env_id, self.num, self._episodes.max_steps)
 
     def begin(self, seeds: list[int]) -> None:
-        """Begin `num` episodes from as many seeds, whatever is running."""
+        """Start `num` new episodes, one per seed, and drop running ones."""
         import numpy as np
 
         self._check_number(seeds, self.num)
@@ -226,7 +226,7 @@ class RunningEpisodes:
         """Take an action, from 0 to num_actions - 1, in each episode; shape (num,).
 
         Raises:
-            RuntimeError: No episodes were begun, or some have ended without others in their place.
+            RuntimeError: No episodes were started, or some have ended and were not renewed.
         """
         if self.observations is None:
             raise RuntimeError("No episodes run yet; call begin() with their seeds.")
@@ -252,7 +252,7 @@ class RunningEpisodes:
         return observations, rewards, terminated, truncated
 
     def renew(self, seeds: list[int]) -> None:
-        """Begin others in place of the episodes that the last step ended, from as many seeds."""
+        """Replace the episodes that ended in the last step by new ones, one per seed."""
         env, ended = self._env, self._ended
         self._check_number(seeds, len(ended))
         self.observations = self.observations.copy()  # the last step's own stay what they are

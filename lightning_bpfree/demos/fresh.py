@@ -1,4 +1,4 @@
-"""Training batches that are drawn when they are asked for: a task without a data set, as a LightningDataModule."""
+"""Training batches that are drawn on request: a task without a data set, as a LightningDataModule."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _EVAL_BATCH = 1024
 
 
 class FreshBatches(Dataset[Batch]):
-    """Batches by number: each is drawn whole, from a generator that its number seeds, whenever it is asked for.
+    """Batches by number: each whole batch is drawn on request, from a generator that its number seeds.
 
-    Use with ``batch_size=None`` and ``collate_fn=pass_through``, so that a loader asks for one batch after the other.
+    Use with ``batch_size=None`` and ``collate_fn=pass_through``, so that a loader requests one batch at a time.
 
     Args:
-        draw: From a number of samples and a generator to a batch.
-        batch_size: Samples a batch.
+        draw: Maps a number of samples and a generator to a batch.
+        batch_size: Samples per batch.
 
     Example:
         >>> import torch
@@ -54,16 +54,16 @@ class FreshBatches(Dataset[Batch]):
 
 
 class FreshDataModule(LightningDataModule):
-    """What tasks without a data set share; a subclass says in :meth:`draw` how samples are made.
+    """Base class of tasks without a data set; a subclass draws samples in :meth:`draw`.
 
-    Training batches are new ones in every epoch, and ``seed_everything`` decides them: their numbers are drawn with
-    torch's global generator when an epoch begins. On several devices each gets its share of an epoch's numbers, hence
-    batches of its own. The samples for validation and test are drawn once from two fixed seeds, which training does not
-    use, by NumPy's frozen RandomState: they are the same in every run and version.
+    Training batches are new in every epoch, and ``seed_everything`` determines them: their numbers are drawn with
+    torch's global generator when an epoch begins. Each device gets its share of an epoch's numbers, and so its own
+    batches. The samples for validation and test are drawn once from two fixed seeds, which training does not use, by
+    NumPy's frozen RandomState: they are the same in every run and version.
 
     Args:
-        batch_size: Samples a training batch, at least 1.
-        batches_per_epoch: Training batches an epoch, at least 1, over all devices.
+        batch_size: Samples per training batch, at least 1.
+        batches_per_epoch: Training batches per epoch, at least 1, over all devices.
         eval_samples: Samples for validation, and as many others for the test; at least 1.
 
     Raises:
@@ -78,7 +78,7 @@ class FreshDataModule(LightningDataModule):
         self.batch_size, self.batches_per_epoch, self.eval_samples = batch_size, batches_per_epoch, eval_samples
 
     def draw(self, num: int, state: np.random.RandomState) -> Batch:
-        """That many samples, independent of one another, decided by the generator alone."""
+        """The given number of independent samples, determined by the generator alone."""
         raise NotImplementedError
 
     def dataset(self, split: Literal["val", "test"]) -> BatchDataset:

@@ -19,15 +19,15 @@ Arrays = tuple[Tensor, Tensor, Tensor, Tensor]  # training inputs, training labe
 
 @checked
 def stratified_split(labels: Tensor, fraction: OpenFraction, seed: Seed32) -> tuple[Tensor, Tensor]:
-    """Split indices so that each class gives the same fraction (to the nearest sample) to the second part.
+    """Split indices so that each class contributes the same fraction (to the nearest sample) to the second part.
 
     Args:
         labels: Class of each sample, shape (N,), integer.
         fraction: Share of the second part, in (0, 1).
-        seed: Decides the split and the order, and nothing else does.
+        seed: Determines the split and the order completely.
 
     Returns:
-        Indices of the first and of the second part, both shuffled, disjoint, together all N.
+        Indices of the first and of the second part, both shuffled; they are disjoint and cover all N.
 
     Example:
         >>> rest, part = stratified_split(torch.tensor([0, 1] * 10), 0.2, seed=0)
@@ -45,21 +45,20 @@ def stratified_split(labels: Tensor, fraction: OpenFraction, seed: Seed32) -> tu
 
 
 class InMemoryDataModule(SplitLoaders, LightningDataModule):
-    """What the data modules here share; a subclass says in :meth:`load` where the arrays come from.
+    """Base class of the data modules here; a subclass returns the arrays in :meth:`load`.
 
     Batches are pairs: inputs float32, (B, C, H, W), or (B, C * H * W) with `flatten`; labels int64, (B,).
 
     Args:
-        batch_size: Samples a batch, at least 1.
-        val_fraction: Share of the training data set apart for validation, in (0, 1), the same in each class.
+        batch_size: Samples per batch, at least 1.
+        val_fraction: Share of the training data that is reserved for validation, in (0, 1), the same in each class.
         seed: Seed of the split into training and validation. The test split is the same for every seed.
         flatten: Whether inputs are vectors instead of images.
         drop_last: Whether a last training batch smaller than `batch_size` is left out.
         num_workers: Worker processes of each loader; 0, in the main process, is fastest here.
-        train_size: Use only the first so many samples of the shuffled training split; None: all.
-        corruption: What is done to the training samples in use, and to nothing else: the name of a ready-made
-            corruption, which is a third of the training set each, or ``paper``, or a :class:`Corruption` with shares
-            of your own; None: nothing.
+        train_size: Use only this number of samples at the start of the shuffled training split; None for all.
+        corruption: Corruption of only the training samples in use: the name of a predefined corruption (a third of the
+            training set each), or ``paper``, or a :class:`Corruption` with your own shares; None for none.
 
     Attributes:
         num_classes: Number of classes.
@@ -101,7 +100,7 @@ class InMemoryDataModule(SplitLoaders, LightningDataModule):
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Load, split and standardize; does nothing the second time."""
+        """Load, split and standardize; later calls do nothing."""
         if self._splits:
             return
         x, y, test_x, test_y = self.load()

@@ -1,4 +1,4 @@
-"""Masked language modelling with any network from tokens to logits."""
+"""Masked language modeling with any network from tokens to logits."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["LanguageModel"]
 
 
 class LanguageModel(Classifier):
-    """Cross-entropy of the tokens that are to be predicted, with any network.
+    """Cross-entropy of the predicted tokens, with any network.
 
-    Batches are pairs, both int64 of shape (B, T): tokens, and labels in [0, vocab_size), or -100 where nothing is to be
-    predicted. Logs ``train_loss`` of single batches, as often as the Trainer's ``log_every_n_steps`` says; as means
-    over all predicted positions of the epoch, ``val_loss`` and ``val_acc``, ``test_loss`` and ``test_acc``, accuracies
-    in [0, 1]. Losses are in nats; chance is ``log(vocab_size)``.
+    Batches are pairs, both int64 of shape (B, T): tokens, and labels in [0, vocab_size), or -100 at positions that are
+    not predicted. Logs ``train_loss`` of single batches, every ``log_every_n_steps`` of the Trainer; as means over all
+    predicted positions of the epoch, ``val_loss`` and ``val_acc``, ``test_loss`` and ``test_acc``, accuracies in
+    [0, 1]. Losses are in nats; the chance level is ``log(vocab_size)``.
 
     Args:
         net: Network from tokens (B, T) to logits (B, T, vocab_size).
@@ -29,8 +29,8 @@ class LanguageModel(Classifier):
         **kwargs: Arguments of :class:`Classifier`: optimizer, learning rate and its schedule.
 
     Raises:
-        ValueError: An argument is out of range; from the first batch, if logits and labels do not fit together, or no
-            position is to be predicted.
+        ValueError: An argument is out of range; from the first batch, if logits and labels are incompatible, or no
+            position has a label.
 
     Example:
         >>> import torch

@@ -15,10 +15,10 @@ __all__ = ["Denoiser", "PixelSequence", "SmallResNet"]
 
 
 class PixelSequence(nn.Module):
-    """Gives images to a network of sequences, pixel after pixel.
+    """Passes images to a sequence network, pixel by pixel.
 
     Args:
-        net: Network of inputs of shape (B, C, H * W).
+        net: Network for inputs of shape (B, C, H * W).
 
     Example:
         >>> PixelSequence(nn.Conv1d(1, 3, 1))(torch.zeros(2, 1, 8, 8)).shape
@@ -103,7 +103,7 @@ class SmallResNet(nn.Module):
 
 
 class Denoiser(LightningModule):
-    """Dense prediction: the clean image from one with Gaussian noise.
+    """Dense prediction of the clean image from one with Gaussian noise.
 
     Batches are pairs of images and labels; labels are not used. Logs, as means over the epoch, ``train_loss``,
     ``val_loss`` and ``test_loss``: mean squared errors. The noise of an image for validation and test is always the

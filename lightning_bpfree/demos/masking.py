@@ -1,4 +1,4 @@
-"""Masked sequences for language models: which positions are hidden is decided by a seed, an epoch and a sequence.
+"""Masked sequences for language models: seed, epoch and sequence determine the masked positions.
 
 The masks are those of J. Devlin, M.-W. Chang, K. Lee, K. Toutanova, "BERT: Pre-training of Deep Bidirectional
 Transformers for Language Understanding", 2018, arXiv 1810.04805, over characters instead of word pieces.
@@ -24,15 +24,15 @@ _PRINTABLE = (32, 127)  # the range of random characters
 
 
 def masked(tokens: Tensor, share: float, state: np.random.RandomState) -> tuple[Tensor, Tensor]:
-    """Hide characters as BERT does: of those chosen, 80 % become the mask, 10 % a random character, 10 % stay.
+    """Mask characters as BERT does: of those chosen, 80 % become the mask, 10 % a random character, 10 % stay.
 
     Args:
         tokens: Shape (N, T), int64.
-        share: Of the positions of each sequence, in (0, 1]; rounded to whole positions.
-        state: Decides all.
+        share: Share of the positions in each sequence, in (0, 1]; rounded to whole positions.
+        state: Source of all random choices.
 
     Returns:
-        Inputs and labels, both int64 of shape (N, T); labels are -100 where nothing is to be predicted.
+        Inputs and labels, both int64 of shape (N, T); labels are -100 at positions that are not predicted.
 
     Example:
         >>> inputs, labels = masked(torch.full((2, 20), 65), 0.15, np.random.RandomState(0))
@@ -55,9 +55,9 @@ class EpochSampler(Sampler[int]):
     The Trainer calls :meth:`set_epoch` when an epoch begins.
 
     Args:
-        num: Samples an epoch.
+        num: Samples per epoch.
         seed: At least 0.
-        epoch: The first one.
+        epoch: The first epoch.
 
     Example:
         >>> sampler = EpochSampler(4, seed=0, epoch=2)
@@ -76,7 +76,7 @@ class EpochSampler(Sampler[int]):
         yield from (self.epoch * self.num + order).tolist()
 
     def set_epoch(self, epoch: int) -> None:
-        """Go on with this epoch, at the next iteration."""
+        """Use this epoch from the next iteration on."""
         self.epoch = epoch
 
 

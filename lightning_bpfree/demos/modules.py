@@ -1,6 +1,6 @@
-"""A classifier that wraps any network, and three small networks to put into it.
+"""A classifier that wraps any network, and three small networks for it.
 
-Nothing here knows of training rules: `Classifier` is an ordinary LightningModule with automatic optimization.
+Nothing here depends on training rules: `Classifier` is an ordinary LightningModule with automatic optimization.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Classifier(LightningModule):
         lr: Learning rate after the warm-up, above 0.
         optimizer: ``sgd``, ``adam`` or ``adamw``.
         momentum: Momentum of ``sgd``, in [0, 1); the other two ignore it.
-        weight_decay: Weight decay, at least 0 (decoupled from the gradient with ``adamw`` only).
+        weight_decay: Weight decay, at least 0 (decoupled from the gradient only with ``adamw``).
         lr_schedule: ``constant``, or ``cosine`` from `lr` down to 0 over all steps of the fit.
-        warmup_steps: Optimizer steps over which the learning rate grows linearly to `lr`; 0: none.
-        label_smoothing: Share of the target spread over all classes, in [0, 1]; for the training loss only.
+        warmup_steps: Optimizer steps over which the learning rate increases linearly to `lr`; 0 for none.
+        label_smoothing: Share of the target spread over all classes, in [0, 1]; only for the training loss.
 
     Raises:
         ValueError: An argument is out of range.
@@ -120,10 +120,10 @@ class Classifier(LightningModule):
         return {}
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, and a scheduler that steps with it where the learning rate is not constant.
+        """The optimizer, and a scheduler that steps with it if the learning rate is not constant.
 
         Raises:
-            ValueError: The fit has no last step for ``cosine`` to end at, or ends within the warm-up.
+            ValueError: The fit has no last step, which ``cosine`` needs, or ends within the warm-up.
         """
         hp = self.hparams
         settings: dict[str, Any] = {"lr": hp["lr"], "weight_decay": hp["weight_decay"]}

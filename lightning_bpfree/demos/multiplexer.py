@@ -1,6 +1,6 @@
-"""The multiplexer, a task that is learnt from right or wrong: its data, and a classifier that is scored as a policy.
+"""The multiplexer, a task that is learned from right or wrong: its data, and a classifier that is scored as a policy.
 
-Barto gave it to teams of stochastic units that learn from the reward of the whole: A. G. Barto, "Learning by
+Barto used it for teams of stochastic units that learn from a shared reward: A. G. Barto, "Learning by
 statistical cooperation of self-interested neuron-like computing elements", Human Neurobiology 4, 1985. S. Chung, "MAP
 propagation algorithm: faster learning with a team of reinforcement learning agents", NeurIPS 2021, arXiv 2010.07893,
 trains networks with 64 and 32 hidden units on it with k = 5, in batches of 128.
@@ -34,16 +34,16 @@ class MultiplexerDataModule(FreshDataModule):
     likely; labels int64 of shape (B,), 0 or 1. The first k numbers are the address, most significant bit first; the
     label is bit k + address of the input.
 
-    Training batches are new in every epoch, and ``seed_everything`` decides them. Validation and test are the same in
-    every run: all 2**(k + 2**k) inputs, in the order of the numbers that their bits spell, where these are 12 bits or
-    fewer (k up to 3) and not more inputs than `eval_samples`; otherwise `eval_samples` random ones, other ones for the
-    test than for validation.
+    Training batches are new in every epoch, and ``seed_everything`` determines them. Validation and test are the same
+    in every run. If there are at most 12 bits (k up to 3) and at most `eval_samples` inputs, they contain all
+    2**(k + 2**k) inputs, in the order of their binary numbers. Otherwise, they contain `eval_samples` random inputs
+    each, different ones for validation and test.
 
     Args:
         k: Address bits, 1 to 12.
-        batch_size: Samples a training batch, at least 1.
-        batches_per_epoch: Training batches an epoch, at least 1, over all devices.
-        eval_samples: Samples for validation, and for the test, where not all inputs are used; at least 1.
+        batch_size: Samples per training batch, at least 1.
+        batches_per_epoch: Training batches per epoch, at least 1, over all devices.
+        eval_samples: Samples for validation, and for the test, if not all inputs are used; at least 1.
 
     Attributes:
         num_features: k + 2**k.
@@ -95,7 +95,7 @@ class MultiplexerDataModule(FreshDataModule):
         return torch.from_numpy(bits).float() * 2 - 1, torch.from_numpy(self._label(bits))
 
     def draw(self, num: int, state: np.random.RandomState) -> Batch:
-        """That many inputs, uniform and independent, and their labels."""
+        """The given number of inputs, uniform and independent, and their labels."""
         return self._batch(state.randint(0, 2, (num, self.num_features), dtype=np.uint8))
 
     def dataset(self, split: Literal["val", "test"]) -> BatchDataset:
@@ -108,12 +108,12 @@ class MultiplexerDataModule(FreshDataModule):
 
 
 class PolicyClassifier(Classifier):
-    """A classifier seen as a policy that chooses a class at random, by its probabilities: +1 if it is right, else -1.
+    """A classifier scored as a policy that samples a class from its probabilities: +1 if it is right, else -1.
 
-    Beside what :class:`Classifier` logs, it logs ``val_reward`` and ``test_reward``, in [-1, 1]: the mean over samples
-    of ``2 * softmax(logits)[label] - 1``, the reward that such a policy expects. No action is drawn, hence it has no
-    noise but the network's own. In training it logs less than that class, for on-line learning takes many small steps:
-    ``train_loss`` and ``train_reward`` of single batches, as often as the Trainer's ``log_every_n_steps`` says.
+    In addition to the metrics of :class:`Classifier`, it logs ``val_reward`` and ``test_reward``, in [-1, 1]: the mean
+    over samples of ``2 * softmax(logits)[label] - 1``, the expected reward of this policy. No action is drawn, so the
+    only noise is the network's own. In training it logs less than that class, since online learning takes many small
+    steps: ``train_loss`` and ``train_reward`` of single batches, every ``log_every_n_steps`` of the Trainer.
     Arguments and errors are those of :class:`Classifier`.
 
     Example:

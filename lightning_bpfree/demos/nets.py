@@ -77,7 +77,7 @@ class MLP(nn.Module):
 
 
 class SmallCNN(nn.Module):
-    """3 x 3 convolutions, the first at full size and each later one halving it, average pooling, one linear layer.
+    """3 x 3 convolutions (the first at full size, each later one halves it), average pooling, one linear layer.
 
     Args:
         in_shape: Shape (C, H, W) of one image, any size from 1 x 1 up.
@@ -130,9 +130,9 @@ class SmallCNN(nn.Module):
 
 
 class LeNet(nn.Module):
-    """Two 5 x 5 convolutions with a pooling between them, the mean over all places, one linear layer.
+    """Two 5 x 5 convolutions with pooling between them, the mean over all positions, one linear layer.
 
-    That of H. Feng et al., "Does Federated Learning Really Need Backpropagation?", 2023, arXiv 2301.12195: 26,730
+    From H. Feng et al., "Does Federated Learning Really Need Backpropagation?", 2023, arXiv 2301.12195: 26,730
     parameters for one channel of input.
 
     Args:

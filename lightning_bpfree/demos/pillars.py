@@ -48,9 +48,9 @@ class SafetyFactor:
     of the tributary area, ``gradient * H * ((w + B) / w) ** 2``.
 
     Args:
-        strength: of a cube of 1 m, in MPa.
-        width_power: of the pillar's width.
-        height_power: of the mining height.
+        strength: strength of a cube of 1 m, in MPa.
+        width_power: exponent of the pillar's width.
+        height_power: exponent of the mining height.
         gradient: vertical stress, in MPa per meter of depth.
 
     Examples:
@@ -83,7 +83,7 @@ def pillar_classes(
     Args:
         failed: whether each failed, (N,).
         safety: safety factors, (N,).
-        threshold: of the safety factor, above 0.
+        threshold: limit of the safety factor, above 0.
         labeling: ``agreement`` or ``adequacy``.
 
     Example:
@@ -118,8 +118,8 @@ def simulated_pillars(
     Args:
         num_failed: Failed pillars, at least 1; 86 as in the South African database of 2013.
         num_intact: Intact pillars, at least 1; 337 as there.
-        seed: Of all draws.
-        factor: The safety factor; None: :class:`SafetyFactor` as it is.
+        seed: Seed of all draws.
+        factor: The safety factor; None for the default :class:`SafetyFactor`.
         spread: Deviation of the logarithm of the log-normal factor, at least 0.
         weak_share: Share of pillars in weak coal, in [0, 1].
         weak_strength: Strength of weak coal relative to other coal, in (0, 1].
@@ -153,8 +153,8 @@ def simulated_pillars(
 def read_pillars(path: str | Path) -> dict[str, Tensor]:
     """Pillars of a CSV file, by column.
 
-    The file has a header and one row a pillar: ``w`` pillar width, ``h`` mining height, ``B`` bord width, ``H`` depth
-    to floor, all in meters, ``failed`` 0 or 1, and, if it likes, ``ratio``, which is w / h. Other columns are ignored.
+    The file has a header and one row per pillar: ``w`` pillar width, ``h`` mining height, ``B`` bord width, ``H`` depth
+    to floor, all in meters, ``failed`` 0 or 1, and optionally ``ratio``, which is w / h. Other columns are ignored.
 
     Args:
         path: The file.
@@ -212,14 +212,14 @@ def _number(row: Mapping[str, Any], column: str, where: str) -> float:
 class CoalPillarDataModule(TableDataModule):
     """Coal pillars with five features, w, h, B, H and w / h, and the four classes of :func:`pillar_classes`.
 
-    Without a file the pillars are simulated, by :func:`simulated_pillars`, and the data module says so: scores on them
-    say nothing about real mines, and must not be compared with published results.
+    Without a file, the pillars are simulated by :func:`simulated_pillars`, and the data module says so: scores on them
+    are not valid for real mines, and must not be compared with published results.
 
     Safety factor and ratio are functions of the other columns, so that part of the label is a formula of the features.
 
     Args:
         path: CSV file of pillars, see :func:`read_pillars`; None: simulated ones.
-        threshold: Of the safety factor, above 0; 1.0, 1.3 and 1.6 are in use.
+        threshold: Limit of the safety factor, above 0; 1.0, 1.3 and 1.6 are in use.
         labeling: Which reading of a suitable factor, ``agreement`` or ``adequacy``.
         strength: Constant of the safety factor, in MPa.
         width_power: Constant of the safety factor.

@@ -1,4 +1,4 @@
-"""A random network to imitate: regression on fresh Gaussian inputs, whose reward is minus the squared error.
+"""Regression on fresh Gaussian inputs to imitate a random network; the reward is the negative squared error.
 
 After the scalar regression of S. Chung, "MAP propagation algorithm: faster learning with a team of reinforcement
 learning agents", NeurIPS 2021, arXiv 2010.07893, where networks with 64 and 32 hidden units learn in batches of 128.
@@ -30,19 +30,19 @@ class RandomNetDataModule(FreshDataModule):
 
     Batches are pairs, both float32: inputs of shape (B, in_features), independent standard normal; targets of shape
     (B, 1), at least 0: ``relu(relu(x @ W) @ v)``, with 8 hidden units and no biases. `W` and `v` are uniform within
-    Glorot's bounds, ``sqrt(6 / (inputs + outputs))``. The outer ReLU would silence many such networks, hence they are
-    drawn one after the other, from a generator that `target_seed` seeds, until one gives a positive target to at least
-    half of 4,096 inputs.
+    Glorot's bounds, ``sqrt(6 / (inputs + outputs))``. The outer ReLU would set most outputs of many such networks to 0,
+    so networks are drawn from a generator seeded by `target_seed` until one gives a positive target for at least half
+    of 4,096 inputs.
 
-    Training batches are new in every epoch, and ``seed_everything`` decides them. Inputs for validation and test are
+    Training batches are new in every epoch, and ``seed_everything`` determines them. Inputs for validation and test are
     the same in every run.
 
     Args:
         in_features: Numbers in an input, at least 1.
-        batch_size: Samples a training batch, at least 1.
-        batches_per_epoch: Training batches an epoch, at least 1, over all devices.
+        batch_size: Samples per training batch, at least 1.
+        batches_per_epoch: Training batches per epoch, at least 1, over all devices.
         eval_samples: Samples for validation, and as many others for the test; at least 1.
-        target_seed: Decides the target network, and nothing else does; 0 to 2**32 - 1.
+        target_seed: Determines the target network completely; 0 to 2**32 - 1.
 
     Attributes:
         weights: `W`, shape (in_features, 8), and `v`, shape (8, 1).
@@ -86,13 +86,13 @@ class RandomNetDataModule(FreshDataModule):
         return torch.relu(torch.relu(inputs @ inner) @ outer)
 
     def draw(self, num: int, state: np.random.RandomState) -> Batch:
-        """That many inputs, and their targets."""
+        """The given number of inputs, and their targets."""
         inputs = torch.from_numpy(state.standard_normal((num, self.in_features))).float()
         return inputs, self.target(inputs)
 
 
 class Regressor(LightningModule):
-    """Least squares with any network, and the reward of outputs that were not the network's mean.
+    """Least squares with any network, and the reward of sampled outputs.
 
     Batches are pairs (inputs, targets), targets float of shape (B, 1). Logs, as means over the epoch, the mean squared
     error: ``train_loss``, ``val_loss`` and ``test_loss``.
@@ -124,7 +124,7 @@ class Regressor(LightningModule):
         return outputs
 
     def reward(self, batch: tuple[Tensor, Tensor], action: Tensor) -> Tensor:
-        """Minus the squared error of each row, shape (M * B,).
+        """The negative squared error of each row, shape (M * B,).
 
         Args:
             batch: Inputs and targets, of which the targets, shape (B, 1), are used.
@@ -132,7 +132,7 @@ class Regressor(LightningModule):
                 for sample b.
 
         Raises:
-            ValueError: The rows are not M times those of the batch, or not of one number.
+            ValueError: The number of rows is not M times that of the batch, or a row has several numbers.
         """
         targets = batch[1]
         if action.dim() != 2 or action.shape[1] != 1 or not len(action) or len(action) % len(targets):

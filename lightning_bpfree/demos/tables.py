@@ -26,16 +26,16 @@ __all__ = ["ScikitTableDataModule", "TableClassifier", "TableDataModule"]
 
 
 class TableDataModule(SplitLoaders, LightningDataModule):
-    """What the tables here share; a subclass says in :meth:`load` where the rows come from.
+    """Base class of the tables here; a subclass returns the rows in :meth:`load`.
 
     Batches are pairs: inputs float32, (B, num_features), labels int64, (B,). Each feature is standardized with mean and
-    deviation of the training rows; rows for validation and test do not take part in that. All splits are stratified.
+    deviation of only the training rows. All splits are stratified.
 
     Args:
-        batch_size: Rows a batch, at least 1.
-        test_fraction: Share of all rows set apart for the test, in (0, 1).
-        val_fraction: Share of the others set apart for validation, in (0, 1).
-        seed: Of both splits: with a few hundred rows, repeat an experiment with several.
+        batch_size: Rows per batch, at least 1.
+        test_fraction: Share of all rows that is reserved for the test, in (0, 1).
+        val_fraction: Share of the others that is reserved for validation, in (0, 1).
+        seed: Seed of both splits: with a few hundred rows, repeat an experiment with several seeds.
 
     Attributes:
         class_names: Names of the classes, by their numbers.
@@ -66,7 +66,7 @@ class TableDataModule(SplitLoaders, LightningDataModule):
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Load, split and standardize; does nothing the second time."""
+        """Load, split and standardize; later calls do nothing."""
         if self._splits:
             return
         x, y = self.load()
@@ -109,7 +109,7 @@ class ScikitTableDataModule(TableDataModule):
         self.name = name
 
     def load(self) -> tuple[Tensor, Tensor]:
-        """The table as scikit-learn has it."""
+        """The table of scikit-learn, unchanged."""
         try:
             from sklearn import datasets
         except ModuleNotFoundError as error:
@@ -131,13 +131,13 @@ class TableClassifier(Classifier):
     Args:
         net: Network from inputs to logits of shape (B, num_classes).
         num_classes: Number of classes, at least 2.
-        class_names: Names for what is logged, num_classes of them; None: their numbers.
-        confusion_plot: File for a figure of the confusion matrix of the test, such as ``confusion.png``; None: none.
+        class_names: num_classes names for logged metrics; None for their numbers.
+        confusion_plot: File for a figure of the test's confusion matrix, such as ``confusion.png``; None for none.
         **kwargs: Arguments of :class:`Classifier`: optimizer, learning rate and its schedule.
 
     Raises:
         ValueError: An argument is out of range.
-        ModuleNotFoundError: At the end of the test, where matplotlib is not installed and a figure is wanted.
+        ModuleNotFoundError: At the end of the test, if a figure is requested and matplotlib is not installed.
 
     Example:
         >>> model = TableClassifier(nn.Linear(5, 3), num_classes=3, lr=0.1)
@@ -178,7 +178,7 @@ class TableClassifier(Classifier):
             metric.update(logits, y)
 
     def on_test_epoch_end(self) -> None:
-        """Log what was counted by class, and draw the confusion matrix."""
+        """Log the metrics by class, and draw the confusion matrix."""
         accuracy, f2 = self.class_accuracy.compute(), self.class_f2.compute()
         rows = self.class_rows.compute()[:, 4]
         for name, own, score, count in zip(self.class_names, accuracy, f2, rows, strict=True):

@@ -1,4 +1,4 @@
-"""A small corpus that every Python brings along: what its standard library says of itself, for language models."""
+"""A small corpus for language models that comes with every Python: the docstrings of its standard library."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def read_docstrings(module: str, folder: Path) -> str:
 
     Args:
         module: Its name.
-        folder: Where the standard library lies.
+        folder: Folder of the standard library.
 
     Raises:
         FileNotFoundError: The text has no source on this machine.
@@ -86,22 +86,22 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 class StandardLibraryTextDataModule(LightningDataModule):
     """Masked characters of the documentation strings of Python's standard library; nothing is downloaded.
 
-    The text comes from the sources of the Python that runs, hence it differs a little between versions: 0.77 million
-    characters in 3.11. It is cut into sequences, and what is left at the end of a module is dropped. A module, or
-    package, belongs to one split as a whole: about 81 % of the text is for training, 11 % for validation and 8 % for
-    the test, and `seed` does not change that.
+    The text comes from the sources of the running Python, so it differs slightly between versions: 0.77 million
+    characters in 3.11. It is cut into sequences, and the rest at the end of a module is dropped. All text of a module
+    or package belongs to one split: about 81 % of the text is for training, 11 % for validation and 8 % for the test,
+    independently of `seed`.
 
     Batches are pairs, both int64 of shape (B, T): tokens, which are the codes of ASCII characters or 128 for the mask;
-    and labels, the true characters at the positions to be predicted and -100 elsewhere. The order and the masks of
-    training depend on `seed`, the epoch and the sequence alone, so that a run resumed at the end of an epoch, or one
-    with another training rule, meets the same batches. Those of validation and test are always the same.
+    and labels, the true characters at the predicted positions and -100 elsewhere. The order and the masks of training
+    depend only on `seed`, the epoch and the sequence, so that a run resumed at the end of an epoch, or one with another
+    training rule, gets the same batches. Those of validation and test are always the same.
 
     Args:
-        sequence_length: T, characters a sequence, at least 1.
-        batch_size: Sequences a batch, at least 1.
-        mask_share: Share of the positions that are to be predicted, the same number in each sequence, in (0, 1].
-        max_sequences: At most so many sequences of each split, at least 1, from all over its text; None: all.
-        seed: Decides order and masks of training, 0 to 2**32 - 1.
+        sequence_length: T, characters per sequence, at least 1.
+        batch_size: Sequences per batch, at least 1.
+        mask_share: Share of the predicted positions, the same number in each sequence, in (0, 1].
+        max_sequences: Maximum number of sequences per split, at least 1, from all over its text; None for all.
+        seed: Determines order and masks of training, 0 to 2**32 - 1.
         num_workers: Worker processes of each loader; 0, in the main process, is fastest here.
 
     Attributes:
@@ -109,7 +109,7 @@ class StandardLibraryTextDataModule(LightningDataModule):
 
     Raises:
         FileNotFoundError: From :meth:`setup`: this Python comes without sources.
-        ValueError: An argument is out of range; from :meth:`setup` where no module has a sequence of that length.
+        ValueError: An argument is out of range; from :meth:`setup`, if no module has a sequence of this length.
 
     Example:
         >>> data = StandardLibraryTextDataModule(batch_size=4)
@@ -142,7 +142,7 @@ class StandardLibraryTextDataModule(LightningDataModule):
         self._sequences: dict[Split, Tensor] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the sources and cut them; does nothing the second time."""
+        """Read the sources and cut them; later calls do nothing."""
         if self._sequences:
             return
         folder = Path(sysconfig.get_paths()["stdlib"])

@@ -1,8 +1,8 @@
 """Small networks of Hugging Face's transformers, built from their configurations: no weights are downloaded.
 
-They are ordinary modules. Their layers are of kinds that
-:func:`~lightning_bpfree.convert_to_reversible` knows. Weights are drawn with a standard deviation of
-``1 / sqrt(width)``: the 0.02 of the configurations suits widths near 1,000, and narrow networks learn slowly from it.
+They are ordinary modules, with layers that :func:`~lightning_bpfree.convert_to_reversible` supports. Weights are drawn
+with a standard deviation of ``1 / sqrt(width)``: the configurations' 0.02 suits widths near 1,000, but narrow networks
+learn slowly with it.
 """
 
 from __future__ import annotations
@@ -189,8 +189,8 @@ class RobertaEncoderLM(nn.Module):
     """transformers' ``RobertaForMaskedLM`` with random weights: an encoder from tokens to logits of tokens.
 
     Its layers are ``model.roberta.encoder.layer``; with `norm_first`, which makes it a
-    ``RobertaPreLayerNormForMaskedLM``, they are ``model.roberta_prelayernorm.encoder.layer``. There is no padding: all
-    tokens are alike to it, and every position attends to all others.
+    ``RobertaPreLayerNormForMaskedLM``, they are ``model.roberta_prelayernorm.encoder.layer``. There is no padding
+    token: every position attends to all others.
 
     Args:
         vocab_size: Number of tokens, at least 2; 129 for the characters of

@@ -1,1 +1,1 @@
-"""Federated learning by forward passes: clients answer with loss differences, the server makes the gradient of them."""
+"""Federated learning by forward passes: the server estimates the gradient from the clients' loss differences."""

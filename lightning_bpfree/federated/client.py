@@ -1,4 +1,4 @@
-"""A client of a BAFFLE federation: its only computation is forward passes."""
+"""A client of a BAFFLE federation, which computes only forward passes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from lightning_bpfree.training.measurement.peak_memory import PeakMemory
 def loss_differences(
     objective: Objective, params: Mapping[str, Tensor], directions: Directions, settings: Baffle
 ) -> Tensor:
-    """Return what a client measures: one loss difference for each direction, shape ``(K,)`` in float64.
+    """Return a client's measurements: one loss difference per direction, shape ``(K,)`` in float64.
 
     Args:
         objective: the loss over the client's batches.
-        params: where.
+        params: the point.
         directions: the ``K`` directions.
         settings: ``sigma``, ``scheme`` and ``chunk_size``.
     """
@@ -81,14 +81,14 @@ def _layer_by_layer(objective: Objective, directions: Directions, settings: Baff
 class BaffleClient:
     """Answers the rounds of a server.
 
-    The client keeps no state but its weights, and those only to save the server from sending them.
+    The client keeps only its weights, so that the server need not send them again.
 
     Args:
         module: any LightningModule without BatchNorm; its trained parameters are overwritten.
         data: the client's samples.
-        settings: of the federation, equal to the server's.
-        number: of the client's part of the data, by which it chooses batches.
-        measure_memory: whether answers say how far the memory of this process rose.
+        settings: the federation's settings, equal to the server's.
+        number: the number of the client's part of the data, which determines its batches.
+        measure_memory: whether answers report by how much the memory of this process rose.
 
     Raises:
         ValueError: if the module has BatchNorm or nothing to train, or sigma is lost in the rounding of its parameters.
@@ -113,7 +113,7 @@ class BaffleClient:
         self._update: ServerUpdate | None = None
 
     def answer(self, instructions: Instructions) -> Reply:
-        """Return the client's numbers for a round, or why there are none."""
+        """Return the client's numbers for a round, or the reason why there are none."""
         refused = self.take(instructions)
         if refused:
             return Reply(instructions.client, instructions.round, instructions.seed, refused=refused)
@@ -132,7 +132,7 @@ class BaffleClient:
         )
 
     def take(self, instructions: Instructions) -> str:
-        """Arrive at the server's weights; return why that is not possible, if it is not."""
+        """Update to the server's weights; if that is not possible, return the reason."""
         if instructions.fingerprint != self.fingerprint:
             return (
                 f"fingerprint={instructions.fingerprint}: the server trains another module, or with other settings, "
@@ -157,13 +157,13 @@ class BaffleClient:
         return ""
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Take the server's weights."""
+        """Load the server's weights."""
         with torch.no_grad():
             for name, param in self.loss.params.items():
                 param.copy_(weights[name])
 
     def replayed(self, seed: int, means: Tensor) -> None:
-        """Make the server's update of a round, from its seed and its numbers."""
+        """Apply the server's update of a round, from its seed and its numbers."""
         if not means.numel():  # a round without an update
             return
         if self._update is None:
@@ -171,17 +171,17 @@ class BaffleClient:
         self._update.apply(seed, {None: (1.0, means)})
 
     def update_state(self) -> dict[str, Any]:
-        """Return the state of the optimizer with which a client in step makes the server's updates."""
+        """Return the state of the optimizer with which a synchronized client applies the server's updates."""
         return {} if self._update is None else self._update.state_dict()
 
     def load_update_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`update_state` returned."""
+        """Restore what :meth:`update_state` returned."""
         if state:
             self._update = self._update or ServerUpdate(self.loss.module, self.settings)
             self._update.load_state_dict(state)
 
     def measured(self, seed: int, client: int) -> tuple[Tensor, float, float]:
-        """Return the differences ``(local_steps, K)``, how many samples they are of, and the forward passes."""
+        """Return the differences ``(local_steps, K)``, the number of samples, and the number of forward passes."""
         params = {name: param.clone() for name, param in self.loss.params.items()} if self._walks else self.loss.params
         rows, num_samples, passes = [], 0, 0.0
         for step in range(self.settings.local_steps):

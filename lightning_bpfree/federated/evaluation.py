@@ -18,11 +18,11 @@ _ANNOUNCED = (".*does not have many workers.*", "GPU available but not used.*")
 
 
 class Evaluation:
-    """Runs the module's validation or test step at any weights.
+    """Runs the module's validation or test step with given weights.
 
     Args:
         module: the module.
-        datamodule: of the samples.
+        datamodule: provides the samples.
     """
 
     def __init__(self, module: pl.LightningModule, datamodule: pl.LightningDataModule) -> None:

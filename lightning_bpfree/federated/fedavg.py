@@ -1,4 +1,4 @@
-"""Federated averaging by backprop, with the same module, data and rounds: what forward passes are compared with."""
+"""Federated averaging by backprop, with the same module, data and rounds: the baseline for forward passes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class FedAvg:
     """Trains on the clients by backprop.
 
     Args:
-        upload: ``"weights"``: a client takes local steps with the module's optimizer, begun anew in every round, and
-            the server averages the weights; ``"gradients"``: it returns the gradient of its loss, and the server steps
-            the optimizer.
-        local_steps: mini-batches of a client in a round, one step each; None for one epoch of its data.
+        upload: ``"weights"``: a client takes local steps with the module's optimizer, which is reset in every round,
+            and the server averages the weights; ``"gradients"``: it returns the gradient of its loss, and the server
+            steps the optimizer.
+        local_steps: mini-batches of a client per round, one step each; None for one epoch of its data.
 
     Raises:
         ValueError: for arguments out of range.
@@ -56,13 +56,13 @@ class FedAvg:
 
 
 class FedAvgClient:
-    """Answers with the weights, or the gradient, that backprop has made on its data.
+    """Answers with the weights, or the gradient, that backprop computes on its data.
 
     Args:
         module: any LightningModule.
         data: the client's samples.
-        settings: of the federation.
-        measure_memory: whether answers say how far the memory of this process rose.
+        settings: the federation's settings.
+        measure_memory: whether answers report by how much the memory of this process rose.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class FedAvgClient:
         self.measure_memory = measure_memory
 
     def answer(self, instructions: Instructions) -> Reply:
-        """Return what the client has made of the server's weights."""
+        """Return the client's weights or gradient, computed from the server's weights."""
         assert instructions.weights is not None
         slots = {slot.name: slot.parameter for slot in self.loss.state.slots.trainable()}
         with torch.no_grad():
@@ -125,12 +125,12 @@ class FedAvgClient:
 
 
 class FedAvgServer(MovingAverage):
-    """Leads the rounds of :class:`FedAvg`.
+    """Runs the server's side of :class:`FedAvg`.
 
     Args:
         module: it holds the weights.
-        settings: of the federation.
-        seed: of the run.
+        settings: the federation's settings.
+        seed: seed of the run.
         ema: decay of the moving average of the weights, in [0, 1); 0 for none.
         ema_every: updates between two steps of the average.
     """
@@ -149,13 +149,13 @@ class FedAvgServer(MovingAverage):
         self.settings, self.steps = settings, OptimizerSteps(module)
 
     def begin(self, clients: Sequence[int]) -> dict[int, Instructions]:
-        """Begin the next round, and return what to tell each of its clients."""
+        """Begin the next round, and return the instructions for each of its clients."""
         self.round += 1
         seed, weights = round_seed(self.seed, self.round), self.params
         return {client: Instructions(self.round, seed, client, "", weights=weights) for client in clients}
 
     def finish(self, replies: Sequence[Reply]) -> RoundReport:
-        """Average what the clients have made; what is not finite is left out."""
+        """Average the clients' results; non-finite results are left out."""
         fit, left_out, seed = [], {}, round_seed(self.seed, self.round)
         for reply in replies:
             made = reply.weights or {}
@@ -193,10 +193,10 @@ class FedAvgServer(MovingAverage):
         return change
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an exact resume needs."""
+        """Return the state for an exact resume."""
         return {**super().state_dict(), "settings": self.settings.to_plain(), "update": self.steps.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
         super().load_state_dict(state)
         self.steps.load_state_dict(state["update"])

@@ -1,4 +1,4 @@
-"""What a federation is: its clients, how they are chosen, what goes wrong with them, what is kept from whom."""
+"""The settings of a federation: clients, their selection, simulated failures, and privacy."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ _CLIENTS, _DROPOUTS = 0xC11E, 0xD209
 
 
 class Federation:
-    """Clients, how they are chosen, what goes wrong with them, and what is kept from whom.
+    """The clients of a federation, their selection, simulated failures, and privacy.
 
     Args:
         method: :class:`Baffle`, or :class:`FedAvg` by backprop; None for ``Baffle()``.
-        num_clients: clients that the training set is split over.
-        alpha: None for an even random split, else how unequal clients are: see :func:`dirichlet_partition`.
+        num_clients: number of clients over which the training set is split.
+        alpha: None for an even random split, else the inequality of clients: see :func:`dirichlet_partition`.
         fraction: share of the clients in a round, in (0, 1].
-        min_clients: a round has at least this many clients.
+        min_clients: minimum number of clients in a round.
         dropout: probability that a client of a round does not answer.
-        straggler: probability that an answer comes a round late, and is then of no use.
-        seed: of rounds, directions, batches and the choice of clients.
-        split_seed: of the split of the data.
-        batch_size: of the clients; None for the data module's.
+        straggler: probability that an answer arrives one round late, and is then discarded.
+        seed: seed of rounds, directions, batches and the choice of clients.
+        split_seed: seed of the split of the data.
+        batch_size: batch size of the clients; None for the data module's.
         ema: decay of the moving average of the weights that is evaluated; 0 for none.
         ema_every: updates between two steps of the average.
         downlink: ``"weights"`` or ``"numbers"``: see :class:`BaffleServer`.
         secure: sum the clients' numbers under masks; needs the extra ``federated``.
         step: rounding of secure sums.
-        privacy: noise on the numbers, and the guarantee that it gives.
-        robust: a name of :class:`Robust`, for clients that lie.
+        privacy: noise on the numbers, and the resulting guarantee.
+        robust: a name of :class:`Robust`, for protection against malicious clients.
         largest_difference: an answer with a larger absolute number is left out.
 
     Raises:
-        ValueError: for arguments out of range, or that do not go together.
+        ValueError: for arguments out of range, or incompatible arguments.
 
     Examples:
         >>> Federation(Baffle(20), num_clients=4).num_clients
@@ -113,7 +113,7 @@ class Federation:
 
     @property
     def in_a_round(self) -> int:
-        """How many clients a round has."""
+        """The number of clients in a round."""
         return max(1, self.min_clients, round(self.fraction * self.num_clients))
 
     def chosen(self, number: int) -> list[int]:
@@ -124,7 +124,7 @@ class Federation:
         return sorted(torch.randperm(self.num_clients, generator=generator)[: self.in_a_round].tolist())
 
     def fates(self, number: int, clients: Sequence[int]) -> dict[int, str]:
-        """Return what becomes of each client's answer in a simulation: ``""``, ``"lost"`` or ``"late"``."""
+        """Return the simulated fate of each client's answer: ``""``, ``"lost"`` or ``"late"``."""
         generator = torch.Generator().manual_seed(mix(self.seed, _DROPOUTS, number))
         chance = torch.rand(self.num_clients, 2, generator=generator, dtype=torch.float32).tolist()
         lost = {c: "lost" if chance[c][0] < self.dropout else "" for c in clients}
@@ -155,11 +155,11 @@ class Federation:
         """Return client ``number``, which computes with ``module``.
 
         Args:
-            module: it may be shared by clients that answer one behind the other and are sent weights.
-            partition: of the training set.
+            module: clients may share it if they answer one after another and receive weights.
+            partition: the partition of the training set.
             number: from 0.
-            noise: what all clients of a round add for privacy, in units of ``clip``.
-            memory: whether answers say how far the memory of this process rose.
+            noise: the noise that all clients of a round add together for privacy, in units of ``clip``.
+            memory: whether answers report by how much the memory of this process rose.
         """
         data = partition.client(number)
         if isinstance(self.method, FedAvg):

@@ -1,4 +1,4 @@
-"""A federation in one process: its clients one behind the other, deterministic, without Flower or Ray."""
+"""A federation in one process: clients run one after another, deterministically, without Flower or Ray."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from lightning_bpfree.federated.settings import Baffle
 
 
 class InProcessFederation(Run):
-    """Runs a federation in this process: the same numbers in every run, and behind every resume.
+    """Runs a federation in this process: the same numbers in every run, and after every resume.
 
     Args:
         module: any LightningModule; it holds the server's weights.
-        datamodule: its training set is split over the clients, its validation set is the server's.
-        federation: what to run.
-        rounds: how many rounds the whole run has, at least 1.
-        evaluate_every: rounds between two evaluations, and one behind the last round; 0 for none.
-        measure_memory: whether rows say how far the memory of this process rose while clients answered.
+        datamodule: its training set is split over the clients; the server evaluates on its validation set.
+        federation: the settings.
+        rounds: number of rounds of the whole run, at least 1.
+        evaluate_every: rounds between two evaluations, with one more after the last round; 0 for none.
+        measure_memory: whether rows report by how much the memory of this process rose while clients answered.
 
     Raises:
-        ValueError: for a module or data that cannot be used; before the first round.
+        ValueError: before the first round, for a module or data that cannot be used.
 
     Examples:
         >>> from lightning_bpfree.demos.data import DigitsDataModule
@@ -67,10 +67,10 @@ class InProcessFederation(Run):
         self._late: list[Reply] = []
 
     def fit(self, each: Callable[[Row], None] | None = None) -> list[Row]:
-        """Run the rounds that are left, and return a row of numbers for each of all rounds.
+        """Run the remaining rounds, and return a row of numbers for every round, including earlier ones.
 
         Args:
-            each: called with the row of every round, such as to log it or to save a checkpoint.
+            each: called with the row of every round, for example to log it or to save a checkpoint.
         """
         while self.server.round < self.rounds:
             row = self.run_round()
@@ -79,7 +79,7 @@ class InProcessFederation(Run):
         return self.history
 
     def run_round(self) -> Row:
-        """Run one round, and return what there is to say of it."""
+        """Run one round, and return its row."""
         started = time.perf_counter()
         number = self.server.round + 1
         clients = self.federation.chosen(number)
@@ -103,10 +103,10 @@ class InProcessFederation(Run):
         return self.secure.finish(server, replies, list(told))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an exact resume needs, answers on their way included."""
+        """Return the state for an exact resume, including late answers."""
         return {**super().state_dict(), "late": [vars(reply) for reply in self._late]}
 
     def load_state_dict(self, state: dict[str, Any], name: str = "a state") -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
         super().load_state_dict(state, name)
         self._late = [Reply(**reply) for reply in state.get("late", [])]

@@ -1,4 +1,4 @@
-"""Perturbed parameters that exist for the time of their own layer's forward pass alone."""
+"""Perturbed parameters that exist only during their own layer's forward pass."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lightning_bpfree.core.params import ParameterSlots, Slot, place
 
 
 class LayerwisePerturbation:
-    """Moves the parameters of a module layer by layer, so that a second copy of them is never held.
+    """Perturbs the parameters of a module layer by layer, so that memory never holds a second copy of them.
 
-    Every layer draws its own part of a direction when it is called, and gives it up when it returns. That is right if
-    each parameter is used by the layer that has it, and by nobody else: :meth:`fits` finds out.
+    Every layer draws its own part of a direction when it is called, and frees it when it returns. This is correct if
+    each parameter is used only by the layer that owns it, which :meth:`fits` checks.
 
     Args:
         slots: the trained parameters, with their places.
-        directions: along which they are moved, with the portable generator.
+        directions: the directions, from the portable generator.
     """
 
     def __init__(self, slots: ParameterSlots, directions: Directions) -> None:
@@ -34,7 +34,7 @@ class LayerwisePerturbation:
 
     @contextlib.contextmanager
     def along(self, k: int, sigma: float) -> Iterator[None]:
-        """Let every layer compute with its parameters plus ``sigma`` times direction ``k``."""
+        """Let every layer compute with its parameters plus ``sigma`` times direction ``k`` in this context."""
         handles: list[Any] = []
         try:
             for owner, own in self._owners.values():
@@ -56,13 +56,13 @@ class LayerwisePerturbation:
         return move
 
     def fits(self, loss: Callable[[], Tensor]) -> bool:
-        """Return whether every parameter is used by its own layer alone, and while that computes.
+        """Return whether every parameter is used only by its own layer, and only while that layer computes.
 
-        Everywhere else the parameters are NaN for the time of one evaluation, which must not change the loss. No
-        parameter is copied for that.
+        During one evaluation, the parameters are NaN everywhere else, which must not change the loss. No parameter is
+        copied for that.
 
         Args:
-            loss: at the module's own parameters; it must be finite there for the answer to be yes.
+            loss: the loss at the module's own parameters; if it is not finite, the result is False.
         """
         handles: list[Any] = []
         expected = loss()

@@ -1,4 +1,4 @@
-"""A module's training step, over the batches of a client, as a function of the parameters."""
+"""A module's training step over a client's batches, as a function of the parameters."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ Batches = Sequence[tuple[Any, int]]
 
 
 class Objective:
-    """The mean loss over some batches: equal random numbers, buffers and batches in every evaluation.
+    """The mean loss over some batches, with the same random numbers, buffers and batches in every evaluation.
 
     Args:
         steps: a step for each batch.
-        sizes: how many samples each has.
-        layerwise: whether parameters are used by their own layers alone; None if nobody has looked.
+        sizes: the number of samples in each.
+        layerwise: whether parameters are used only by their own layers; None if not checked.
     """
 
     def __init__(self, steps: Sequence[Step], sizes: Sequence[int], layerwise: bool | None = None) -> None:
@@ -80,13 +80,13 @@ class Objective:
         return losses
 
     def finish(self) -> None:
-        """Leave random streams and everything else as they were before the first evaluation."""
+        """Restore random streams and all other state from before the first evaluation."""
         for step in self.steps:
             step.finish()
 
 
 class AsGiven(BatchCopies):
-    """A batch that is handed out as it is: the training step is known not to write to it, and a copy costs memory."""
+    """A batch that is passed without a copy: the training step does not write to it, and a copy costs memory."""
 
     def __init__(self, args: tuple[Any, ...]) -> None:
         self.args, self.kwargs, self.always = args, {}, False
@@ -101,7 +101,7 @@ class AsGiven(BatchCopies):
 
 
 class LocalLoss:
-    """Evaluates a module's training step without a Trainer, a graph, or a trace.
+    """Evaluates a module's training step without a Trainer, a graph, or side effects.
 
     Args:
         module: any LightningModule without BatchNorm.
@@ -134,7 +134,7 @@ class LocalLoss:
         return (batch, 0) if self._takes_index else (batch,)
 
     def evaluate(self, *args: Any) -> Any:
-        """Return what the training step returns."""
+        """Return the output of the training step."""
         return self.module.training_step(*args)
 
     @contextlib.contextmanager
@@ -142,8 +142,8 @@ class LocalLoss:
         """Return a context in which the loss over ``batches`` can be evaluated.
 
         Args:
-            batches: with their numbers of samples.
-            seed: of the random numbers that the training step draws.
+            batches: the batches with their numbers of samples.
+            seed: seed of the random numbers that the training step draws.
         """
         with own_randomness(seed, self.module.device), torch.no_grad():
             self._look(batches)
@@ -213,7 +213,7 @@ class LocalLoss:
 
 @contextlib.contextmanager
 def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Let torch and Python draw from streams of this seed, and give the caller's streams back behind it."""
+    """Seed the streams of torch and Python in this context, and restore the caller's streams after it."""
     streams = RandomStreams([device])
     before = streams.save()
     torch.manual_seed(seed)
@@ -231,13 +231,13 @@ def evaluated_along(
     num: int,
     chunk_size: int,
 ) -> Tensor:
-    """Return the losses at ``num`` parameters, ``chunk_size`` in a vectorized pass, shape ``(num,)`` in float64.
+    """Return the losses at ``num`` perturbed parameters, ``chunk_size`` per vectorized pass, ``(num,)`` in float64.
 
     Args:
         objective: the loss.
-        params: where the perturbations start.
-        stack: indices -> perturbations, ``(len, *shape)`` for each name; they are used up.
-        num: how many.
+        params: the parameters to perturb.
+        stack: indices -> perturbations, ``(len, *shape)`` for each name; they are overwritten.
+        num: number of perturbations.
         chunk_size: at least 1.
     """
     found = []

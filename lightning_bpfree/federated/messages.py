@@ -1,4 +1,4 @@
-"""What server and clients say to each other, as plain values, and what makes an answer unfit."""
+"""Messages between server and clients as plain values, and the validation of answers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ NUMBER = 8  # bytes of a number on the wire: float64, and words of secure sums
 
 @dataclass(frozen=True)
 class Update:
-    """A finished round, from which a client that is in step makes the server's weights itself.
+    """A finished round, from which a synchronized client computes the server's weights itself.
 
     Args:
-        seed: of the round.
-        means: what the server made of the clients' numbers, shape ``(local_steps, K)``: their weighted mean.
+        seed: seed of the round.
+        means: the weighted mean of the clients' numbers, shape ``(local_steps, K)``.
     """
 
     seed: int
@@ -31,19 +31,19 @@ class Update:
 
 @dataclass(frozen=True)
 class Instructions:
-    """What the server tells a client at the start of a round.
+    """The server's message to a client at the start of a round.
 
     Args:
         round: number of the round, from 1.
-        seed: of the round.
-        client: number of the client, by which per-client directions and batches are chosen.
+        seed: seed of the round.
+        client: number of the client, which determines per-client directions and batches.
         fingerprint: see :meth:`Baffle.fingerprint`.
-        weights: the trained parameters; None for a client that is in step.
-        optimizer: for a client that is to be in step from now on, the tensors of the server's optimizer.
-        made: how many updates that optimizer has made.
-        updates: for a client in step, the rounds since it was.
-        base: the round behind which the client is expected to be, before ``updates``.
-        digest: hash of the weights that the client must arrive at; empty if nobody looks.
+        weights: the trained parameters; None for a synchronized client.
+        optimizer: for a client to be kept synchronized from now on, the tensors of the server's optimizer.
+        made: the number of updates that this optimizer has made.
+        updates: for a synchronized client, the rounds since its last synchronization.
+        base: the last round that the client is expected to have applied, before ``updates``.
+        digest: hash of the weights that the client must arrive at; empty for no check.
     """
 
     round: int
@@ -59,7 +59,7 @@ class Instructions:
 
     @property
     def num_bytes(self) -> int:
-        """The size of what must be sent: weights or numbers, two whole numbers and two hashes."""
+        """The size of the message: weights or numbers, two whole numbers and two hashes."""
         tensors = [*(self.weights or {}).values(), *(self.optimizer or {}).values()]
         weights = sum(tensor.nbytes for tensor in tensors)
         return weights + sum(NUMBER * (1 + update.means.numel()) for update in self.updates) + 3 * NUMBER + 64
@@ -71,15 +71,15 @@ class Reply:
 
     Args:
         client: number of the client.
-        round: that it answers.
-        seed: of that round.
+        round: the round that it answers.
+        seed: seed of that round.
         differences: the loss differences, float64 of shape ``(local_steps, K)``: means over the client's samples.
-        num_samples: how many samples they are means over.
-        forward_passes: how many the client has made, over a batch each.
-        peak_mib: how far the client's memory rose while it answered; None if not measured.
-        refused: why the client did not answer, if it did not.
-        masked: in place of ``differences``, the masked words of a secure sum.
-        weights: in place of ``differences``, what a client made by backprop: weights or gradients.
+        num_samples: the number of samples in these means.
+        forward_passes: the number of the client's forward passes, each over one batch.
+        peak_mib: by how much the client's memory rose while it answered; None if not measured.
+        refused: the reason, if the client did not answer.
+        masked: instead of ``differences``, the masked words of a secure sum.
+        weights: instead of ``differences``, a client's weights or gradients from backprop.
     """
 
     client: int
@@ -95,7 +95,7 @@ class Reply:
 
     @property
     def num_bytes(self) -> int:
-        """The size of what must be sent: the numbers, and four more."""
+        """The size of the message: the numbers, and four more."""
         numbers = 0 if self.differences is None else self.differences.numel()
         weights = sum(tensor.nbytes for tensor in (self.weights or {}).values())
         return NUMBER * numbers + len(self.masked or b"") + weights + 4 * NUMBER
@@ -106,10 +106,10 @@ def fault(reply: Reply, settings: Baffle, number: int, seed: int, largest: float
 
     Args:
         reply: the answer.
-        settings: of the federation.
-        number: of the present round.
-        seed: of the present round.
-        largest: the largest absolute difference that is believed.
+        settings: the federation's settings.
+        number: number of the current round.
+        seed: seed of the current round.
+        largest: the largest absolute difference that is accepted.
 
     Examples:
         >>> answer = Reply(0, 3, 7, torch.full((1, 2), math.nan), num_samples=5)
@@ -143,6 +143,6 @@ def _fault_of(differences: Any, settings: Baffle, largest: float) -> str | None:
 
 
 def stacked(replies: Sequence[Reply]) -> tuple[Tensor, Tensor]:
-    """Return the differences of all answers, ``(clients, local_steps, K)``, and their samples, ``(clients,)``."""
+    """Return the differences of all answers, ``(clients, local_steps, K)``, and sample counts, ``(clients,)``."""
     numbers = torch.stack([reply.differences for reply in replies if reply.differences is not None])
     return numbers, torch.tensor([float(reply.num_samples) for reply in replies], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""BatchNorm has no place in a federation of forward passes: it is found, and replaced by GroupNorm."""
+"""Detection of BatchNorm, which a federation of forward passes cannot use, and its replacement by GroupNorm."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Replaced(NamedTuple):
     """One layer that was replaced.
 
     Args:
-        name: of the layer in the module.
-        before: the class that it had.
-        channels: how many.
-        groups: of the GroupNorm that is there now.
-        affine: whether it has a scale and a shift.
+        name: name of the layer in the module.
+        before: its former class.
+        channels: number of channels.
+        groups: number of groups of the new GroupNorm.
+        affine: whether the GroupNorm has a scale and a shift.
     """
 
     name: str
@@ -56,12 +56,12 @@ def check_no_batch_norm(module: nn.Module) -> None:
 def replace_batch_norm(module: nn.Module, groups: PositiveInt | None = None, affine: bool = False) -> list[Replaced]:
     """Replace every BatchNorm by a GroupNorm, in place, and return what was replaced.
 
-    A trained network computes something else afterwards: its statistics are lost. Convert before training.
+    This changes the output of a trained network, since its statistics are lost. Convert before training.
 
     Args:
         module: the module.
-        groups: of each layer; None takes the larger of 2 and a sixteenth of the channels, made a divisor of them.
-        affine: whether the new layers have a trained scale and shift; the paper's have none.
+        groups: groups per layer; None uses the larger of 2 and a sixteenth of the channels, adjusted to divide them.
+        affine: whether the new layers have a trained scale and shift; the paper's do not.
 
     Raises:
         ValueError: if the channels of a layer cannot be divided into that many groups, or are not known yet.

@@ -1,4 +1,4 @@
-"""Splitting a training set over clients."""
+"""Splits of a training set over clients."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _DRAWS = 100
 
 @checked
 def iid_partition(num_samples: NonNegativeInt, num_clients: PositiveInt, seed: Seed32 = 0) -> list[list[int]]:
-    """Return the indices of each client's samples: a random split into parts that differ by one sample at most.
+    """Return the indices of each client's samples: a random split into parts that differ by at most one sample.
 
     Args:
-        num_samples: samples in all.
-        num_clients: clients.
-        seed: decides the split, and nothing else does.
+        num_samples: total number of samples.
+        num_clients: number of clients.
+        seed: determines the split completely.
 
     Raises:
         ValueError: if a client would have no sample.
@@ -48,20 +48,20 @@ def dirichlet_partition(
     seed: Seed32 = 0,
     min_samples: PositiveInt = 1,
 ) -> list[list[int]]:
-    """Return the indices of each client's samples, where clients see the classes in unequal shares.
+    """Return the indices of each client's samples, with unequal class shares.
 
-    Of every class, the shares of the clients are a draw from a symmetric Dirichlet distribution. The split is drawn
-    again, up to 100 times, until every client has ``min_samples``.
+    For every class, the shares of the clients are drawn from a symmetric Dirichlet distribution. The split is redrawn,
+    up to 100 times, until every client has ``min_samples``.
 
     Args:
         labels: class of each sample, whole numbers of shape ``(N,)``.
-        num_clients: clients.
+        num_clients: number of clients.
         alpha: concentration, > 0: 0.3 is strongly unequal, 100 is nearly even.
-        seed: decides the split, and nothing else does.
-        min_samples: what every client has at least.
+        seed: determines the split completely.
+        min_samples: minimum number of samples per client.
 
     Raises:
-        ValueError: if in no draw all clients have enough samples.
+        ValueError: if no draw gives all clients enough samples.
 
     References:
         T. H. Hsu, H. Qi, M. Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
@@ -91,13 +91,13 @@ def dirichlet_partition(
 
 
 class LocalData:
-    """The samples of one client, in batches that are a function of a seed.
+    """The samples of one client, in batches that a seed determines.
 
     Args:
-        dataset: of all samples.
-        indices: of the client's samples.
+        dataset: the data set of all samples.
+        indices: the indices of the client's samples.
         batch_size: samples in a batch, at least 1.
-        collate: makes a batch of what the data set returns.
+        collate: builds a batch from items of the data set.
 
     Raises:
         ValueError: if the client has no samples.
@@ -115,8 +115,8 @@ class LocalData:
         """Return batches with their numbers of samples.
 
         Args:
-            seed: decides which samples, if not all are asked for.
-            num: how many batches of samples that are drawn without replacement; None for all samples in their order.
+            seed: determines which samples are drawn, unless all are used.
+            num: number of batches, with samples drawn without replacement; None for all samples in their order.
         """
         order = self.indices
         if num is not None:
@@ -126,11 +126,11 @@ class LocalData:
         return [(self._fetch(chunk), len(chunk)) for chunk in chunks]
 
     def drawn(self, chances: Sequence[float], rate: float) -> list[tuple[Any, int]]:
-        """Return samples that are taken independently of each other, as accounting of privacy assumes.
+        """Return samples that are drawn independently of each other, as privacy accounting assumes.
 
         Args:
             chances: a uniform number in (0, 1) for every sample.
-            rate: the probability of every sample, in (0, 1].
+            rate: the probability of each sample, in (0, 1].
         """
         order = [index for index, own in zip(self.indices, chances, strict=True) if own < rate]
         chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
@@ -148,12 +148,12 @@ class Partition:
         datamodule: any LightningDataModule with one training loader.
         num_clients: clients, at least 1.
         alpha: None for an even random split; else the concentration of :func:`dirichlet_partition`.
-        seed: of the split.
-        min_samples: what every client has at least.
+        seed: seed of the split.
+        min_samples: minimum number of samples per client.
         batch_size: samples in a batch; None for the loader's.
 
     Raises:
-        ValueError: if a client would have no data, or batches have no labels to split by.
+        ValueError: if a client would have no data, or the split needs labels and batches have none.
     """
 
     @checked

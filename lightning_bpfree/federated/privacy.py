@@ -1,4 +1,4 @@
-"""Differential privacy of single samples: clipped loss differences, Gaussian noise, and what it guarantees."""
+"""Sample-level differential privacy: clipped loss differences, Gaussian noise, and the resulting guarantee."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def _accounting() -> Any:
 
 
 class Privacy:
-    """The guarantee that a run gives to every training sample, and the noise that it takes.
+    """The privacy guarantee of a run for every training sample, and the noise that it requires.
 
-    The ``K`` loss differences of a sample are scaled down to a norm of ``clip`` at most. A client adds them up over the
-    samples that it has drawn in the round, each with probability ``rate``, and adds Gaussian noise. The noise of all
-    clients together has the standard deviation ``multiplier * clip``, so that nobody but a client, neither the server
-    nor who reads its weights, sees a sum without noise. Neighboring data sets differ by adding or removing a sample.
+    The ``K`` loss differences of a sample are scaled down to a norm of at most ``clip``. A client sums them over the
+    samples that it draws in the round, each with probability ``rate``, and adds Gaussian noise. The noise of all
+    clients together has the standard deviation ``multiplier * clip``. Only a client sees its own sum without noise;
+    the server and readers of its weights do not. Neighboring data sets differ by adding or removing a sample.
 
     Args:
-        epsilon: of the whole run, > 0.
-        delta: of the whole run, in (0, 1); below one over the number of samples.
-        clip: bound of the norm of a sample's ``K`` numbers, in units of the loss; a good one is near the median norm.
+        epsilon: privacy budget of the whole run, > 0.
+        delta: delta of the whole run, in (0, 1); below one over the number of samples.
+        clip: bound on the norm of a sample's ``K`` numbers, in units of the loss; a good value is near the median norm.
         rate: probability of a sample in a round, in (0, 1].
-        seed: of noise and draws, for simulations that must be repeated, whose guarantee is void; None takes a key from
-            the operating system for every client and round.
+        seed: seed of noise and draws, for reproducible simulations, which have no guarantee; None takes a key from the
+            operating system for every client and round.
 
     Raises:
         ValueError: for arguments out of range.
@@ -76,7 +76,7 @@ class Privacy:
         return dict(vars(self))
 
     def multiplier(self, rounds: PositiveInt) -> float:
-        """Return the noise that ``rounds`` rounds need, in units of ``clip``."""
+        """Return the noise that ``rounds`` rounds require, in units of ``clip``."""
         accounting = _accounting()
 
         def event_of(multiplier: float) -> Any:
@@ -93,10 +93,10 @@ class Privacy:
         return float(found)
 
     def spent(self, multipliers: Sequence[float]) -> float:
-        """Return epsilon behind some rounds.
+        """Return epsilon after the given rounds.
 
         Args:
-            multipliers: the noise that each round has had, in units of ``clip``: less where clients have dropped out.
+            multipliers: the noise of each round, in units of ``clip``: less if clients dropped out.
         """
         if not multipliers:
             return 0.0
@@ -117,7 +117,7 @@ class Privacy:
         return builder.build()
 
     def source(self, *numbers: int) -> SecretNumbers:
-        """Return a source of noise and draws: secret, or that of the seed and some numbers."""
+        """Return a source of noise and draws: secret, or determined by the seed and some numbers."""
         return SecretNumbers() if self.seed is None else SecretNumbers.of_seed(self.seed, *numbers)
 
 
@@ -128,7 +128,7 @@ class PrivateClient(BaffleClient):
         module: see :class:`BaffleClient`; its training step must return the mean loss over the samples of a batch,
             and must be one that torch.func can vectorize.
         data: the client's samples.
-        settings: of the federation, with one local step.
+        settings: the federation's settings, with one local step.
         privacy: the guarantee.
         share: standard deviation of this client's noise, in units of ``clip``.
         measure_memory: see :class:`BaffleClient`.

@@ -1,4 +1,4 @@
-"""Aggregation that lies of a few clients cannot move far, by Flower's own strategies."""
+"""Aggregation that is robust to a few malicious clients, by Flower's own strategies."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ RobustName = Literal["median", "trimmed_mean", "krum"]
 
 
 class Robust:
-    """Makes one vector of the clients' vectors of loss differences, by a strategy of Flower.
+    """Aggregates the clients' vectors of loss differences into one, by a Flower strategy.
 
-    Clients count alike, whatever their numbers of samples. Shared directions and plain numbers are needed: of a secure
-    sum there are no terms to choose from.
+    All clients have equal weight, regardless of their numbers of samples. Shared directions and plain numbers are
+    required: a secure sum does not reveal the single terms.
 
     Args:
-        name: ``"median"`` and ``"trimmed_mean"`` of every number by itself, or ``"krum"``: the vector of the client
+        name: ``"median"`` or ``"trimmed_mean"`` of each number separately, or ``"krum"``: the vector of the client
             that is nearest to the others.
-        trimmed: share of clients that ``"trimmed_mean"`` leaves out at either end, in (0, 0.5).
-        liars: how many liars ``"krum"`` expects.
+        trimmed: share of clients that ``"trimmed_mean"`` leaves out at each end, in (0, 0.5).
+        liars: number of malicious clients that ``"krum"`` expects.
 
     Raises:
         ValueError: for arguments out of range.
-        ModuleNotFoundError: where Flower is not installed.
+        ModuleNotFoundError: if Flower is not installed.
 
     Examples:
         >>> Robust("median").name

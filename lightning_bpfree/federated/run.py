@@ -1,4 +1,4 @@
-"""The course of a run: rows of numbers, evaluation, checkpoints; the same under every engine."""
+"""The state of a run (rows of numbers, evaluation, checkpoints), the same for every engine."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Row = dict[str, Any]
 
 
 class Run:
-    """The server's side of a run, whatever carries its messages.
+    """The server's side of a run, independent of the transport.
 
     Args:
         module: any LightningModule; it holds the server's weights.
-        datamodule: its validation set is the server's.
-        federation: what to run.
-        rounds: how many rounds the whole run has, at least 1.
-        evaluate_every: rounds between two evaluations, and one behind the last round; 0 for none.
+        datamodule: the server evaluates on its validation set.
+        federation: the settings.
+        rounds: number of rounds of the whole run, at least 1.
+        evaluate_every: rounds between two evaluations, with one more after the last round; 0 for none.
 
     Raises:
-        ValueError: for a module that cannot be used; before the first round.
+        ValueError: before the first round, for a module that cannot be used.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class Run:
         """Add a row for a finished round, and return it.
 
         Args:
-            report: what became of the round.
-            told: what its clients were told.
-            replies: all answers, late ones and unfit ones too.
-            seconds: that the round took.
+            report: the report of the round.
+            told: the instructions to its clients.
+            replies: all answers, including late and invalid ones.
+            seconds: duration of the round.
         """
         before = self.history[-1] if self.history else {}
         peaks = [reply.peak_mib for reply in replies if reply.peak_mib is not None]
@@ -89,7 +89,7 @@ class Run:
         return {"epsilon": privacy.spent(self._multipliers)}
 
     def test(self) -> dict[str, float]:
-        """Return the metrics of the module's test step, with the average of the weights where there is one."""
+        """Return the metrics of the module's test step, at the average of the weights if there is one."""
         if self.evaluation is None:
             raise ValueError("evaluate_every=0: give 1 or more, to evaluate at all.")
         return self.evaluation("test", self.server.evaluated())
@@ -97,13 +97,13 @@ class Run:
     # --- checkpoints ---
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint, whole or not at all: tensors, numbers and strings alone."""
+        """Write a checkpoint atomically; it contains only tensors, numbers and strings."""
         temporary = path.with_name(f"{path.name}.tmp")
         torch.save(self.state_dict(), temporary)
         temporary.replace(path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an exact resume needs."""
+        """Return the state for an exact resume."""
         return {
             "server": self.server.state_dict(),
             "federation": self.federation.to_plain(),
@@ -113,15 +113,15 @@ class Run:
         }
 
     def load(self, path: Path) -> None:
-        """Go on where a checkpoint was written; nothing but tensors, numbers and strings is read.
+        """Resume from a checkpoint; only tensors, numbers and strings are read.
 
         Raises:
-            ValueError: if the checkpoint is of other settings.
+            ValueError: if the checkpoint has other settings.
         """
         self.load_state_dict(torch.load(path, weights_only=True), str(path))
 
     def load_state_dict(self, state: dict[str, Any], name: str = "a state") -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
         was, now = state["federation"], self.federation.to_plain()
         different = sorted(key for key in now if was.get(key) != now[key])
         if self.federation.privacy is not None and state["rounds"] != self.rounds:

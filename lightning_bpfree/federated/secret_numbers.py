@@ -1,4 +1,4 @@
-"""Random numbers that nobody can guess: a stream of ChaCha20 under a key of the operating system."""
+"""Cryptographically secure random numbers: a ChaCha20 stream with a key from the operating system."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _TERMS = 4  # of a normal number
 class SecretNumbers:
     """Uniform and normal numbers from ChaCha20.
 
-    torch's generator on a CPU is a Mersenne Twister whose state follows from the lowest 32 bits of its seed: whoever
-    sees noise can try all of them. Here the key has 256 bits.
+    torch's CPU generator is a Mersenne Twister whose state depends only on the lowest 32 bits of its seed: an attacker
+    who sees the noise can try all of them. Here the key has 256 bits.
 
     Args:
-        key: 32 bytes that nobody else has; None takes them from ``os.urandom``.
+        key: 32 secret bytes; None takes them from ``os.urandom``.
 
     Raises:
-        ModuleNotFoundError: where `cryptography` is not installed.
+        ModuleNotFoundError: if `cryptography` is not installed.
 
     Examples:
         >>> numbers = SecretNumbers(bytes(32)).uniforms(3)
@@ -45,7 +45,7 @@ class SecretNumbers:
 
     @classmethod
     def of_seed(cls, *numbers: int) -> SecretNumbers:
-        """Return the stream of some integers, for simulations that must be repeated: it is no secret."""
+        """Return the stream of some integers, for reproducible simulations; it is not secret."""
         told = "lightning-bpfree " + " ".join(map(str, numbers))
         return cls(hashlib.sha256(told.encode()).digest())
 
@@ -58,9 +58,9 @@ class SecretNumbers:
     def normals(self, num: int) -> Numbers:
         """Return ``num`` numbers of mean 0 and variance 1.
 
-        Each is half of the sum of four by G. Box and M. Muller: of one alone, which floating-point numbers can occur
-        tells of the number that noise was added to (N. Holohan, S. Braghin, "Secure Random Sampling in Differential
-        Privacy", 2021, arXiv 2107.10138).
+        Each is half of the sum of four Box-Muller numbers. With a single one, the set of possible floating-point
+        results would leak the number that the noise is added to (N. Holohan, S. Braghin, "Secure Random Sampling in
+        Differential Privacy", 2021, arXiv 2107.10138).
         """
         one, other = self.uniforms(2 * _TERMS * num).reshape(2, _TERMS, num)
         terms = np.sqrt(-2 * np.log(one)) * np.cos(2 * np.pi * other)

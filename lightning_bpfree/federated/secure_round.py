@@ -1,4 +1,4 @@
-"""A round whose numbers the server sees as a sum alone."""
+"""A round in which the server sees only the sum of the clients' numbers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightning_bpfree.federated.settings import Baffle, round_seed
 
 
 def words_of(reply: Reply, numbers: FixedPoint) -> Words:
-    """Return what a client has to say as words: its differences by its number of samples, and that number.
+    """Return a client's answer as words: its differences times its number of samples, and that number.
 
     Args:
-        reply: with differences.
-        numbers: how they are rounded.
+        reply: an answer with differences.
+        numbers: the fixed-point format.
     """
     assert reply.differences is not None
     weighted = (reply.differences.double() * reply.num_samples).flatten().tolist()
@@ -29,12 +29,12 @@ def words_of(reply: Reply, numbers: FixedPoint) -> Words:
 
 
 def masked_reply(reply: Reply, words: Words) -> Reply:
-    """Return an answer that holds masked words in place of numbers."""
+    """Return an answer that holds masked words instead of numbers."""
     return replace(reply, differences=None, num_samples=0, masked=words.astype("<u8").tobytes())
 
 
 def mean_of(total: Words, numbers: FixedPoint, settings: Baffle) -> Tensor:
-    """Return the weighted mean ``(local_steps, K)`` that a sum of words stands for."""
+    """Return the weighted mean ``(local_steps, K)`` that a sum of words encodes."""
     *sums, samples = numbers.decode(total).tolist()
     if samples <= 0:
         raise ValueError(f"secure sum: {samples:g} samples: the round is lost.")
@@ -47,8 +47,8 @@ class SecureRound:
     """Both sides of secure sums within one process.
 
     Args:
-        settings: of the federation.
-        step: how finely sums are rounded.
+        settings: the federation's settings.
+        step: the rounding step of sums.
     """
 
     def __init__(self, settings: Baffle, step: float) -> None:
@@ -58,7 +58,7 @@ class SecureRound:
         self._clients: list[int] = []
 
     def numbers(self, clients: Sequence[int]) -> FixedPoint:
-        """Return how numbers are rounded in a round of these clients."""
+        """Return the fixed-point format for a round of these clients."""
         return FixedPoint(self.step, len(clients))
 
     def masks(self, clients: Sequence[int]) -> dict[int, Masks]:
@@ -75,7 +75,7 @@ class SecureRound:
         return {client: self._masks[client].public for client in self._clients}
 
     def finish(self, server: BaffleServer, replies: Sequence[Reply], clients: Sequence[int]) -> RoundReport:
-        """Judge the answers, unmask their sum and make the update; a round whose sum cannot be had changes nothing."""
+        """Validate the answers, unmask their sum and apply the update; without a sum, nothing changes."""
         fit, left_out = judged(server, replies)
         told: dict[int, Mapping[int, bytes]] = {}
         for client in fit:
@@ -87,7 +87,7 @@ class SecureRound:
 
 
 def judged(server: BaffleServer, replies: Sequence[Reply]) -> tuple[dict[int, Words], dict[int, str]]:
-    """Return the masked words of fit answers by client, and what is wrong with the others."""
+    """Return the masked words of valid answers by client, and what is wrong with the others."""
     seed = round_seed(server.seed, server.round)
     fit: dict[int, Words] = {}
     left_out: dict[int, str] = {}
@@ -111,7 +111,7 @@ def concluded(
     numbers: FixedPoint,
     left_out: dict[int, str],
 ) -> RoundReport:
-    """Unmask the sum and make the update of the round; without a sum that can be believed, nothing changes."""
+    """Unmask the sum and apply the update of the round; without a plausible sum, nothing changes."""
     try:
         if not fit:
             raise ValueError("secure sum: no client has answered: the round is lost.")
@@ -128,7 +128,7 @@ def concluded(
 
 
 def mask_reply(reply: Reply, masks: Masks, secure: SecureRound) -> Reply:
-    """Return a client's answer under masks, or why it cannot be masked."""
+    """Return a client's answer under masks, or the reason why it cannot be masked."""
     try:
         words = words_of(reply, secure.numbers(list(secure.keys)))
         return masked_reply(reply, masks.masked(words, reply.round, secure.keys))

@@ -1,9 +1,9 @@
-"""Sums of numbers of which nobody sees a term: fixed-point integers under masks that cancel.
+"""Secure sums, which reveal no single term: fixed-point integers under masks that cancel.
 
-Every pair of clients agrees on a stream of words that one adds and the other subtracts, and every client adds a stream
-of its own. Whoever sums all vectors is left with the sum of the own streams, which the clients tell in a second round,
-together with the pairwise streams of clients whose vectors have not arrived. A client tells of its own stream or helps
-to remove its pairwise ones, never both; so a vector that arrives late stays hidden.
+Every pair of clients agrees on a stream of words that one adds and the other subtracts, and every client adds a private
+stream. The sum of all vectors then contains only the private streams. The clients reveal these in a second round,
+together with the pairwise streams of clients whose vectors did not arrive. For each client, either its private stream
+or its pairwise streams are revealed, never both, so a vector that arrives late stays hidden.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SEED_BYTES = 32
 
 
 def needed() -> None:
-    """Raise ModuleNotFoundError, which names the extra, where `cryptography` is not installed."""
+    """Raise ModuleNotFoundError, which names the extra, if `cryptography` is not installed."""
     try:
         import cryptography  # noqa: F401
     except ModuleNotFoundError as error:
@@ -30,13 +30,13 @@ def needed() -> None:
 
 
 class FixedPoint:
-    """Numbers as whole multiples of a step, in 64-bit words whose sums wrap.
+    """Numbers as integer multiples of a step, in 64-bit words whose sums wrap around.
 
-    A client rounds to a finer step, so that the sum of all is off by half of ``step`` at most.
+    A client rounds to a finer step, so that the error of the sum is at most half of ``step``.
 
     Args:
-        step: of the sum, > 0.
-        num_clients: how many terms a sum has at most.
+        step: rounding step of the sum, > 0.
+        num_clients: maximum number of terms in a sum.
 
     Examples:
         >>> numbers = FixedPoint(2**-20, num_clients=3)
@@ -53,14 +53,14 @@ class FixedPoint:
 
     @property
     def largest(self) -> float:
-        """The largest absolute number of a client, with which no sum can wrap."""
+        """The largest absolute number of a client for which no sum can overflow."""
         return self._fine * 2.0**63 / self.num_clients * (1 - 2.0**-50)
 
     def encode(self, numbers: Any) -> Words:
         """Return numbers as words.
 
         Raises:
-            ValueError: if a number is not finite, or so large that the sum might wrap.
+            ValueError: if a number is not finite, or so large that the sum might overflow.
         """
         given = np.asarray(numbers, dtype=np.float64)
         if not (np.abs(given) <= self.largest).all():
@@ -72,7 +72,7 @@ class FixedPoint:
         return np.rint(given / self._fine).astype(np.int64).view(np.uint64)
 
     def decode(self, words: Words) -> npt.NDArray[np.float64]:
-        """Return the numbers that a sum of words stands for."""
+        """Return the numbers that a sum of words encodes."""
         return words.view(np.int64).astype(np.float64) * self._fine
 
 
@@ -92,17 +92,17 @@ def _derived(secret: bytes, purpose: str) -> bytes:
 
 
 class RefusedSumError(ValueError):
-    """A client does not take part in something that would show its numbers."""
+    """A client refuses a request that would reveal its numbers."""
 
 
 class Masks:
-    """A client's side of secure sums: one session, one round behind the other.
+    """A client's side of secure sums: the consecutive rounds of one session.
 
     Args:
         client: number of the client.
-        private: of an earlier use in the same session, 32 bytes; None for a new key.
-        answered: the last round of the session in which the client has masked numbers.
-        told: the rounds in which it has told masks, and of which clients.
+        private: private key from an earlier use in the same session, 32 bytes; None for a new key.
+        answered: the last round of the session in which the client masked numbers.
+        told: the rounds in which it revealed masks, and for which clients.
 
     Examples:
         >>> clients = {i: Masks(i) for i in range(3)}
@@ -137,12 +137,12 @@ class Masks:
         """Return the words of a round under masks.
 
         Args:
-            words: what is to be summed.
-            number: of the round; each round of a session is masked once.
-            keys: public keys of all clients of the round, this one's among them.
+            words: the words to be summed.
+            number: number of the round; each round of a session is masked once.
+            keys: public keys of all clients of the round, including this one's.
 
         Raises:
-            RefusedSumError: if this round or a later one has been masked already, or the keys are not fit.
+            RefusedSumError: if this round or a later one has been masked already, or the keys are invalid.
         """
         if number <= self.answered:
             raise RefusedSumError(f"round {number} again: one mask over two vectors would show their difference")
@@ -161,16 +161,16 @@ class Masks:
     def told_masks(
         self, number: int, survivors: Sequence[int], keys: Mapping[int, bytes] | None = None
     ) -> dict[int, bytes]:
-        """Return what the server needs of this client to unmask the sum: seeds by client, its own among them.
+        """Return what the server needs from this client to unmask the sum: seeds by client, including its own.
 
         Args:
-            number: of the round.
-            survivors: whose vectors have arrived, this client's among them: more than half of the round's clients, and
-                two or more.
+            number: number of the round.
+            survivors: clients whose vectors arrived, including this one: more than half of the round's clients, and at
+                least two.
             keys: public keys of all clients of the round; None for those of :meth:`masked`.
 
         Raises:
-            RefusedSumError: if the survivors are too few, or others than those of an earlier call.
+            RefusedSumError: if there are too few survivors, or they differ from those of an earlier call.
         """
         keys = self._keys if keys is None else dict(keys)
         chosen = sorted(set(survivors))
@@ -202,11 +202,11 @@ def unmasked(masked: Mapping[int, Words], told: Mapping[int, Mapping[int, bytes]
 
     Args:
         masked: the survivors' masked words.
-        told: what :meth:`Masks.told_masks` of each survivor returned.
+        told: the result of :meth:`Masks.told_masks` from each survivor.
         clients: all clients of the round.
 
     Raises:
-        ValueError: if a survivor has not told its masks: the sum cannot be had, and the round is lost.
+        ValueError: if a survivor has not revealed its masks: the sum cannot be computed, and the round is lost.
     """
     gone = set(clients) - set(masked)
     lacking = [own for own in masked if own not in told or set(told[own]) != {own, *gone}]

@@ -1,4 +1,4 @@
-"""The server of a BAFFLE federation: weights, optimizer, moving average, and who is in step."""
+"""The server of a BAFFLE federation: weights, optimizer, moving average, and which clients are synchronized."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lightning_bpfree.federated.update import Numbers, ServerUpdate
 
 
 class Combine(Protocol):
-    """Makes one vector of numbers of the clients' vectors."""
+    """Aggregates the clients' vectors of numbers into one."""
 
     def __call__(self, numbers: Tensor, weights: Tensor) -> Tensor:
         """Return shape ``(local_steps, K)`` for ``(clients, local_steps, K)`` and ``(clients,)``."""
 
 
 def weighted_mean(numbers: Tensor, weights: Tensor) -> Tensor:
-    """Return the mean of clients' numbers by their numbers of samples.
+    """Return the mean of the clients' numbers, weighted by their numbers of samples.
 
     Args:
         numbers: shape ``(clients, local_steps, K)``.
@@ -37,14 +37,14 @@ def weighted_mean(numbers: Tensor, weights: Tensor) -> Tensor:
 
 
 class RoundReport(NamedTuple):
-    """What became of a round.
+    """The outcome of a round.
 
     Args:
         round: its number.
-        used: clients whose numbers count.
-        left_out: clients whose answers do not, and why.
-        grad_norm: of the estimate, after clipping; 0 for a round that is lost.
-        updated: whether the weights have moved.
+        used: clients whose numbers were used.
+        left_out: clients whose answers were not used, with the reasons.
+        grad_norm: norm of the estimate after clipping; 0 for a lost round.
+        updated: whether the weights changed.
     """
 
     round: int
@@ -59,7 +59,7 @@ class MovingAverage:
 
     Args:
         module: it holds the weights.
-        seed: of the run.
+        seed: seed of the run.
         ema: decay of the average, in [0, 1); 0 for none.
         ema_every: updates between two steps of the average.
     """
@@ -80,11 +80,11 @@ class MovingAverage:
         return {name: param.detach() for name, param in self.trained.items()}
 
     def evaluated(self) -> Params:
-        """Return the parameters to evaluate: the average, or else the weights."""
+        """Return the parameters to evaluate: the average if there is one, else the weights."""
         return self.average or self.params
 
     def follow(self) -> None:
-        """Count an update, and move the average of the weights."""
+        """Count an update, and update the average of the weights."""
         self.updates += 1
         if not self.ema or self.updates % self.ema_every:
             return
@@ -94,7 +94,7 @@ class MovingAverage:
             self.average[name].lerp_(param, 1 - keep)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an exact resume needs: tensors, numbers and strings alone."""
+        """Return the state for an exact resume: tensors, numbers and strings alone."""
         return {
             "round": self.round,
             "updates": self.updates,
@@ -104,7 +104,7 @@ class MovingAverage:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
         self.round, self.updates = int(state["round"]), int(state["updates"])
         with torch.no_grad():
             for name, param in self.params.items():
@@ -114,21 +114,22 @@ class MovingAverage:
 
 
 class BaffleServer(MovingAverage):
-    """Leads the rounds: sends seeds, judges answers, makes the estimate, and steps the module's own optimizer.
+    """Runs the rounds: sends seeds, validates answers, computes the estimate, and steps the module's own optimizer.
 
     Args:
         module: any LightningModule without BatchNorm, with one optimizer; it holds the weights.
-        settings: of the federation, equal to the clients'.
-        seed: of the run; round ``t`` has the seed ``mix(seed, t)``.
-        ema: decay of the moving average of the weights, in [0, 1); 0 for none. It starts from the first update on, and
-            is at most ``(1 + n) / (10 + n)`` behind ``n`` updates.
+        settings: the federation's settings, equal to the clients'.
+        seed: seed of the run; round ``t`` has the seed ``mix(seed, t)``.
+        ema: decay of the moving average of the weights, in [0, 1); 0 for none. It starts with the first update, and is
+            at most ``(1 + n) / (10 + n)`` after ``n`` updates.
         ema_every: updates between two steps of the average, at least 1.
-        downlink: ``"weights"``, or ``"numbers"``: clients in step get seed and numbers of the last round instead.
+        downlink: ``"weights"``, or ``"numbers"``: synchronized clients get the seed and numbers of the last round
+            instead.
         largest_difference: an answer with a larger absolute number is left out.
-        combine: makes one vector of the clients' vectors; None takes the mean by numbers of samples.
+        combine: aggregates the clients' vectors; None takes the mean weighted by numbers of samples.
 
     Raises:
-        ValueError: for arguments out of range, or a module that cannot be trained so.
+        ValueError: for arguments out of range, or a module that cannot be trained in this way.
     """
 
     @checked
@@ -168,7 +169,7 @@ class BaffleServer(MovingAverage):
                     )
 
     def begin(self, clients: Sequence[int]) -> dict[int, Instructions]:
-        """Begin the next round, and return what to tell each of its clients."""
+        """Begin the next round, and return the instructions for each of its clients."""
         self.round += 1
         seed, params = round_seed(self.seed, self.round), self.params
         digest = weights_digest(params) if self.downlink == "numbers" else ""
@@ -186,7 +187,7 @@ class BaffleServer(MovingAverage):
         return told
 
     def finish(self, replies: Sequence[Reply]) -> RoundReport:
-        """Judge the answers, and make the update of the round; without a fit answer the weights stay."""
+        """Validate the answers, and apply the update of the round; without a valid answer, the weights stay."""
         seed = round_seed(self.seed, self.round)
         left_out: dict[int, str] = {}
         fit: list[Reply] = []
@@ -203,7 +204,7 @@ class BaffleServer(MovingAverage):
         return self.conclude(self.numbers(fit), [reply.client for reply in fit], left_out)
 
     def numbers(self, replies: Sequence[Reply]) -> Numbers:
-        """Return what the update is made of."""
+        """Return the numbers that determine the update."""
         if not replies:
             return {}
         numbers, weights = stacked(replies)
@@ -213,7 +214,7 @@ class BaffleServer(MovingAverage):
         return {None: (1.0, (self.combine or weighted_mean)(numbers, weights))}
 
     def conclude(self, numbers: Numbers, used: list[int], left_out: dict[int, str]) -> RoundReport:
-        """Make the update of the round from its numbers, which may be the result of a secure sum; none: no update."""
+        """Apply the update of the round from its numbers, which may come from a secure sum; without any, no update."""
         seed = round_seed(self.seed, self.round)
         if numbers:
             self.update.apply(seed, numbers)
@@ -238,19 +239,19 @@ class BaffleServer(MovingAverage):
         self._first = oldest
 
     def forget(self, client: int) -> None:
-        """Send this client weights the next time: it has lost its state."""
+        """Send this client weights in its next round, since it has lost its state."""
         self._in_step.pop(client, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an exact resume needs: tensors, numbers and strings alone."""
+        """Return the state for an exact resume: tensors, numbers and strings alone."""
         own = {"settings": self.settings.to_plain(), "fingerprint": self.fingerprint}
         return {**super().state_dict(), **own, "update": self.update.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned; clients get weights at their next round.
+        """Restore what :meth:`state_dict` returned; clients get weights at their next round.
 
         Raises:
-            ValueError: if the state is of another module, or of other settings.
+            ValueError: if the state belongs to another module or other settings.
         """
         if state["fingerprint"] != self.fingerprint or state["seed"] != self.seed:
             raise ValueError(

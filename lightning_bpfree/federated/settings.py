@@ -1,4 +1,4 @@
-"""What a BAFFLE federation agrees on: the directions, how the loss is measured along them, and local steps."""
+"""The shared settings of a BAFFLE federation: directions, measurement of the loss along them, and local steps."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ _DATA, _NOISE = 0xDA7A, 0xD1CE  # so that batches, random numbers and directions
 
 
 class Baffle:
-    """Measures a loss along random directions on every client, and makes the gradient of the numbers on the server.
+    """Measures the loss along random directions on every client, and estimates the gradient on the server.
 
-    In a round the server sends its weights and a seed. A client remakes ``K`` directions ``v_k`` from the seed, and
+    In a round, the server sends its weights and a seed. A client generates ``K`` directions ``v_k`` from the seed, and
     returns the ``K`` differences ``L(W + sigma v_k) - L(W)`` of its loss, or half of ``L(W + sigma v_k) - L(W - sigma
-    v_k)``. The server weights them by the clients' numbers of samples, and remakes the directions:
+    v_k)``. The server weights them by the clients' numbers of samples, and regenerates the directions:
     ``mean_k (difference_k / sigma) v_k`` estimates the gradient of the loss smoothed over N(0, sigma^2).
 
-    Cost of a local step: ``1 + K`` forward passes over the batches (forward scheme) or ``2 K`` (central).
+    A local step costs ``1 + K`` forward passes over the batches (forward scheme) or ``2 K`` (central).
 
     Args:
         num_directions: ``K``, from 1 to 65,536.
         sigma: size of the perturbation, in units of the parameters; at least 3.5e-5 for float32 parameters.
         scheme: ``"forward"`` or ``"central"``; at equal cost, forward has twice the directions.
         directions: ``"gaussian"`` or ``"rademacher"``.
-        generator: ``"portable"``: the same directions on every device; ``"device"``: of the device's own generator.
-        noise: ``"shared"``: all clients have the same directions, so that sums of the numbers are enough, as the paper
-            says and secure summing needs; ``"per_client"``: each has its own, as in the authors' code.
-        clip: largest absolute coordinate of the estimate, which is scaled down as a whole to keep it; None for none.
-        local_steps: steps of plain gradient descent that a client takes in a round, each with directions of its own.
+        generator: ``"portable"``: the same directions on every device; ``"device"``: from the device's own generator.
+        noise: ``"shared"``: all clients have the same directions, so that sums of the numbers are enough, as in the
+            paper and as secure sums require; ``"per_client"``: each has its own, as in the authors' code.
+        clip: bound on the absolute coordinates of the estimate, which is scaled down as a whole; None for none.
+        local_steps: steps of plain gradient descent that a client takes per round, each with its own directions.
         local_lr: their learning rate.
         batches: random batches of a client's data in each local step; None for all its data.
         chunk_size: directions that are evaluated in one vectorized pass; 1 for one by one, in constant memory.
-        perturb: ``"layers"`` moves each layer's own parameters while it computes, in no more memory than inference
-            takes; needs ``generator="portable"``, ``chunk_size=1`` and ``local_steps=1``, and parameters that only
-            their own layer uses. ``"copy"`` computes with a moved copy of the parameters. ``"auto"``: layers where that
-            is possible, else a copy.
+        perturb: ``"layers"`` perturbs each layer's own parameters while it computes, with no more memory than
+            inference; needs ``generator="portable"``, ``chunk_size=1`` and ``local_steps=1``, and parameters that only
+            their own layer uses. ``"copy"`` computes with a perturbed copy of the parameters. ``"auto"`` uses layers if
+            possible, else a copy.
 
     Raises:
         ValueError: for arguments out of range.
@@ -93,34 +93,34 @@ class Baffle:
 
     @property
     def layerwise(self) -> bool:
-        """Whether perturbations are to be made layer by layer, if the module allows it."""
+        """Whether to perturb layer by layer, if the module allows it."""
         possible = self.generator == "portable" and self.chunk_size == 1 and self.local_steps == 1
         return self.perturb != "copy" and possible
 
     @property
     def numbers(self) -> int:
-        """How many numbers a client returns."""
+        """The number of numbers that a client returns."""
         return self.local_steps * self.num_directions
 
     def to_plain(self) -> dict[str, Any]:
-        """Return the settings as numbers and strings, from which ``Baffle(**plain)`` makes them again."""
+        """Return the settings as numbers and strings, for ``Baffle(**plain)``."""
         return dict(vars(self))
 
     def drawn(self, params: Mapping[str, Tensor], seed: int, step: int = 0, client: int | None = None) -> Directions:
         """Return the directions of a local step.
 
         Args:
-            params: what they are shaped like.
-            seed: of the round.
+            params: named tensors that give the shapes.
+            seed: seed of the round.
             step: number of the local step.
-            client: whose directions; counts with ``noise="per_client"`` only.
+            client: number of the client; used only with ``noise="per_client"``.
         """
         own = 0 if self.noise == "shared" or client is None else 1 + client
         seed = mix(seed, step, own) if step or own else seed
         return Directions(params, self.num_directions, seed, self.directions, self.generator)
 
     def check(self, params: Mapping[str, Tensor]) -> None:
-        """Raise ValueError if there is nothing to train, or if sigma is lost in the rounding of the parameters."""
+        """Raise ValueError if there is nothing to train, or if sigma is below the rounding error of the parameters."""
         if not params:
             raise ValueError("Baffle: the module has no parameter that requires a gradient: nothing can be trained.")
         for dtype in {tensor.dtype for tensor in params.values()}:
@@ -133,8 +133,8 @@ class Baffle:
     def fingerprint(self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> str:
         """Return a hash of what server and clients must have in common, 32 hexadecimal digits.
 
-        Names, shapes and types of the trained parameters, the values of the frozen ones, the settings that decide what
-        numbers mean, and the first direction of the seed 0, bit for bit.
+        It covers names, shapes and types of the trained parameters, the values of the frozen ones, the settings that
+        determine the meaning of the numbers, and the first direction of seed 0, bit for bit.
         """
         told = {key: value for key, value in self.to_plain().items() if key not in ("chunk_size", "perturb")}
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
@@ -165,12 +165,12 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def round_seed(seed: int, number: int) -> int:
-    """Return the seed of a round, by the run's seed and the number of the round."""
+    """Return the seed of a round, from the run's seed and the number of the round."""
     return mix(seed, number)
 
 
 def data_seed(seed: int, client: int, step: int) -> int:
-    """Return the seed by which a client chooses the samples of a local step."""
+    """Return the seed with which a client draws the samples of a local step."""
     return mix(seed, _DATA, client, step)
 
 

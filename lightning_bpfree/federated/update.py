@@ -1,4 +1,4 @@
-"""From the clients' numbers to the next weights: the same computation on the server and on a client in step."""
+"""The update from the clients' numbers to the next weights, identical on the server and on synchronized clients."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Numbers = Mapping[int | None, tuple[float, Tensor]]
 
 
 def aggregated_gradient(params: Mapping[str, Tensor], settings: Baffle, seed: int, numbers: Numbers) -> Params:
-    """Return the estimate of the gradient that the clients' numbers make, before clipping.
+    """Return the gradient estimate from the clients' numbers, before clipping.
 
     With several local steps, it is the sum of the steps' estimates.
 
     Args:
-        params: what it is the gradient of.
-        settings: of the federation.
-        seed: of the round.
-        numbers: with ``noise="shared"``, only the weighted mean of all clients counts.
+        params: the parameters.
+        settings: the federation's settings.
+        seed: seed of the round.
+        numbers: with ``noise="shared"``, only the weighted mean of all clients is used.
 
     Examples:
         >>> settings = Baffle(num_directions=1, sigma=0.5, clip=None)
@@ -49,7 +49,7 @@ def aggregated_gradient(params: Mapping[str, Tensor], settings: Baffle, seed: in
 
 
 def clipped(gradient: Params, largest: float | None) -> Params:
-    """Return a gradient that is scaled as a whole, in place, so that no coordinate is larger than ``largest``."""
+    """Scale a gradient as a whole, in place, so that no absolute coordinate exceeds ``largest``; return it."""
     peak = max(float(part.abs().max()) if part.numel() else 0.0 for part in gradient.values())
     if largest is not None and peak > largest:
         for part in gradient.values():
@@ -58,13 +58,13 @@ def clipped(gradient: Params, largest: float | None) -> Params:
 
 
 class OptimizerSteps:
-    """Steps the module's own optimizer with gradients that were had elsewhere.
+    """Steps the module's own optimizer with gradients computed elsewhere.
 
     Args:
-        module: with one optimizer from ``configure_optimizers``; its schedulers step once a round.
+        module: has one optimizer from ``configure_optimizers``; its schedulers step once per round.
 
     Raises:
-        ValueError: if the module has several optimizers, or they cannot be made without a Trainer.
+        ValueError: if the module has several optimizers, or they cannot be created without a Trainer.
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
@@ -72,7 +72,7 @@ class OptimizerSteps:
         self.optimizer, self.schedulers = configured_optimizer(module)
 
     def step(self) -> None:
-        """Step optimizer and schedulers with the gradients that the parameters have, which are dropped."""
+        """Step optimizer and schedulers with the parameters' gradients, and clear these."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for scheduler in self.schedulers:
@@ -86,7 +86,7 @@ class OptimizerSteps:
         }
 
     def tensors(self) -> Params:
-        """Return the optimizer's state as named tensors; with the count of updates, it is all of the state."""
+        """Return the optimizer's state as named tensors; together with the update count, it is complete."""
         found: Params = {}
         for index, own in self.optimizer.state_dict()["state"].items():
             for name, value in own.items():
@@ -97,11 +97,11 @@ class OptimizerSteps:
         return found
 
     def load_tensors(self, tensors: Mapping[str, Tensor], updates: int) -> None:
-        """Begin where another optimizer stands.
+        """Continue from the state of another optimizer.
 
         Args:
-            tensors: what :meth:`tensors` of the other returned.
-            updates: how many updates it has made, by which schedulers are brought forward.
+            tensors: the result of the other's :meth:`tensors`.
+            updates: the number of its updates; schedulers advance by as many steps.
         """
         self.optimizer, self.schedulers = configured_optimizer(self.module)
         with warnings.catch_warnings():
@@ -117,18 +117,18 @@ class OptimizerSteps:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
         for scheduler, own in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(own)
 
 
 class ServerUpdate(OptimizerSteps):
-    """Makes the estimate of a round, and steps the module's own optimizer with it.
+    """Computes the estimate of a round, and steps the module's own optimizer with it.
 
     Args:
         module: see :class:`OptimizerSteps`.
-        settings: of the federation.
+        settings: the federation's settings.
     """
 
     def __init__(self, module: pl.LightningModule, settings: Baffle) -> None:
@@ -136,11 +136,11 @@ class ServerUpdate(OptimizerSteps):
         self.settings, self.grad_norm = settings, 0.0
 
     def apply(self, seed: int, numbers: Numbers) -> None:
-        """Make the update of a round.
+        """Apply the update of a round.
 
         Args:
-            seed: of the round.
-            numbers: of its clients; shares add up to 1.
+            seed: seed of the round.
+            numbers: the numbers of its clients; shares add up to 1.
         """
         params = {slot.name: slot.parameter for slot in ParameterSlots(self.module).trainable()}
         detached = {name: param.detach() for name, param in params.items()}

@@ -1,1 +1,1 @@
-"""The Lightning side of a training rule: the base class, what it is made of, and what works with every rule."""
+"""The Lightning side of training rules: the base class, its parts, and callbacks that work with every rule."""

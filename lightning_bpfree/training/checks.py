@@ -1,4 +1,4 @@
-"""Checks before the first batch; every error names the cure."""
+"""Checks before the first batch; every error says how to fix the problem."""
 
 from __future__ import annotations
 
@@ -88,11 +88,11 @@ def _check_strategy(rule: TrainingRule, trainer: pl.Trainer) -> None:
 
 
 def check_begin(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Raise MisconfigurationException if a rule cannot train the parameters as the optimizers and hooks are.
+    """Raise MisconfigurationException if a rule cannot train the parameters with these optimizers and hooks.
 
     Args:
         rule: the rule.
-        slots: the parameters that it was told to train.
+        slots: the parameters that it should train.
         trainer: the Trainer, with its optimizers.
         module: the module in training.
     """
@@ -106,12 +106,12 @@ def check_begin(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer, 
 
 
 def check_trains(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Raise MisconfigurationException if all parameters that a rule is to train are frozen and stay frozen.
+    """Raise MisconfigurationException if all parameters that a rule should train are frozen and stay frozen.
 
     Args:
         rule: the rule.
-        slots: the parameters that it is to train.
-        trainer: whose callbacks may unfreeze some later.
+        slots: the parameters that it should train.
+        trainer: the Trainer, whose callbacks may unfreeze some later.
         module: the module in training.
     """
     if slots.trainable() or any(isinstance(callback, BaseFinetuning) for callback in callbacks_of(trainer, Callback)):
@@ -125,10 +125,10 @@ def check_trains(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer,
 
 
 def check_made(name: str, module: torch.nn.Module) -> None:
-    """Raise MisconfigurationException if layers have yet to be made by a first forward pass.
+    """Raise MisconfigurationException if lazy layers have not been initialized by a first forward pass.
 
     Args:
-        name: of the rule or callback that looks into the layers.
+        name: the name of the rule or callback that inspects the layers.
         module: the module in training.
     """
     lazy = [type(part).__name__ for part in uninitialized(module)]
@@ -176,10 +176,10 @@ def check_writes(rule: str, written: Sequence[str]) -> None:
 
 
 def undifferentiated(rule: TrainingRule, evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a training step that raises MisconfigurationException where it computes gradients itself.
+    """Return a training step that raises MisconfigurationException if it computes gradients itself.
 
     Args:
-        rule: by which the network computes, or hands gradients back, otherwise than it does alone.
+        rule: the rule that changes the network's forward or backward pass.
         evaluate: the module's own training step.
     """
 
@@ -208,9 +208,9 @@ def check_whole_parameters(name: str, trainer: pl.Trainer, strategies: str) -> N
     """Raise MisconfigurationException under strategies whose ranks may hold parts of the parameters.
 
     Args:
-        name: of the callback that needs whole parameters.
+        name: the name of the callback that needs whole parameters.
         trainer: the Trainer.
-        strategies: the strategies that it works with, as Trainer takes them.
+        strategies: the supported strategies, under the names that Trainer accepts.
     """
     if not _is_tested(trainer):
         raise MisconfigurationException(
@@ -241,8 +241,8 @@ def check_registered(rule: str, module: pl.LightningModule, optimizers: Iterable
     Args:
         rule: the rule's name; it estimates gradients of the module's own parameters.
         module: the module in training.
-        optimizers: of the Trainer. One that also moves copies of the module, as those of an ensemble, has the groups of
-            the module itself in ``module_param_groups``.
+        optimizers: those of the Trainer. One that also updates copies of the module, as in an ensemble, has the groups
+            of the module itself in ``module_param_groups``.
     """
     known = {id(parameter) for parameter in module.parameters()}
     groups = [getattr(optimizer, "module_param_groups", optimizer.param_groups) for optimizer in optimizers]
@@ -258,12 +258,12 @@ def check_registered(rule: str, module: pl.LightningModule, optimizers: Iterable
 
 
 def check_optimizers(rule: str, slots: ParameterSlots, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Raise MisconfigurationException if an optimizer takes sparse gradients only, which rules do not compute.
+    """Raise MisconfigurationException if an optimizer accepts only sparse gradients, which rules do not compute.
 
     Args:
         rule: the rule's name.
-        slots: what it trains.
-        optimizers: of the Trainer.
+        slots: the parameters that it trains.
+        optimizers: those of the Trainer.
     """
     trained = {id(slot.parameter): slot.name for slot in slots.trainable()}
     for optimizer in optimizers:

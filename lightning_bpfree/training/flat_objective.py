@@ -11,18 +11,18 @@ class FlatObjective:
 
     Args:
         rule: the rule's name.
-        cure: what to do about it, a sentence.
+        cure: a sentence that says how to fix it.
     """
 
     def __init__(self, rule: str, cure: str) -> None:
         self.rule, self.cure, self._told = rule, cure, False
 
     def look(self, slopes: Tensor, batch: int) -> None:
-        """Warn if all ``slopes`` are zero; once only.
+        """Warn, only once, if all ``slopes`` are zero.
 
         Args:
-            slopes: of the batch, equal on all ranks.
-            batch: its number, for the message.
+            slopes: the slopes of the batch, equal on all ranks.
+            batch: the batch's number, for the message.
         """
         if not self._told and not bool(slopes.any()):
             self._told = True

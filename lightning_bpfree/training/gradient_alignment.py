@@ -22,17 +22,17 @@ from lightning_bpfree.training.training_rule import TrainingRule
 
 
 class GradientAlignment(Callback):
-    """Compares the estimate of the training rule with true backprop, on the same batch and the same dropout noise.
+    """Compares the estimate of the training rule with the true gradient, on the same batch and dropout noise.
 
     Logs ``bpfree/cosine_to_backprop`` (in [-1, 1]), ``bpfree/norm_ratio`` (norm of the estimate over that of the
-    gradient) and ``bpfree/cosine_to_backprop/<layer>``, and at the end of an epoch the mean over the fit so far,
-    ``bpfree/mean_cosine``. Works with every rule that estimates the gradient of the module's loss. For rules with
-    losses of their own (``ForwardForward``, ``TeamReinforce``) it prints a note and measures nothing. A measured step
+    gradient) and ``bpfree/cosine_to_backprop/<layer>``. At the end of an epoch it logs the mean over the fit so far,
+    ``bpfree/mean_cosine``. It works with every rule that estimates the gradient of the module's loss. For rules with
+    their own losses (``ForwardForward``, ``TeamReinforce``) it prints a note and measures nothing. A measured step
     costs one more forward and backward pass with the memory of backprop; the other steps cost nothing.
 
     Args:
-        every_n_steps: optimizer steps between measurements, >= 1; None takes the Trainer's ``log_every_n_steps``.
-            Loggers show the values of steps that are multiples of ``log_every_n_steps`` only.
+        every_n_steps: optimizer steps between measurements, >= 1; None uses the Trainer's ``log_every_n_steps``.
+            Loggers show values only for steps that are multiples of ``log_every_n_steps``.
         per_layer: whether to log the cosine of every layer too.
 
     Raises:
@@ -86,12 +86,12 @@ class GradientAlignment(Callback):
         rules[0].observers.append(self)
 
     def due(self, trainer: pl.Trainer) -> bool:
-        """Whether the coming step is to be measured; once an optimizer step under accumulation."""
+        """Whether to measure the next step; with accumulation, once per optimizer step."""
         step = trainer.global_step + 1
         return step % self._every == 0 and step != self._last_step
 
     def observe(self, trainer: pl.Trainer, module: pl.LightningModule, step: Step, estimate: Estimate) -> None:
-        """Measure the estimate of one step, and log."""
+        """Measure the estimate of one step, and log the results."""
         self._last_step = trainer.global_step + 1
         names = [slot.name for slot in step.trained]
         parameters = [slot.parameter for slot in step.trained]
@@ -133,11 +133,11 @@ class GradientAlignment(Callback):
             pl_module.log("bpfree/mean_cosine", self.mean_cosine, on_step=False, on_epoch=True, sync_dist=ranks > 1)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let the next fit start from zero; the values of this fit stay."""
+        """Reset the mean for the next fit; the values of this fit remain available."""
         self._loaded = False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let the next fit start from zero: Lightning calls no teardown hooks after an exception."""
+        """Reset the mean for the next fit: Lightning calls no teardown hooks after an exception."""
         self._loaded = False
 
     def state_dict(self) -> dict[str, Any]:

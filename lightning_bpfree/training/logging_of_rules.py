@@ -1,4 +1,4 @@
-"""Settings and metrics of rules and companions, as loggers show them."""
+"""Logged settings and metrics of rules and companion callbacks."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def note_settings(trainer: pl.Trainer, entry: dict[str, Any]) -> None:
     """Keep ``entry`` for the next :func:`log_settings` of this Trainer.
 
     Args:
-        trainer: whose loggers are meant.
+        trainer: the Trainer with the loggers.
         entry: plain values.
     """
     _NOTED.setdefault(trainer, {}).update(entry)
 
 
 def log_settings(trainer: pl.Trainer, module: pl.LightningModule, entry: dict[str, Any]) -> None:
-    """Log ``entry`` with all entries before it and the user's own hyperparameters.
+    """Log ``entry`` together with all earlier entries and the user's own hyperparameters.
 
-    TensorBoard shows one entry per run: an entry of the callback alone would hide the user's, which Lightning logs
+    TensorBoard shows one entry per run. A separate entry of the callback would hide the user's, which Lightning logs
     after ``on_fit_start``.
 
     Args:
@@ -47,11 +47,11 @@ def log_settings(trainer: pl.Trainer, module: pl.LightningModule, entry: dict[st
 
 
 def settings_of(owner: object, base: type) -> dict[str, Any]:
-    """Return the constructor arguments of an object, by name, as plain values that loggers and checkpoints take.
+    """Return the constructor arguments of an object, by name, as plain values for loggers and checkpoints.
 
     Args:
-        owner: keeps its arguments in attributes of their names.
-        base: the base class whose constructor, and those of its subclasses, count.
+        owner: the object; it stores its arguments in attributes of the same names.
+        base: the base class; arguments of its constructor and of its subclasses' constructors are included.
     """
     kinds = [kind for kind in type(owner).__mro__ if issubclass(kind, base)]
     arguments = [p for kind in kinds for p in inspect.signature(cast(Any, kind).__init__).parameters.values()]
@@ -73,6 +73,6 @@ def named_after(rule: type, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_log_due(trainer: pl.Trainer) -> bool:
-    """Return whether the coming optimizer step is logged."""
+    """Return whether the next optimizer step is logged."""
     every = log_every_n_steps(trainer)
     return bool(every) and (trainer.global_step + 1) % every == 0 and not trainer.barebones

@@ -38,8 +38,8 @@ def _say_nothing(*_args: Any, **_kwargs: Any) -> None:
 class SilencedLogging:
     """A context in which a module, and LightningModules within it, log nothing.
 
-    ``self.log`` is silent in whichever way it is reached (``super().log``, a method that was kept before the fit), and
-    ``self.logger`` takes everything and passes nothing on.
+    ``self.log`` does nothing, however it is reached (``super().log``, a method reference from before the fit), and
+    ``self.logger`` discards everything.
 
     Examples:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -87,13 +87,13 @@ def _silent_trainer(trainer: Any) -> Iterator[None]:
 
 
 class ModuleState:
-    """The parts of a module that every step needs, found by walking it.
+    """The parts of a module that every step needs, found by walking its attributes.
 
     Args:
         module: the module.
         params: patterns of the parameters that a rule trains.
         others: further objects that a training step may change, such as the datamodule.
-        optimizers: whose parameter groups a training step may read the weights from.
+        optimizers: optimizers from whose parameter groups a training step may read the weights.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class ModuleState:
         return [*chain(*(registry.values() for registry in self._registries)), *chain(*self._buffer_names)]
 
     def refresh(self) -> bool:
-        """Look again if the module has other parts than at the last look; return whether it had."""
+        """Search again if the module's parts have changed since the last search; return whether they had."""
         now, then = self._parts_now(), self._parts
         same = len(now) == len(then) and all(map(operator.is_, now, then))
         if same and not self._new_things and not self._gone():
@@ -184,7 +184,7 @@ class ModuleState:
         return False
 
     def replay(self) -> Replay:
-        """Return what puts everything back between the evaluations of one step."""
+        """Return an object that restores all state between the evaluations of one step."""
         iterators = self._iterators()
 
         def finished(before: list[Any], after: list[Any]) -> None:
@@ -197,7 +197,7 @@ class ModuleState:
     # --- rehearsal ---
 
     def rehearsal_due(self) -> bool:
-        """Whether the coming step is to be rehearsed: the first, 4th, 16th, 64th and so on, should it change."""
+        """Whether to rehearse the next step: the first, 4th, 16th, 64th and so on, since steps may change."""
         self._steps += 1
         due = self._steps == self._next_rehearsal
         if due:
@@ -205,14 +205,14 @@ class ModuleState:
         return due
 
     def rehearse(self, evaluate: Callable[..., Any], batch: BatchCopies, *, copied: bool = True) -> None:
-        """Evaluate the step once without a trace, to find out what it writes to and whether it differentiates.
+        """Evaluate the step once without side effects, to find what it writes to and whether it computes gradients.
 
-        Layers that the first forward pass is to make are made by it.
+        This initializes lazy layers.
 
         Args:
             evaluate: the step.
             batch: its arguments.
-            copied: whether trained parameters are copied, to find and undo what goes around the versions of tensors.
+            copied: whether to copy trained parameters, to find and undo writes that bypass tensor version counters.
         """
         lazy = uninitialized(self.module)
         if lazy:
@@ -274,7 +274,7 @@ class ModuleState:
         return [Iterators(self.found.iterators, [self.streams, Generators(self.found.generators)])]
 
     def written_and_trained(self) -> list[str]:
-        """Return the names of parameters that the training step writes to, although they are trained."""
+        """Return the names of trained parameters that the training step writes to."""
         return [slot.name for slot in self.slots.trainable() if slot.name in self.written]
 
 

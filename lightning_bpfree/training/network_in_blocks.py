@@ -1,4 +1,4 @@
-"""One evaluation of a step with its network cut into blocks: local gradients, and exact ones behind the blocks."""
+"""One evaluation of a step with its network cut into blocks: local gradients, and exact ones after the blocks."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ LOCAL_BACKWARD = 2.0  # two matrix products a layer, inside each block
 
 @contextlib.contextmanager
 def nothing_lost(rule: str, blocks: Sequence[Block], trained: Mapping[int, str]) -> Iterator[None]:
-    """Refuse a cut that ends the graph of a trained parameter of no block.
+    """Refuse a cut that ends the graph of a trained parameter outside of all blocks.
 
     Args:
         rule: name of the rule, for the error.
-        blocks: whose inputs and outputs are cut. Enter this context before the cut is made.
-        trained: names of the trained parameters of no block, by their ids.
+        blocks: blocks whose inputs and outputs are cut. Enter this context before the cut is made.
+        trained: names of the trained parameters outside of all blocks, by their ids.
 
     Raises:
-        MisconfigurationException: from within the forward pass; it names the parameters and the cure.
+        MisconfigurationException: from within the forward pass; it names the parameters and a fix.
     """
 
     def look(block: Block, values: object) -> None:
@@ -63,16 +63,16 @@ def nothing_lost(rule: str, blocks: Sequence[Block], trained: Mapping[int, str])
 
 
 class NetworkInBlocks(NamedTuple):
-    """The network of a step in blocks, and what is trained where.
+    """The network of a step in blocks, with the trained parameters of each.
 
     Args:
         rule: name of the rule, for errors.
         step: the step.
         network: the network that is cut.
         blocks: its blocks.
-        slots: of each block, those that the rule trains.
-        rest: all others that the rule trains; they get their exact gradient.
-        inspect: whether to look for parameters that would lose their gradient, by a walk through the graph.
+        slots: for each block, the slots that the rule trains.
+        rest: all other slots that the rule trains; they get their exact gradient.
+        inspect: whether to search the graph for parameters that would lose their gradient.
     """
 
     rule: str
@@ -87,7 +87,7 @@ class NetworkInBlocks(NamedTuple):
     def of(
         cls, rule: str, step: Step, network: nn.Module, blocks: list[Block], inspect: bool = True
     ) -> NetworkInBlocks:
-        """Sort the trained parameters of a step by blocks."""
+        """Assign the trained parameters of a step to blocks."""
         home = {id(parameter): j for j, block in enumerate(blocks) for parameter in block.parameters}
         slots: list[list[Slot]] = [[] for _ in blocks]
         rest: list[Slot] = []
@@ -98,7 +98,7 @@ class NetworkInBlocks(NamedTuple):
 
     @property
     def active(self) -> list[int]:
-        """The blocks in which something is trained."""
+        """The blocks that have trained parameters."""
         return [j for j, slots in enumerate(self.slots) if slots]
 
     @property
@@ -108,16 +108,16 @@ class NetworkInBlocks(NamedTuple):
 
 
 def cut_off(_: int, x: Tensor) -> Tensor:
-    """Return ``x`` without its graph, and without its tangent; the index is not used."""
+    """Return ``x`` without its graph and its tangent; the index is not used."""
     return x.detach()
 
 
 class Outside(NamedTuple):
-    """What the recorded evaluation gives beside the blocks.
+    """Results of the recorded evaluation outside of the blocks.
 
     Args:
-        gradients: exact gradients of the parameters of no block.
-        output: gradient of the loss for the network's output; None if it was not asked for.
+        gradients: exact gradients of the parameters outside of all blocks.
+        output: gradient of the loss with respect to the network's output; None if not requested.
     """
 
     gradients: Params
@@ -125,18 +125,18 @@ class Outside(NamedTuple):
 
 
 def recorded(parts: NetworkInBlocks, leave: Look, *, graph: bool, output: bool = False, cost: float = 1.0) -> Outside:
-    """Run the recorded evaluation with every block cut from the others, and differentiate the layers behind them.
+    """Run the recorded evaluation with every block cut from the others, and differentiate the layers after them.
 
     Args:
         parts: the blocks.
         leave: called with the output of block ``j``; returns its replacement, without a graph.
         graph: whether a block's output has a graph to the block's parameters.
-        output: whether the gradient for the network's output is wanted.
-        cost: in forward passes.
+        output: whether to compute the gradient with respect to the network's output.
+        cost: the cost in forward passes.
 
     Raises:
-        MisconfigurationException: if a trained parameter of no block has an effect on a block, if a block does not run,
-            if the network's output is asked for and not seen, or if the loss is cut from it.
+        MisconfigurationException: if a trained parameter outside of all blocks affects a block, if a block does not
+            run, or if ``output`` is set and the network's output is not found or the loss does not depend on it.
     """
     step, outputs = parts.step, []
     if graph:
@@ -190,7 +190,7 @@ def _with_a_graph(parts: NetworkInBlocks, leave: Look, j: int, z: Tensor) -> Ten
 
 
 def other_way(parts: NetworkInBlocks) -> MisconfigurationException:
-    """Return the error for a loss that depends on the blocks other than through the network's output."""
+    """Return the error for a loss that depends on the blocks not only through the network's output."""
     return MisconfigurationException(
         f"{parts.rule} takes the derivative of the loss at the output of the network, {type(parts.network).__name__}, "
         "but the loss depends on its blocks by another way too. Compute the loss from the network's output in "
@@ -200,7 +200,7 @@ def other_way(parts: NetworkInBlocks) -> MisconfigurationException:
 
 
 def backward_in_blocks(parts: NetworkInBlocks, signal: Callable[[int, Tensor], Tensor]) -> Params:
-    """Return the gradients of the blocks' parameters for the gradients ``signal(j, z)`` at block outputs."""
+    """Return the gradients of the blocks' parameters, given the gradients ``signal(j, z)`` of block outputs."""
     made: Params = {}
 
     def leave(j: int, z: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def backward_in_blocks(parts: NetworkInBlocks, signal: Callable[[int, Tensor], T
 
 
 def pulled_back(slots: Sequence[Slot], z: Tensor, signal: Tensor) -> Params:
-    """Return the gradients of a block's parameters for ``signal``, a gradient of its output ``z``."""
+    """Return the gradients of a block's parameters, given the gradient ``signal`` of its output ``z``."""
     sources = [slot.parameter for slot in slots]
     found: Sequence[Tensor | None] = [None] * len(sources)
     if z.requires_grad:

@@ -1,4 +1,4 @@
-"""The base of rules that work inside a network: on its blocks, or by replacing its forward pass."""
+"""The base class of rules that work inside a network: on its blocks, or by replacing its forward pass."""
 
 from __future__ import annotations
 
@@ -28,28 +28,29 @@ class LearningRateFactors(Protocol):
     """Factors on the changes that an optimizer step makes, such as :class:`BlockRates`."""
 
     def attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Listen to the steps of ``optimizers``, and to no others."""
+        """Scale the steps of ``optimizers``, and of no others."""
 
     def detach(self) -> None:
-        """Stop listening."""
+        """Stop scaling."""
 
 
 class NetworkRule(TrainingRule):
-    """Base of rules that cut a network into blocks, or replace its forward pass.
+    """Base class of rules that cut a network into blocks, or replace its forward pass.
 
     A subclass sets :attr:`network` and :attr:`blocks`, implements :meth:`estimate`, and may override:
 
     - :meth:`find_parts` cuts the network, and refuses networks that the rule cannot train.
     - :meth:`override` returns a replacement of ``network.forward``, during the fit and after it.
-    - :meth:`auxiliary` names the modules that the rule trains beside the user's.
+    - :meth:`auxiliary` returns the modules that the rule trains in addition to the user's.
     - :meth:`learning_rate_factors` returns factors on the learning rate of parts; by default :attr:`learning_rates`.
-    - :meth:`start_over` drops what was learned beside another network.
+    - :meth:`start_over` drops state that was learned with another network.
     - :meth:`on_turn` is called at the start of each of the rule's epochs, and when a fit is resumed inside one.
 
-    The base does the rest. It finds the network and cuts it before the first batch (:meth:`install`). It restores the
-    forward pass in epochs of plain backprop, and replaces it in the rule's own. ``validate``, ``test`` and ``predict``
-    compute as in training. Auxiliary modules step with the user's optimizer and are saved with the checkpoint. The base
-    applies learning rates of blocks, refuses compiled modules, and releases the network after the fit.
+    The base class does the rest. It finds the network and cuts it before the first batch (:meth:`install`). It restores
+    the forward pass in epochs of plain backprop, and replaces it in the rule's own epochs. ``validate``, ``test`` and
+    ``predict`` compute as in training. Auxiliary modules step with the user's optimizer and are saved with the
+    checkpoint. The base class applies learning rates of blocks, refuses compiled modules, and releases the network
+    after the fit.
 
     Args:
         **settings: see :class:`TrainingRule`.
@@ -96,7 +97,7 @@ class NetworkRule(TrainingRule):
         """Return the parts of the network that the rule works on; by default its blocks, a :class:`Cut`.
 
         Args:
-            name: of the network within the module.
+            name: the network's name within the module.
             network: the network.
 
         Raises:
@@ -112,7 +113,7 @@ class NetworkRule(TrainingRule):
         return parts
 
     def made_of(self) -> Any:
-        """Return the settings that determine parts and override; both are made again if they change."""
+        """Return the settings that determine parts and override; both are rebuilt if the settings change."""
         return self.blocks
 
     def override(self, network: nn.Module, parts: Any) -> ForwardOverride | None:
@@ -120,12 +121,12 @@ class NetworkRule(TrainingRule):
 
         Args:
             network: the network.
-            parts: what :meth:`find_parts` has returned.
+            parts: the result of :meth:`find_parts`.
         """
         return None
 
     def auxiliary(self) -> Mapping[str, AuxiliaryModules]:
-        """Return the modules that the rule trains beside the user's, by the names under which they are saved."""
+        """Return the modules that the rule trains in addition to the user's, by the names used in checkpoints."""
         return {}
 
     def learning_rate_factors(self) -> LearningRateFactors | None:
@@ -135,13 +136,13 @@ class NetworkRule(TrainingRule):
         return BlockRates([(b.parameters, f) for b, f in zip(self.parts.blocks, self.learning_rates, strict=True)])
 
     def start_over(self) -> None:
-        """Drop what was learned beside another network, or in an earlier fit.
+        """Drop state that was learned with another network, or in an earlier fit.
 
         State that a checkpoint has restored for this network and this fit is kept.
         """
 
     def on_turn(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Prepare an epoch of the rule; called after the network was installed."""
+        """Prepare an epoch of the rule; called after the rule is installed."""
 
     # --- the network ---
 
@@ -164,10 +165,10 @@ class NetworkRule(TrainingRule):
         return type(self).override is not NetworkRule.override
 
     def install(self, module: nn.Module) -> None:
-        """Find the network in ``module``, and replace its forward pass if the rule does so in the fit.
+        """Find the network in ``module``, and replace its forward pass if the rule does so during the fit.
 
-        Call it to use weights that such a rule has trained outside of its fit. After loading a checkpoint, first call
-        ``load_state_dict(checkpoint["callbacks"][rule.state_key])`` if the rule has modules of its own.
+        Call it to use weights that such a rule has trained, outside of the fit. After loading a checkpoint, first call
+        ``load_state_dict(checkpoint["callbacks"][rule.state_key])`` if the rule has its own modules.
 
         Args:
             module: the LightningModule, or a module that holds the network under the same name.
@@ -203,7 +204,8 @@ class NetworkRule(TrainingRule):
         """Restore the network's own forward pass.
 
         Args:
-            module: that holds the network, such as a copy of the one in training; None for the last one installed.
+            module: the module that holds the network, such as a copy of the one in training; None for the last one
+                installed.
         """
         found = self._override
         if module is not None and self.replaces_forward:
@@ -216,7 +218,7 @@ class NetworkRule(TrainingRule):
         return removed(self._override)
 
     def never_called(self) -> MisconfigurationException:
-        """Return the error for a training step that has not called the network."""
+        """Return the error for a training step that did not call the network."""
         return MisconfigurationException(
             f"{type(self).__name__}: the training step never called {self.network or 'its network'}: name the "
             "submodule that maps inputs to scores, network=...."
@@ -295,7 +297,7 @@ class NetworkRule(TrainingRule):
         self.predict_as_trained(trainer, pl_module)
 
     def on_batch_settled(self, succeeded: bool) -> None:
-        """Keep what auxiliary modules learned from the batch, or drop it."""
+        """Keep the auxiliary modules' gradients of the batch, or drop them."""
         for own in self.auxiliary().values():
             own.settle(succeeded)
         if not succeeded:

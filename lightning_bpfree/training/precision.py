@@ -21,7 +21,7 @@ def smallest_sigma(dtype: torch.dtype) -> float:
 
 
 def computed_in(trainer: pl.Trainer, module: pl.LightningModule) -> torch.dtype:
-    """Return the floating-point type in which the module computes its loss, autocast considered."""
+    """Return the floating-point type in which the module computes its loss, including autocast."""
     precision = str(trainer.precision)
     for mark, dtype in (("bf16", torch.bfloat16), ("16", torch.float16), ("64", torch.float64)):
         if precision.startswith(mark):

@@ -1,4 +1,4 @@
-"""Trainers that say nothing, for runs in which the user trains nothing."""
+"""Trainers without messages, for internal runs that the user did not start."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_lightning(*messages: str) -> Iterator[None]:
-    """Suppress what Lightning announces, and warnings.
+    """Suppress Lightning's messages, and warnings.
 
     Args:
-        *messages: patterns of the warnings that are suppressed; none for all warnings.
+        *messages: patterns of the warnings to suppress; without patterns, all warnings.
     """
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]

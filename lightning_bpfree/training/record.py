@@ -1,4 +1,4 @@
-"""Record of the training rule of a run: counters, history of epochs, banner."""
+"""The record of a training rule: counters, history of epochs, banner."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Record:
         self.history: list[dict[str, Any]] = []
 
     def start_epoch(self, epoch: int, active: bool) -> None:
-        """Record which rule trains this epoch; adjacent epochs of one rule share an entry."""
+        """Record which rule trains this epoch; consecutive epochs of one rule share an entry."""
         name = self.rule if active else "Backprop"
         last = self.history[-1] if self.history else None
         if last is not None and last["rule"] == name and last["last_epoch"] >= epoch - 1:
@@ -60,7 +60,7 @@ class Record:
         )
 
     def trained_last(self, otherwise: bool) -> bool:
-        """Whether the last epoch was the rule's own; ``otherwise`` if there was none."""
+        """Whether the rule trained the last epoch; ``otherwise`` if there was none."""
         return bool(self.history[-1]["rule"] == self.rule) if self.history else otherwise
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Record:
 
 
 def banner(rule: TrainingRule, slots: ParameterSlots, trainer: pl.Trainer) -> str:
-    """Return the table that a run prints at its start: the rule, what it trains, what a step costs."""
+    """Return the table that a run prints at its start: the rule, what it trains, and the cost of a step."""
     lazy = [slot for slot in [*slots, *slots.rest] if is_lazy(slot.parameter)]
     trained = sum(slot.parameter.numel() for slot in slots.trainable() if not is_lazy(slot.parameter))
     total = sum(slot.parameter.numel() for slot in [*slots, *slots.rest] if not is_lazy(slot.parameter))

@@ -1,4 +1,4 @@
-"""Refusals of a rule, as the error that Lightning raises for configurations."""
+"""Refusals of a rule, as Lightning's error for invalid configurations."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from lightning_bpfree.core.network.network_call import RefusedError
 
 
 class RefusedNetworkError(MisconfigurationException, RefusedError):
-    """A rule cannot train a network, or a training step's use of it; the message names the cure."""
+    """A rule does not support a network, or a training step's use of it; the message says how to fix it."""
 
 
 @contextlib.contextmanager
 def refusing(rule: str, error: type[ValueError] = RefusedError) -> Iterator[None]:
-    """Raise refusals in this context under the name of ``rule``.
+    """Raise refusals in this context with the name of ``rule``.
 
     Args:
-        rule: the rule's name, with which the message begins.
-        error: the errors that are refusals.
+        rule: the rule's name; the message starts with it.
+        error: the error types that are refusals.
 
     Examples:
         >>> with refusing("ForwardForward"):

@@ -13,9 +13,9 @@ from lightning_bpfree.core.replay.random_streams import RandomStreams
 class SavedStreams:
     """The global random streams of all ranks, as a callback saves and restores them.
 
-    The callback passes on :meth:`to_plain` in ``state_dict``, :meth:`of_all_ranks` in ``on_save_checkpoint``,
-    :meth:`take` in ``load_state_dict``, and calls :meth:`on_fit_start` and :meth:`on_train_batch_start` in the hooks of
-    these names.
+    The callback calls :meth:`to_plain` in ``state_dict``, :meth:`of_all_ranks` in ``on_save_checkpoint``,
+    :meth:`take` in ``load_state_dict``, and :meth:`on_fit_start` and :meth:`on_train_batch_start` in the hooks of
+    the same names.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class SavedStreams:
         return [self.streams.to_plain()]
 
     def of_all_ranks(self, trainer: pl.Trainer, mine: list[Any]) -> list[Any]:
-        """Return the lists of all ranks, one after the other; of a run that was interrupted, this rank's alone."""
+        """Return the lists of all ranks in order; after an interruption, only this rank's."""
         # After an exception on one rank, the others do not get here.
         if trainer.world_size == 1 or trainer.interrupted or not torch.distributed.is_initialized():
             return mine
@@ -40,16 +40,16 @@ class SavedStreams:
         return [part for parts in gathered for part in parts]
 
     def take(self, streams: list[dict[str, Any]]) -> None:
-        """Restore the streams of a checkpoint when the fit starts."""
+        """Keep the streams of a checkpoint, to restore when the fit starts."""
         self._resumed = streams
 
     def on_fit_start(self, trainer: pl.Trainer) -> None:
-        """Restore the streams before the data loaders draw their order."""
+        """Restore the streams before the data loaders draw their sample order."""
         if trainer.global_rank < len(self._resumed):
             self.streams.from_plain(self._resumed[trainer.global_rank])
 
     def on_train_batch_start(self, trainer: pl.Trainer, batch_idx: int) -> None:
-        """Restore them again inside an epoch, after the loader has drawn its order."""
+        """Restore the streams again inside an epoch, after the loader has drawn its sample order."""
         if self._resumed and batch_idx > 0:
             self.on_fit_start(trainer)
         self._resumed = []

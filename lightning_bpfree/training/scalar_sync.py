@@ -1,4 +1,4 @@
-"""Multi-process training in which ranks exchange a few numbers a step instead of gradients."""
+"""Multi-process training in which ranks exchange a few numbers per step instead of gradients."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _OF_DDP = [name for name in keywords(DDPStrategy) if name != "self"]
 
 
 class ScalarSyncStrategy(DDPStrategy, ScalarExchange):
-    """Keeps ranks bit-equal by exchanging the ``K`` coefficients of a rule, instead of gradients.
+    """Keeps ranks bit-equal by exchanging the ``K`` coefficients of a rule instead of gradients.
 
-    Every rank remakes the same random directions from the same seed, so that ``K`` numbers determine the estimate:
-    the bytes that a rank sends in a step do not depend on the size of the model. There is no DistributedDataParallel
+    Every rank generates the same random directions from the same seed, so that ``K`` numbers determine the estimate.
+    The bytes that a rank sends in a step do not depend on the size of the model. There is no DistributedDataParallel
     wrapper.
 
     Args:
         split: ``"data"``: each rank measures all directions on its own batch, and the numbers are averaged (two ranks
-            equal one with the union of their batches). ``"directions"``: all ranks see the same batch, and each
-            measures its own share of the ``K`` directions; ``"population"`` is the same for a rule whose ``K`` numbers
-            are the fitness of members.
-        **kwargs: see ``lightning.pytorch.strategies.DDPStrategy``, except those of the wrapper.
+            are equivalent to one with the union of their batches). ``"directions"``: all ranks see the same batch, and
+            each measures its own share of the ``K`` directions; ``"population"`` is the same for a rule whose ``K``
+            numbers are the fitness of members.
+        **kwargs: see ``lightning.pytorch.strategies.DDPStrategy``; arguments of the wrapper are not allowed.
 
     Raises:
         ValueError: for an unknown split.
-        TypeError: for an unknown keyword, and for those of the wrapper.
+        TypeError: for an unknown keyword, and for arguments of the wrapper.
 
     Examples:
         >>> strategy = ScalarSyncStrategy(split="directions")
@@ -63,7 +63,7 @@ class ScalarSyncStrategy(DDPStrategy, ScalarExchange):
         return self.split != "data"
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Refuse a fit without a rule, whose gradients would never be averaged."""
+        """Refuse a fit without a rule, since its gradients would never be averaged."""
         check_attributes(self)
         rules = callbacks_of(trainer, TrainingRule)
         if trainer.state.fn == "fit" and not rules:
@@ -74,14 +74,14 @@ class ScalarSyncStrategy(DDPStrategy, ScalarExchange):
         super().setup(trainer)
 
     def configure_ddp(self) -> None:
-        """Start from rank 0's parameters and buffers, as DDP does; there is no wrapper."""
+        """Copy rank 0's parameters and buffers to all ranks, as DDP does; there is no wrapper."""
         assert self.model is not None
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
             dist.broadcast(tensor.detach(), src=0)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """What Lightning gives to the samplers that it sets up: one batch for all ranks unless data is split."""
+        """Arguments of the samplers that Lightning creates: one batch for all ranks unless data is split."""
         return {"num_replicas": 1, "rank": 0} if self._one_batch else super().distributed_sampler_kwargs
 
     def share(self, num: int) -> Sequence[int]:

@@ -1,4 +1,4 @@
-"""Where pictures go: PNG files, Weights & Biases, TensorBoard."""
+"""Output of pictures: PNG files, Weights & Biases, TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 @rank_zero_only
 def show(figure: Figure, name: str, step: int, *, folder: Path | None, loggers: Iterable[Any] = ()) -> None:
-    """Write a figure to a folder, and to the loggers that take images.
+    """Write a figure to a folder, and to the loggers that accept images.
 
     Args:
         figure: the figure.
-        name: without an ending; ``/`` becomes ``_`` in file names.
-        step: of the loggers' axis.
-        folder: None writes no file.
-        loggers: of the Trainer. Those that take no images are left out.
+        name: its name without a file extension; ``/`` becomes ``_`` in file names.
+        step: the step on the loggers' axis.
+        folder: where to write the file; None writes no file.
+        loggers: those of the Trainer. Loggers that accept no images are skipped.
     """
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

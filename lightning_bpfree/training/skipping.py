@@ -1,4 +1,4 @@
-"""Batches whose numbers are not finite, for which all ranks raise or skip together; and parameters DDP waits for."""
+"""Batches with non-finite numbers, for which all ranks raise or skip together; and parameters that DDP waits for."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def waited_for(trainer: pl.Trainer, step: Step) -> list[Tensor]:
 
 
 def is_skipped(trainer: pl.Trainer, record: Record, failure: NonFiniteLossError | None, on_nonfinite: str) -> bool:
-    """Return whether all ranks skip the batch, because a number of one of them is not finite.
+    """Return whether all ranks skip the batch because one of them has a non-finite number.
 
     Args:
         trainer: the Trainer.
-        record: of the rule, which counts skipped batches.
-        failure: of this rank, or None.
+        record: the rule's record, which counts skipped batches.
+        failure: the failure of this rank, or None.
         on_nonfinite: ``"raise"`` or ``"skip"``.
 
     Raises:
-        RuntimeError: for a failure, unless batches are to be skipped.
+        RuntimeError: for a failure with ``on_nonfinite="raise"``.
     """
     batch = record.batches - 1
     if on_nonfinite == "raise":

@@ -1,4 +1,4 @@
-"""Replacing a module's training step for the time of a fit, and handing an estimate to Lightning."""
+"""Replacement of a module's training step during a fit, and injection of an estimate into Lightning."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from lightning_bpfree.core.step import Estimate, Step
 
 
 class StepSwap:
-    """Runs a rule in the place of ``module.training_step`` whenever the Trainer's strategy calls it to train.
+    """Runs a rule in place of ``module.training_step`` whenever the Trainer's strategy calls it for training.
 
-    The module has another training step for the time of such a call, and only then: whoever calls
-    ``module.training_step`` otherwise (a validation step, a callback), or copies or saves the module during a fit,
-    finds the module's own.
+    The training step is replaced only during such a call. Code that calls ``module.training_step`` at another time
+    (a validation step, a callback), or that copies or saves the module during a fit, gets the module's own.
 
-    It takes the place of another swap that it finds: one that an interrupted fit has left, or that of a rule which runs
-    for each member of an ensemble from then on.
+    The swap replaces an existing one: one left by an interrupted fit, or that of a rule that now runs for each member
+    of an ensemble.
 
     Args:
         trainer: the Trainer.
         module: the module.
-        rule: the callback that the swap belongs to.
+        rule: the callback that owns the swap.
         run: called with the module's own training step and its arguments.
     """
 
@@ -48,7 +47,7 @@ class StepSwap:
         return cast("Callable[..., Any]", self.module.training_step)
 
     def undo(self) -> None:
-        """Let the strategy call the module's own step again, unless someone has replaced the call since."""
+        """Let the strategy call the module's own step again, unless other code has replaced the call since."""
         if self.strategy.__dict__.get("training_step") is self._call:
             del self.strategy.training_step
 
@@ -110,12 +109,12 @@ def _padding_rows(slot: Slot) -> list[int]:
 
 
 def with_injected_gradients(step: Step, estimate: Estimate, zeros_for: list[Tensor]) -> Any:
-    """Return what the training step returns to Lightning: its own output, with the estimate behind the loss.
+    """Return the output of the training step, with the estimate as the gradient of its loss.
 
     Args:
         step: the step, evaluated.
-        estimate: what the rule made of it.
-        zeros_for: further parameters that must get a gradient, of zeros.
+        estimate: the rule's estimate.
+        zeros_for: further parameters that must get a zero gradient.
     """
     if estimate.gradients is None and estimate.loss is step.recorded_loss:
         return step.output

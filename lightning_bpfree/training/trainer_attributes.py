@@ -28,15 +28,15 @@ def callbacks_of(trainer: pl.Trainer, kind: Callable[..., C]) -> list[C]:
 
 
 def without_module(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a callback's attributes except ``log`` and ``log_dict``, by which Lightning ties it to a module."""
+    """Return a callback's attributes except ``log`` and ``log_dict``, which Lightning binds to a module."""
     return {name: value for name, value in attributes.items() if name not in ("log", "log_dict")}
 
 
 def log_every_n_steps(trainer: pl.Trainer) -> int:
-    """Return the number of optimizer steps between logged ones; 0 for never."""
+    """Return the number of optimizer steps between logs; 0 for never."""
     return int(cast(Any, trainer).log_every_n_steps or 0)
 
 
 def is_dry_run(trainer: pl.Trainer) -> bool:
-    """Return whether the Trainer runs a few batches only, with ``fast_dev_run``."""
+    """Return whether the Trainer runs only a few batches, with ``fast_dev_run``."""
     return bool(cast(Any, trainer).fast_dev_run)

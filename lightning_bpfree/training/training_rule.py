@@ -1,4 +1,4 @@
-"""The base of all training rules: swaps the training step, passes the estimate on, and undoes the swap."""
+"""The base class of all training rules: it replaces the training step, injects the estimate, and restores the step."""
 
 from __future__ import annotations
 
@@ -45,28 +45,28 @@ BACKPROP_COST = 3.0  # forward passes: one forward, and two matrix products per 
 
 
 class StepObserver(Protocol):
-    """Inspects estimates while the step can still be evaluated, such as a comparison with the true gradient."""
+    """Inspects estimates while the step can still be evaluated, for example to compare them with the true gradient."""
 
     def due(self, trainer: pl.Trainer) -> bool:
-        """Whether to inspect the coming step."""
+        """Whether to inspect the next step."""
 
     def observe(self, trainer: pl.Trainer, module: pl.LightningModule, step: Step, estimate: Estimate) -> None:
-        """Inspect the step; further evaluations of it leave no trace."""
+        """Inspect the step; further evaluations of it have no side effects."""
 
 
 class TrainingRule(Callback, ABC):
     """Trains any LightningModule by a rule other than backprop; subclasses implement :meth:`estimate`.
 
     As a callback of the Trainer, a rule replaces ``module.training_step`` for the duration of ``fit``. Optimizer,
-    schedulers, clipping, accumulation, precision, DDP, loggers and checkpoints keep working, since the estimate reaches
-    them as an ordinary gradient.
+    schedulers, clipping, accumulation, precision, DDP, loggers and checkpoints keep working, since they receive the
+    estimate as an ordinary gradient.
 
     Args:
         params: shell-style patterns of the parameters to train (``"*.lora_*"``); None for all. The others stay
             unchanged while the rule is active.
         start_epoch: first epoch of the rule, >= 0. Before it, the whole module trains by plain backprop.
         stop_epoch: first epoch of plain backprop after the rule's, > ``start_epoch``; None for never.
-        seed: of the rule's own random directions; None takes torch's initial seed (``seed_everything``) of rank 0.
+        seed: seed of the rule's own random directions; None uses torch's initial seed (``seed_everything``) of rank 0.
         on_nonfinite: what to do if a number that the rule measures is NaN or infinite: ``"raise"`` stops the run before
             any parameter changes, ``"skip"`` skips the batch. Rules that only differentiate measure no such number.
         allow_untested: run under strategies that are not tested.
@@ -124,10 +124,10 @@ class TrainingRule(Callback, ABC):
 
     @abstractmethod
     def estimate(self, step: Step) -> Estimate:
-        """Return loss and gradient of one mini-batch; called with gradients enabled."""
+        """Return the loss and gradient of one mini-batch; called with gradients enabled."""
 
     def on_batch_settled(self, succeeded: bool) -> None:
-        """Keep what a rule learned beside its estimate, or drop it: all ranks now know whether the batch counts."""
+        """Keep or drop further state learned from the batch: all ranks now know whether the batch counts."""
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
         """Raise MisconfigurationException if the rule cannot train these parameters; called before the first batch."""
@@ -137,23 +137,23 @@ class TrainingRule(Callback, ABC):
         return loss_of(output)
 
     def computes_in(self, dtype: torch.dtype) -> None:
-        """Receive the coarsest type in which the training step computes, found by an evaluation of it.
+        """Receive the coarsest floating-point type that an evaluation of the training step computes in.
 
         Called before the first estimate, and again if the training step changes.
 
         Raises:
-            MisconfigurationException: if the rule's settings do not fit it.
+            MisconfigurationException: if the rule's settings do not fit the type.
         """
 
     def describe(self) -> dict[str, str]:
-        """Return rows for the banner: what the rule evaluates in a step, and by which route."""
+        """Return rows for the banner: what the rule evaluates in a step, and how."""
         return {}
 
     def resolve(self) -> None:
         """Check settings against each other, and set derived attributes.
 
         Called when the attributes may have changed: at the end of a constructor, and when a fit starts. A rule builds
-        objects from its arguments here, and keeps what they learned.
+        objects from its arguments here, and keeps their learned state.
 
         Raises:
             ValueError: for settings that contradict each other.
@@ -165,10 +165,10 @@ class TrainingRule(Callback, ABC):
             )
 
     def start_over(self) -> None:
-        """Drop what was learned in an earlier fit; the base resets counters and history."""
+        """Drop state from an earlier fit; the base class resets counters and history."""
 
     def settings(self) -> dict[str, Any]:
-        """Return the rule's arguments, as plain values that loggers and checkpoints take."""
+        """Return the rule's arguments as plain values for loggers and checkpoints."""
         return settings_of(self, TrainingRule)
 
     def active(self, epoch: int) -> bool:
@@ -248,7 +248,7 @@ class TrainingRule(Callback, ABC):
         log_settings(trainer, pl_module, {"bpfree": {"rule": type(self).__name__, **self.settings()}})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note that the fit has begun."""
+        """Record that the fit has begun."""
         check_even(type(self).__name__, trainer)
         self._has_trained = True
 
@@ -277,7 +277,7 @@ class TrainingRule(Callback, ABC):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Count batches: directions are new for every batch, not for every evaluation of it."""
+        """Count batches: directions change with every batch, not with every evaluation of it."""
         epoch = trainer.current_epoch
         if not self.record.has_started(epoch, self.active(epoch)):
             # Lightning starts no epoch after a resume behind the last batch of the one before.
@@ -286,14 +286,14 @@ class TrainingRule(Callback, ABC):
         self._streams.on_train_batch_start(trainer, batch_idx)
 
     def run(self, trainer: pl.Trainer, module: pl.LightningModule, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return what Lightning gets for one batch: the output of the training step, with the estimate behind its loss.
+        """Return the output of the training step for one batch, with the estimate as the gradient of its loss.
 
         Args:
             trainer: the Trainer.
             module: the module.
             original: its own training step.
-            *args: of the training step.
-            **kwargs: of the training step.
+            *args: positional arguments of the training step.
+            **kwargs: keyword arguments of the training step.
         """
         if not self.active(trainer.current_epoch):
             self.record.forward_evals += BACKPROP_COST
@@ -379,7 +379,7 @@ class TrainingRule(Callback, ABC):
         return state
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Keep parameters that the rule does not train unchanged, and log the norm of the estimate."""
+        """Leave parameters that the rule does not train unchanged, and log the norm of the estimate."""
         if not self.active(trainer.current_epoch) or self._module_state is None:
             return
         slots, skipped = self._module_state.slots, self._estimates == 0
@@ -391,7 +391,7 @@ class TrainingRule(Callback, ABC):
             self._log(trainer, pl_module, {"bpfree/grad_norm": norm(grads)})
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the cost so far, and check that ranks agree where only scalars cross them."""
+        """Log the cost so far, and check that ranks agree if they exchange only scalars."""
         if not trainer.barebones:
             evals, ranks = self.record.forward_evals, trainer.world_size
             pl_module.log("bpfree/forward_evals", evals, on_step=False, on_epoch=True, sync_dist=ranks > 1)
@@ -416,7 +416,7 @@ class TrainingRule(Callback, ABC):
         """Restore what :meth:`rule_state` returned."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an exact resume needs: seed, counters, history, and the rule's own state."""
+        """Return the state for an exact resume: seed, counters, history, and the rule's own state."""
         return {"record": self.record.state_dict(), "rule": self.rule_state(), "streams": self._streams.to_plain()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -429,7 +429,7 @@ class TrainingRule(Callback, ABC):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save rule, settings and epochs, and the random streams of all ranks."""
+        """Save the rule, its settings and epochs, and the random streams of all ranks."""
         own = checkpoint["callbacks"][self.state_key]
         own["streams"] = self._streams.of_all_ranks(trainer, own["streams"])
         checkpoint["bpfree"] = {

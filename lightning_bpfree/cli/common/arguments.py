@@ -1,4 +1,4 @@
-"""Parsers of the command line: examples in the help, errors in one line, and the option that was meant."""
+"""Parsers of the command line: examples in the help, one-line errors, and suggestions for misspelled options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONFIGURATION = ("model", "data", "trainer", "optimizer", "lr_scheduler", "seed_
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line.
+    """A parser with one-line errors.
 
     Args:
         prog: the command, such as ``bpfree compare``.
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=description, formatter_class=formatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        """Raise CommandError, with the nearest option or choice if one was misspelt."""
+        """Raise CommandError, with the nearest option or choice for a misspelled one."""
         raise CommandError(f"{message}.{self._meant(message)} '{self.prog} --help' shows the options.")
 
     def _meant(self, message: str) -> str:
@@ -47,14 +47,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def configuration_options(given: Sequence[str], own: Iterable[str]) -> list[str]:
-    """Return the arguments that a command leaves to the configuration, such as ``--trainer.max_epochs=3``.
+    """Return the arguments that a command passes to the configuration, such as ``--trainer.max_epochs=3``.
 
     Args:
         given: the arguments that the command does not know.
-        own: the options of the command itself, among which a misspelt one is looked for.
+        own: the command's own options, to suggest one for a misspelled argument.
 
     Raises:
-        CommandError: one of them cannot be an option of a configuration.
+        CommandError: if one of them cannot be an option of a configuration.
 
     Examples:
         >>> configuration_options(["--trainer.max_epochs=3"], ["--out"])

@@ -1,4 +1,4 @@
-"""Checkpoints before they are loaded: missing, truncated or damaged files are named, with what to do."""
+"""Checks of checkpoints before loading: errors name missing, truncated or damaged files, and say what to do."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ AGAIN = "Give an earlier checkpoint of the run, or train again."
 
 
 def check_checkpoint(given: str | None) -> None:
-    """Raise CommandError if ``--ckpt_path`` names no checkpoint of Lightning that can be read.
+    """Raise CommandError if ``--ckpt_path`` names no readable Lightning checkpoint.
 
     Args:
-        given: what the user gave; keywords such as ``last`` and addresses are left alone.
+        given: the user's value; keywords such as ``last`` and addresses are not checked.
     """
     if given is None or given in KEYWORDS or "://" in given or given.startswith("registry:"):
         return
@@ -42,10 +42,10 @@ def check_written(path: Path, option: str, entry: str, writer: tuple[str, str]) 
     """Raise CommandError if a file that ``torch.save`` wrote is empty, truncated, damaged, or of another kind.
 
     Args:
-        path: of a file that exists.
-        option: with which it was given, such as ``--ckpt_path``.
-        entry: a key of the dict that it must hold.
-        writer: whose checkpoints these are, and what writes them, in the words of the error.
+        path: path of an existing file.
+        option: the option that names it, such as ``--ckpt_path``.
+        entry: a key that its dict must have.
+        writer: what writes such checkpoints, for the error message.
     """
     try:
         _check_file(path, option)

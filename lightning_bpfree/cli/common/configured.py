@@ -1,4 +1,4 @@
-"""Configuration files as LightningCLI reads them: parsed once, built as often as a command needs."""
+"""Configuration files for LightningCLI: parsed once, built as often as a command needs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SILENT: dict[str, Any] = {
 
 
 class ConfigCLI(LightningCLI):
-    """LightningCLI for any module and data module, whose parsing errors are one message and no page of usage.
+    """LightningCLI for any module and data module, with one-line parsing errors instead of a page of usage.
 
     Args:
         args: the command-line arguments.
@@ -58,7 +58,7 @@ class ConfigCLI(LightningCLI):
         super().__init__(args=list(args), parser_kwargs={"prog": "bpfree", **plain, **for_commands}, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``report`` to what a configuration file may hold."""
+        """Add ``report`` to the allowed keys of a configuration file."""
         parser.add_argument(
             "--report",
             type=bool,
@@ -67,7 +67,7 @@ class ConfigCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse ``args``, and turn a mistake in them into CommandError."""
+        """Parse ``args``; raise CommandError for a mistake in them."""
         subparsers = getattr(self, "_subcommand_parsers", {})
         try:
             self.config = parser.parse_args(args)
@@ -87,9 +87,9 @@ class ConfigCLI(LightningCLI):
             )
 
     def instantiate_classes(self) -> None:
-        """Make everything, and turn the refusal of an argument by this package or Lightning into CommandError.
+        """Instantiate all classes; raise CommandError if this package or Lightning refuses an argument.
 
-        Errors that begin elsewhere, such as in a module of the user's, keep their traceback.
+        Errors that start elsewhere, such as in the user's module, keep their traceback.
         """
         try:
             super().instantiate_classes()
@@ -101,11 +101,11 @@ class ConfigCLI(LightningCLI):
 
 
 class Built(NamedTuple):
-    """A module, its data and a Trainer, made from one configuration.
+    """A module, its data and a Trainer, built from one configuration.
 
     Args:
         module: the module.
-        data: the data module; None if the module brings its own loaders.
+        data: the data module; None if the module has its own loaders.
         trainer: the Trainer.
         rules: the training rules that the configuration names, whether or not they are in the Trainer.
     """
@@ -117,13 +117,13 @@ class Built(NamedTuple):
 
 
 class Blueprint(ConfigCLI):
-    """A configuration that is built again for every run, silently, on one device and without writing files.
+    """A configuration that is rebuilt for every run, silently, on one device and without writing files.
 
     Args:
         args: command-line arguments of ``fit``, such as ``["-c", "mine.yaml"]``.
 
     Raises:
-        CommandError: the configuration cannot be parsed.
+        CommandError: if the configuration cannot be parsed.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
@@ -145,11 +145,11 @@ class Blueprint(ConfigCLI):
         """Return a new module, data module and Trainer.
 
         Args:
-            rules: the rules to put into the Trainer, given those of the configuration.
-            seed: for ``seed_everything``; None takes the configuration's.
-            callbacks: further callbacks, behind all others.
-            dropped: kinds of callbacks to leave out of the configuration's.
-            **trainer_settings: arguments of the Trainer in place of the configuration's.
+            rules: returns the rules for the Trainer, given those of the configuration.
+            seed: seed for ``seed_everything``; None uses the configuration's.
+            callbacks: further callbacks, after all others.
+            dropped: classes of callbacks to remove from the configuration's.
+            **trainer_settings: arguments of the Trainer that replace the configuration's.
         """
         seed_everything(self.config.seed_everything if seed is None else seed, workers=True, verbose=False)
         original = self.config
@@ -179,11 +179,11 @@ class Blueprint(ConfigCLI):
 
     @property
     def callbacks(self) -> list[Any]:
-        """The callbacks of the configuration, parsed but not made."""
+        """The callbacks of the configuration, parsed but not instantiated."""
         return _listed(self.config.trainer.callbacks)
 
     def dump(self) -> str:
-        """Return the whole configuration as YAML, which reads back as the same."""
+        """Return the whole configuration as YAML, which parses to the same configuration."""
         text: str = self.parser.dump(self.config, **WHOLE)
         return text
 

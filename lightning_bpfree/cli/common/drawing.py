@@ -1,4 +1,4 @@
-"""What figures share: one color for each rule, and intervals that stay within the range of the values."""
+"""Shared parts of figures: one color per rule, and intervals that stay within the range of the values."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ COLORS = {
 
 
 def colors(labels: Sequence[str]) -> dict[str, str]:
-    """Return a color for each label: that of the table, else one that no other label has, as long as there are any.
+    """Return a color for each label: from the table, else an unused one as long as there are any.
 
     Args:
-        labels: of what a figure shows; the first one is the baseline.
+        labels: the labels of a figure; the first one is the baseline.
 
     Examples:
         >>> colors(["backprop", "zeroth_order", "mine"])
@@ -85,8 +85,8 @@ def colors(labels: Sequence[str]) -> dict[str, str]:
 def interval(values: Any) -> tuple[Any, Any] | None:
     """Return the ends of the 95 % interval of the mean over the first axis; None for fewer than two values.
 
-    It holds the percentiles of means over resamples (bootstrap), and so never leaves the range of the values: an
-    accuracy stays below 1. Equal values give equal intervals.
+    It is a bootstrap percentile interval, so it never leaves the range of the values: an accuracy stays below 1. Equal
+    values give equal intervals.
 
     Args:
         values: a number, or a row of numbers, for each seed.

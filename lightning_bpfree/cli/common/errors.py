@@ -1,4 +1,4 @@
-"""Errors in one line: those of this package and of the libraries it uses. The user's own keep their traceback."""
+"""One-line errors for this package and the libraries it uses. Errors in the user's code keep their traceback."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ LIBRARIES = (
 
 
 def explained(error: BaseException) -> str | None:
-    """Return what an error says, in one line with what to do; None if it arose in the user's own code.
+    """Return an error's message with what to do, in one line; None if it was raised in the user's own code.
 
     Args:
-        error: with its traceback.
+        error: the error, with its traceback.
     """
     chain = list(_chain(error))
     for link in chain:
@@ -44,10 +44,10 @@ def explained(error: BaseException) -> str | None:
 
 
 def refusal(error: BaseException) -> str | None:
-    """Return what this package or Lightning say of an argument that they refuse; None for other errors.
+    """Return the message of this package or Lightning about an argument that they refuse; None for other errors.
 
     Args:
-        error: with its traceback.
+        error: the error, with its traceback.
     """
     for link in _chain(error):
         module = next(reversed(_places(link)), ("", 0))[0]

@@ -19,7 +19,7 @@ def evaluated(
     module: pl.LightningModule,
     data: pl.LightningDataModule | None,
 ) -> dict[str, float]:
-    """Return the metrics of the validation or test set with the weights as they are; empty if there is no such set."""
+    """Return the metrics of the validation or test set with the current weights; empty if there is no such set."""
     loader, step = STAGES[stage]
     if not is_overridden(step, module):
         return {}
@@ -31,7 +31,7 @@ def evaluated(
 
 
 def mean_cosine(trainer: pl.Trainer) -> float | None:
-    """Return what GradientAlignment measured in the fit; None if it is not among the callbacks, or measured nothing."""
+    """Return GradientAlignment's mean cosine of the fit; None without this callback, or if it measured nothing."""
     for alignment in callbacks_of(trainer, GradientAlignment):
         if alignment.measured:
             return alignment.mean_cosine
@@ -39,7 +39,7 @@ def mean_cosine(trainer: pl.Trainer) -> float | None:
 
 
 def larger_is_better(metric: str) -> bool:
-    """Whether a metric of this name is good when it is large.
+    """Whether larger values of a metric of this name are better.
 
     Examples:
         >>> larger_is_better("test_acc"), larger_is_better("val_loss"), larger_is_better("test_mse")

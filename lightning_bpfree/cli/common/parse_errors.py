@@ -1,4 +1,4 @@
-"""Errors of the configuration's parser, in one line that names file, line and cure."""
+"""Errors of the configuration's parser, in one line that names file, line and fix."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ _TYPES = {
 def parse_error(
     message: str, options: Sequence[str] = (), files: Sequence[Path] = (), given: Sequence[str] = ()
 ) -> str:
-    """Return what the parser says in one line: what was given, where, and what to give instead.
+    """Return the parser's message in one line: what was given, where, and what to give instead.
 
     Args:
-        message: the parser's.
-        options: all options of the command, among which a misspelt one is looked for.
-        files: the configuration files, in which the place of a mistake is looked for.
-        given: the options of the command line, such as ``--trainer.max_epochs``: what they set stands in no file.
+        message: the parser's message.
+        options: all options of the command, to suggest one for a misspelled option.
+        files: the configuration files, to locate a mistake.
+        given: the options of the command line, such as ``--trainer.max_epochs``, whose values are in no file.
 
     Examples:
         >>> print(parse_error('''Errors:

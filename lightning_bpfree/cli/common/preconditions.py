@@ -26,11 +26,11 @@ def require(*packages: str, extra: str = "recipes") -> None:
 
 
 def require_writable(folder: str | Path, option: str) -> None:
-    """Raise CommandError if no file can be written to ``folder``, which is made where it does not exist.
+    """Raise CommandError if no file can be written to ``folder``, which is created if it does not exist.
 
     Args:
-        folder: the folder; addresses such as ``s3://...`` are left alone.
-        option: what the user can change to write elsewhere.
+        folder: the folder; addresses such as ``s3://...`` are not checked.
+        option: the option that the user can change to write elsewhere.
     """
     if "://" in str(folder):
         return
@@ -58,7 +58,7 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
 
 def did_you_mean(name: str, names: Sequence[str]) -> str:
-    """Return ``" Did you mean ...?"``, with up to three names most like the given one; empty if none is like it.
+    """Return ``" Did you mean ...?"``, with up to three names most like the given one; empty if none is similar.
 
     Examples:
         >>> did_you_mean("--sedes", ["--seeds", "--out"]), did_you_mean("x", ["--out"])

@@ -1,4 +1,4 @@
-"""The shipped YAML files: where they are, and ``bpfree recipes list|show|copy``."""
+"""The shipped YAML files: their location, and ``bpfree recipes list|show|copy``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SUFFIXES = (".yaml", ".yml")
 
 
 def folder() -> Path:
-    """Return the folder of the recipes: inside the installed package, or beside it in a source checkout."""
+    """Return the folder of the recipes: inside the installed package, or next to it in a source checkout."""
     package = Path(str(resources.files("lightning_bpfree")))
     for place in (package / "recipes", package.parent / "recipes"):
         if (place / "quickstart.yaml").is_file():
@@ -37,7 +37,7 @@ def find(name: str) -> Path:
         name: such as ``quickstart``, ``rules/forward_gradient.yaml`` or ``recipes/quickstart.yaml``.
 
     Raises:
-        CommandError: there is no such recipe; the message names those most like it.
+        CommandError: if there is no such recipe; the message names the most similar ones.
     """
     plain = name.removeprefix("./").removeprefix("recipes/")
     for suffix in SUFFIXES:
@@ -49,10 +49,10 @@ def find(name: str) -> Path:
 
 
 def resolve(name: str) -> str:
-    """Return the path of a configuration file, which may be given by the name of a recipe.
+    """Return the path of a configuration file, which may be given as the name of a recipe.
 
     Raises:
-        CommandError: neither a file nor a recipe.
+        CommandError: if it is neither a file nor a recipe.
     """
     if not name:
         raise CommandError("-c: the name of the file is empty. Give a YAML file or a recipe, such as -c quickstart.")
@@ -74,7 +74,7 @@ def resolve(name: str) -> str:
 
 
 def with_paths(arguments: Sequence[str]) -> list[str]:
-    """Return command-line arguments in which every ``-c NAME`` of a recipe is the path of its file.
+    """Return the command-line arguments with every ``-c NAME`` of a recipe replaced by the path of its file.
 
     Examples:
         >>> with_paths(["-c", "quickstart", "--trainer.max_epochs=1"])[2]
@@ -93,12 +93,12 @@ def with_paths(arguments: Sequence[str]) -> list[str]:
 
 
 def config_arguments(files: Sequence[str]) -> list[str]:
-    """Return the command-line arguments that read configuration files, or recipes, one over the other."""
+    """Return the command-line arguments that read configuration files or recipes, later ones over earlier ones."""
     return [argument for file in files for argument in ("-c", resolve(file))]
 
 
 def title(path: Path) -> str:
-    """Return what a recipe says of itself in its first line."""
+    """Return the description in the first line of a recipe."""
     with path.open(encoding="utf-8") as file:
         return file.readline().lstrip("# ").strip()
 

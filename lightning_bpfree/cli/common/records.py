@@ -1,4 +1,4 @@
-"""Files of results: their origin, and writing them whole or not at all."""
+"""Files of results: their provenance, and atomic writes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def provenance(command: str, argv: Sequence[str]) -> dict[str, Any]:
     """Return command line, date, versions and machine.
 
     Args:
-        command: such as ``compare``.
-        argv: the command line behind it.
+        command: the command, such as ``compare``.
+        argv: the arguments after it.
     """
     return {
         "command": ["bpfree", command, *argv],
@@ -58,14 +58,14 @@ def finite(found: Any) -> Any:
 
 
 def write_json(found: Mapping[str, Any], path: Path) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
 def write_csv(fields: Sequence[str], lines: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Write a CSV file with these columns, whole or not at all; further entries of a line are left out."""
+    """Write a CSV file with these columns atomically; further entries of a line are left out."""
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fields, extrasaction="ignore")

@@ -1,4 +1,4 @@
-"""The end of a command from outside: SIGTERM as an exception, so that it ends as cleanly as by Ctrl-C."""
+"""SIGTERM as an exception, so that a command ends as cleanly as with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, NoReturn
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM; what cleans up after Ctrl-C does so after it too."""
+    """SIGTERM; code that cleans up after Ctrl-C also cleans up after it."""
 
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Raise :class:`Terminated` where the process is asked to end; does nothing outside of the main thread."""
+    """Raise :class:`Terminated` when the process receives SIGTERM; does nothing outside of the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""Printing for people: one console, and numbers of sensible length."""
+"""Human-readable output: one console, and numbers of sensible length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configuration files before they are parsed: errors with file and line, and where a key stands."""
+"""Checks of configuration files before parsing: errors with file and line, and the location of a key."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_yaml(path: Path) -> None:
 
 
 def place_of(key: str, paths: Sequence[Path]) -> str:
-    """Return where a key stands, such as ``"mine.yaml, line 3: "``, in the last file that has it; empty if none has.
+    """Return the location of a key, such as ``"mine.yaml, line 3: "``, in the last file that has it; empty if none has.
 
     Args:
         key: with dots, such as ``trainer.max_epochs``; list elements do not count.

@@ -1,4 +1,4 @@
-"""``bpfree compare``: the same module under several rules and backprop, by equal epochs and by equal forward passes."""
+"""``bpfree compare``: the same module under several rules and backprop, at equal epochs and equal forward passes."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from lightning_bpfree.cli.compare.progress import RunsLeft
 
 
 class Part(NamedTuple):
-    """A comparison of all rules: the whole of it, or under one value of a key that is varied.
+    """A comparison of all rules: the whole comparison, or the part for one value of a varied key.
 
     Args:
         plan: settings for the processes of the rules.
-        results: where ``rules`` go.
-        folder: for the configurations and logs of the rules.
+        results: the dict that receives ``rules``.
+        folder: folder for the configurations and logs of the rules.
         name: the value; empty if nothing is varied.
     """
 
@@ -50,19 +50,19 @@ class Part(NamedTuple):
     name: str
 
     def runs(self, label: str) -> int:
-        """Return how many trainings a rule has."""
+        """Return the number of a rule's trainings."""
         trials: int = self.plan["trials"].get(label, 0)
         return trials + len(self.plan["seeds"]) * len(self.plan["budgets"])
 
 
 def compare(plan: dict[str, Any], rules: Sequence[Contender], out: Path, jobs: int = 1) -> dict[str, Any]:
-    """Train every rule in a process of its own, write what is known after each, and return everything.
+    """Train every rule in its own process, write intermediate results after each, and return all results.
 
     Args:
         plan: settings of the comparison.
         rules: the rules, backprop first.
         out: folder of the results.
-        jobs: how many rules train at once.
+        jobs: number of rules that train at the same time.
     """
     shown = {key: value for key, value in plan.items() if key != "kept"}
     comparison: dict[str, Any] = {**shown, **({"conditions": []} if "vary" in plan else {"rules": []})}
@@ -201,7 +201,7 @@ def _take(result: dict[str, Any], event: Event) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run ``bpfree compare``; the code is 1 if no rule has given a result."""
+    """Run ``bpfree compare``; the exit code is 1 if no rule has a result."""
     made = parser()
     options, given = made.parse_known_args(arguments)
     overrides = configuration_options(given, made.options())

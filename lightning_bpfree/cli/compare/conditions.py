@@ -1,4 +1,4 @@
-"""Results of a comparison under every value of a key that varies: table, files and figure."""
+"""Results of a comparison for every value of a varied key: table, files and figure."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Cell = dict[str, Any]  # one rule under one condition: a row of compare_results 
 
 
 def cells(comparison: dict[str, Any], budget: str) -> list[Cell]:
-    """Return one for each condition and rule, in the order in which they were trained.
+    """Return one cell for each condition and rule, in the order of training.
 
-    Its ``drop`` says how much worse the metric is than under the first condition, as the mean over the seeds that have
-    given a result under both; ``drop_ci95`` is the half width of its 95 % confidence interval, from the same pairs.
+    ``drop`` is the difference of the metric from the first condition (positive is worse), as the mean over the seeds
+    that have a result under both; ``drop_ci95`` is the half width of its 95 % confidence interval, from the same pairs.
     """
     metric, sign = comparison["metric"], 1 if comparison["larger_is_better"] else -1
     found: list[Cell] = []
@@ -52,7 +52,7 @@ def _with_summary(comparison: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(comparison: dict[str, Any], folder: Path) -> None:
-    """Write comparison.json, with a summary, and comparison.csv, with a line per run; each whole or not at all."""
+    """Write comparison.json, with a summary, and comparison.csv, with a line per run, atomically."""
     write_json(_with_summary(comparison), folder / "comparison.json")
     lines = (
         {**line, "condition": condition["value"]}
@@ -76,7 +76,7 @@ def by_rule(found: Sequence[Cell]) -> dict[str, dict[str, Cell]]:
 
 
 def show(comparison: dict[str, Any]) -> None:
-    """Print a table for each budget, a rule a row and a condition a column, and the errors below."""
+    """Print a table for each budget, with one row per rule and one column per condition, and the errors below."""
     from rich.table import Table
 
     screen, metric = console(), comparison["metric"]
@@ -117,10 +117,10 @@ def plot(comparison: dict[str, Any], path: Path) -> None:
 def figure(found: dict[str, Any]) -> Figure:
     """Return a panel for each budget, with the results of each rule over the conditions.
 
-    Lines join the conditions only if these are numbers: names have no order.
+    Lines connect the conditions only if these are numbers: names have no order.
 
     Args:
-        found: what comparison.json holds.
+        found: the contents of comparison.json.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Learning curves of a comparison: its files and tables with what they have reached, and their figure."""
+"""Learning curves of a comparison: files and tables with the values they reach, and their figure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FEW = 30  # points of a line, up to which each is marked
 
 
 def curves(rule: dict[str, Any], budget: str) -> list[Curve]:
-    """Return the curve of each seed whose run has not failed, and has been validated."""
+    """Return the curve of each seed whose run did not fail and was validated."""
     good = [run for run in rule["runs"] if run["budget"] == budget and run["error"] is None]
     return [run["curve"] for run in good if run["curve"]]
 
@@ -40,7 +40,7 @@ def first_reached(curve: Curve, value: float, larger_is_better: bool) -> int | N
 
 
 def summary(comparison: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of each budget, each with how many curves it has, and when they reached each value."""
+    """Return the rows of each budget, each with its number of curves and when they reached each value."""
     asked = comparison["curve"]
     found = compare_results.summary(comparison)
     for budget, rows in found.items():
@@ -65,16 +65,16 @@ def _with_summary(comparison: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(comparison: dict[str, Any], folder: Path) -> None:
-    """Write comparison.json, with a summary, and comparison.csv, with a line per run; each whole or not at all."""
+    """Write comparison.json, with a summary, and comparison.csv, with a line per run, atomically."""
     write_json(_with_summary(comparison), folder / "comparison.json")
     write_csv(csv_fields(comparison["metric"]), run_lines(comparison["rules"]), folder / "comparison.csv")
 
 
 def reach_table(found: dict[str, Any], budget: str) -> tuple[list[str], list[list[str]]]:
-    """Return the heads and the rows of the table of a budget: a rule a row, a value to be reached a column.
+    """Return the header and the rows of a budget's table, with one row per rule and one column per target value.
 
     Args:
-        found: what comparison.json holds.
+        found: the contents of comparison.json.
         budget: one of its budgets.
     """
     asked = found["curve"]
@@ -95,7 +95,7 @@ def _text(row: dict[str, Any], entry: dict[str, Any]) -> str:
 
 
 def show(comparison: dict[str, Any]) -> None:
-    """Print the tables of the comparison, and one of what the curves have reached for each budget."""
+    """Print the tables of the comparison, and one table per budget of the values that the curves reach."""
     from rich.table import Table
 
     compare_results.show(comparison)
@@ -114,16 +114,16 @@ def show(comparison: dict[str, Any]) -> None:
 
 
 def plot(comparison: dict[str, Any], path: Path) -> None:
-    """Draw the figure of the comparison, and beside it that of its curves, whose name ends with ``_curves``."""
+    """Draw the figure of the comparison, and the figure of its curves, whose name ends with ``_curves``."""
     compare_results.plot(comparison, path)
     figure(comparison).savefig(path.with_stem(f"{path.stem}_curves"))
 
 
 def figure(found: dict[str, Any]) -> Figure:
-    """Return a panel for each budget: the mean curve of each rule, a band of its 95 % interval, and each seed thin.
+    """Return a panel for each budget: the mean curve of each rule, its 95 % interval, and a thin curve per seed.
 
     Args:
-        found: what comparison.json holds.
+        found: the contents of comparison.json.
     """
     from matplotlib.figure import Figure
 
@@ -146,7 +146,7 @@ def figure(found: dict[str, Any]) -> Figure:
 
 
 def mean_curve(known: Sequence[Curve]) -> list[tuple[int, float, float, float]]:
-    """Return batches, mean, and the ends of its 95 % bootstrap interval, where all of the curves have a value.
+    """Return batches, mean, and the ends of its 95 % bootstrap interval, where all curves have a value.
 
     Examples:
         >>> mean_curve([[[4, 1.0], [8, 2.0]], [[4, 1.0], [8, None]]])

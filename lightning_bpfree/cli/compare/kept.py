@@ -27,24 +27,24 @@ def digest(*parts: Any) -> str:
 
 
 class KeptRuns:
-    """Results of finished runs, one file each, named after a hash of everything that the configuration says of the run.
+    """Results of finished runs, one file each, named after a hash of the run's configuration.
 
     The hash covers the configuration with the rule, seed and limits, and the versions of Python, torch, Lightning and
-    this package. It does not cover code of the user's own.
+    this package. It does not cover the user's own code.
 
     Args:
-        folder: of the files; None keeps nothing.
+        folder: folder of the files; None keeps nothing.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def get(self, train: Callable[[], Result], *what: Any) -> tuple[Result, bool]:
-        """Return the result of a run and whether it was kept from before; train it if not, and keep it.
+        """Return the result of a run and whether it was already kept; otherwise train, and keep the result.
 
         Args:
             train: returns the result, in plain values. An error is not kept.
-            *what: plain values that say which run it is.
+            *what: plain values that identify the run.
         """
         if self.folder is None:
             return train(), False
@@ -59,10 +59,10 @@ class KeptRuns:
 
 
 def identity(settings: Mapping[str, Any], configs: Mapping[str, str], vary: Any) -> dict[str, Any]:
-    """Return what a comparison is about: an earlier one may be continued if it has the same.
+    """Return the identity of a comparison: an earlier one can be continued if its identity is the same.
 
     Args:
-        settings: of the comparison.
+        settings: settings of the comparison.
         configs: the whole configuration of each rule, by label.
         vary: the key that is varied, and its values.
     """
@@ -78,14 +78,14 @@ def identity(settings: Mapping[str, Any], configs: Mapping[str, str], vary: Any)
 
 
 def protect(out: Path, wanted: Mapping[str, Any], overwrite: bool) -> None:
-    """Delete what an earlier comparison has left, if asked to; else raise CommandError if this one would replace it.
+    """Delete earlier results with ``overwrite``; else raise CommandError if this comparison would replace them.
 
     A comparison that contains the earlier one, with more seeds, rules or budgets, continues it.
 
     Args:
         out: folder of the results.
         wanted: see :func:`identity`.
-        overwrite: whether to delete.
+        overwrite: whether to delete earlier results.
     """
     file = out / "comparison.json"
     if overwrite:

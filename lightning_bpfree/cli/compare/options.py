@@ -65,7 +65,7 @@ def parser() -> Parser:
         type=int,
         default=1,
         metavar="N",
-        help="rules that train at the same time, which makes the seconds longer (default: 1)",
+        help="rules that train at the same time, which increases their seconds (default: 1)",
     )
     add("--epochs", type=int, metavar="N", help="replaces trainer.max_epochs of the base")
     _add_metrics(made)

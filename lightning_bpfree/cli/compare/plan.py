@@ -52,7 +52,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 
 def check_numbers(options: argparse.Namespace) -> None:
-    """Raise CommandError for numbers out of range, before anything is read."""
+    """Raise CommandError for numbers out of range, before any file is read."""
     if options.epochs is not None and options.epochs < 1:
         raise CommandError(f"--epochs {options.epochs}: give 1 or more.")
     if options.jobs < 1:
@@ -65,7 +65,7 @@ def check_numbers(options: argparse.Namespace) -> None:
 
 
 def check_length(config: str) -> None:
-    """Raise CommandError if a training of this configuration has no end, or no epoch."""
+    """Raise CommandError if training with this configuration has no end, or no epoch."""
     trainer = yaml.safe_load(config)["trainer"]
     epochs, ends = trainer["max_epochs"], trainer["max_time"] or trainer["max_steps"] not in (-1, None)
     if epochs == 0 or (epochs == -1 and not ends):
@@ -76,7 +76,7 @@ def contenders(options: argparse.Namespace, overrides: Sequence[str]) -> list[Co
     """Return the rules to compare, backprop first, each with its whole configuration.
 
     Raises:
-        CommandError: a configuration is broken, or an overlay does not hold one rule.
+        CommandError: if a configuration is invalid, or an overlay does not contain exactly one rule.
     """
     base = Blueprint([*recipes.config_arguments(options.config), *overrides])
     base.config.trainer.callbacks = [cb for cb in base.callbacks if not issubclass(_kind(cb), TrainingRule)]
@@ -125,10 +125,10 @@ def _kind(callback: Any) -> type:
 
 
 def tuning(options: argparse.Namespace, rules: Sequence[Contender]) -> dict[str, Any]:
-    """Return the grid for rules without one of their own, and the grid and the number of trials of every rule.
+    """Return the grid for rules without their own, and the grid and the number of trials of every rule.
 
     Raises:
-        CommandError: a value cannot be parsed with the configuration of its rule, or no rule has the label.
+        CommandError: if a value cannot be parsed with the configuration of its rule, or no rule has the label.
     """
     grid, own = _grids(options.tune, [rule.label for rule in rules])
     general = [rule for rule in rules if rule.label not in own]
@@ -140,7 +140,7 @@ def tuning(options: argparse.Namespace, rules: Sequence[Contender]) -> dict[str,
 
 
 def trials(grid: Grid) -> int:
-    """Return how many trainings a grid asks for.
+    """Return the number of trainings in a grid.
 
     Examples:
         >>> trials({"lr": ["0.01", "0.1"], "momentum": ["0", "0.5", "0.9"]}), trials({})
@@ -175,10 +175,10 @@ def _labelled(entry: str) -> tuple[str | None, str]:
 
 
 def curve(options: argparse.Namespace) -> dict[str, Any]:
-    """Return which learning curves are noted, and what they are to reach; empty if none are asked for.
+    """Return the learning curves to record, and the values they should reach; empty if none are requested.
 
     Raises:
-        CommandError: the options do not go together.
+        CommandError: if the options are incompatible.
     """
     metric, reach = options.curve, options.reach or []
     given = " ".join(f"{value:g}" for value in reach)
@@ -199,10 +199,10 @@ def curve(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def variation(options: argparse.Namespace, config: str) -> dict[str, Any] | None:
-    """Return the key that is varied and its values, having parsed each of them; None if nothing is varied.
+    """Return the varied key and its values, after parsing each of them; None if nothing is varied.
 
     Raises:
-        CommandError: they cannot be used, or are tuned as well.
+        CommandError: if they cannot be used, or are tuned as well.
     """
     if not options.vary:
         return None
@@ -240,12 +240,12 @@ def _parse(option: str, grid: Grid, config: str) -> None:
 
 
 def settings(options: argparse.Namespace, tuned: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
-    """Return what comparison.json says of a comparison before its results.
+    """Return the settings of a comparison, which comparison.json holds before the results.
 
     Args:
-        options: of the command line.
+        options: options of the command line.
         tuned: see :func:`tuning`.
-        argv: the command line behind ``bpfree compare``.
+        argv: the arguments after ``bpfree compare``.
     """
     tuning_metric, by = options.metric.replace("test", "val", 1), "last"
     if options.tune_by == "curve":

@@ -1,4 +1,4 @@
-"""The process of each rule: started, listened to, and ended with the command."""
+"""The process of each rule: it is started, read from, and ended with the command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RUNNING: set[subprocess.Popen[str]] = set()
 
 
 def rule_events(plan: dict[str, Any], contender: Contender, budgets: dict[str, float], folder: Path) -> Iterator[Event]:
-    """Run one rule's process, and yield what it reports; a crash is reported too."""
+    """Run one rule's process, and yield its reports, including a crash."""
     folder.mkdir(parents=True, exist_ok=True)
     config, log = folder / f"{contender.label}.yaml", folder / f"{contender.label}.log"
     config.write_text(contender.config, encoding="utf-8")
@@ -69,7 +69,7 @@ def _started(spec: Path, errors: Any) -> subprocess.Popen[str]:
 
 
 def end_all() -> None:
-    """End the processes of all rules, with those that they have started to load data."""
+    """End the processes of all rules, and their data loading processes."""
     for process in list(_RUNNING):
         _end(process)
 

@@ -1,4 +1,4 @@
-"""What ``bpfree compare`` shows while it trains: a bar, one line a run, and the time that is left."""
+"""The progress display of ``bpfree compare``: a bar, one line per run, and the remaining time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 class RunsLeft:
-    """Counts runs and estimates the time that is left.
+    """Counts runs and estimates the remaining time.
 
     Args:
-        left: how many trainings each rule has, by label.
-        metric: what is compared.
-        jobs: rules that train at once.
+        left: number of remaining trainings of each rule, by label.
+        metric: the metric that is compared.
+        jobs: number of rules that train at the same time.
     """
 
     def __init__(self, left: dict[str, int], metric: str, jobs: int) -> None:
@@ -39,7 +39,7 @@ class RunsLeft:
         self._bar.stop()
 
     def begin(self, label: str, what: str) -> None:
-        """Show what a rule does now."""
+        """Show the current task of a rule."""
         self._since.setdefault(label, time.perf_counter())
         self._bar.update(self._task, description=f"{label}: {what}")
 
@@ -47,9 +47,9 @@ class RunsLeft:
         """Print the line of a run or trial, and count it.
 
         Args:
-            label: of the rule.
+            label: label of the rule.
             what: which run of the rule.
-            event: what the process of the rule reports.
+            event: the report of the rule's process.
         """
         with self._lock:
             now = time.perf_counter()
@@ -72,7 +72,7 @@ class RunsLeft:
             self._bar.update(self._task, total=self.total)
 
     def time_left(self) -> float | None:
-        """Return the seconds that are left, as the mean of each rule's runs predicts; None before the first run."""
+        """Return the remaining seconds, estimated from the mean of each rule's runs; None before the first run."""
         known = [value for values in self.seconds.values() for value in values]
         if not known or not any(self.left.values()):
             return None
@@ -95,7 +95,7 @@ class RunsLeft:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in its largest units.
+    """Return a duration in its largest units.
 
     Examples:
         >>> duration(42.3), duration(125), duration(7300)

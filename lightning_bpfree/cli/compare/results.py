@@ -29,14 +29,14 @@ class Row(NamedTuple):
 
     Args:
         label: name of the rule's overlay.
-        mean: of the metric over seeds; None if no run gave one.
+        mean: mean of the metric over seeds; None if no run has a result.
         ci95: half width of the 95 % confidence interval of the mean; None for fewer than two seeds.
         gap: the mean minus backprop's.
         forward_evals: mean over seeds of the forward passes used.
         seconds: mean over seeds of the time of training.
-        peak_memory_mib: of a few training steps.
+        peak_memory_mib: peak memory of a few training steps.
         mean_cosine: mean over seeds of the cosine to backprop's gradient.
-        error: what went wrong, if anything did.
+        error: the error, if there was one.
     """
 
     label: str
@@ -142,12 +142,12 @@ def _cells(row: Row) -> list[str]:
 
 
 def summary(comparison: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of each budget, as comparison.json has them."""
+    """Return the rows of each budget, as in comparison.json."""
     return {budget: [row._asdict() for row in rows(comparison, budget)] for budget in comparison["budgets"]}
 
 
 def write(comparison: dict[str, Any], folder: Path) -> None:
-    """Write comparison.json, with a summary, and comparison.csv, with a line per run; each whole or not at all."""
+    """Write comparison.json, with a summary, and comparison.csv, with a line per run, atomically."""
     write_json({**comparison, "summary": summary(comparison)}, folder / "comparison.json")
     write_csv(csv_fields(comparison["metric"]), run_lines(comparison["rules"]), folder / "comparison.csv")
 
@@ -175,7 +175,7 @@ def figure(comparison: dict[str, Any]) -> Figure:
     """Return a panel for each budget: the mean of each rule with its 95 % interval, and a thin mark for each seed.
 
     Args:
-        comparison: what comparison.json holds, with or without its summary.
+        comparison: the contents of comparison.json, with or without the summary.
     """
     from matplotlib.figure import Figure
 

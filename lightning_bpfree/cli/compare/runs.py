@@ -1,4 +1,4 @@
-"""The runs that a comparison is made of: a few profiled steps, and trainings to the end of a budget."""
+"""The runs of a comparison: a few profiled steps, and trainings to the end of a budget."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ PROFILED_STEPS = 3  # the first may differ, and an optimizer has all its state a
 
 
 class MetricMissingError(Exception):
-    """A metric that the comparison asks for is not among those that the module logs."""
+    """The module does not log a metric that the comparison requests."""
 
 
 class Stopwatch(Callback):
-    """Takes the time of the training itself, without the reading of data before it."""
+    """Measures the time of the training itself, without the reading of data before it."""
 
     seconds = 0.0
 
@@ -41,24 +41,24 @@ class Stopwatch(Callback):
 
 
 class StepMeter(Callback):
-    """Measures one epoch: the peak of memory over its batches, and what the last batch cost in forward passes."""
+    """Measures one epoch: the peak memory over its batches, and the cost of the last batch in forward passes."""
 
     peak_mib: float | None = None
     last_cost = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to measure."""
+        """Start measuring."""
         self.memory = PeakMemory(trainer.strategy.root_device)
         self.memory.start()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note what the rule has evaluated before this batch."""
+        """Record the rule's evaluations before this batch."""
         self._before = _rule(trainer).record.forward_evals
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Note what this batch has cost; validation, which comes behind it, does not count."""
+        """Record the cost of this batch, without the validation after it."""
         self.last_cost = _rule(trainer).record.forward_evals - self._before
         self.peak_mib = self.memory.peak()
 
@@ -68,10 +68,10 @@ class StepMeter(Callback):
 
 
 class LearningCurve(Callback):
-    """Notes a metric at every validation of a fit, and draws no random numbers, so that the training stays the same.
+    """Records a metric at every validation of a fit. It draws no random numbers, so that training does not change.
 
     Args:
-        metric: its name; None notes nothing.
+        metric: its name; None records nothing.
     """
 
     def __init__(self, metric: str | None) -> None:
@@ -79,7 +79,7 @@ class LearningCurve(Callback):
         self.points: list[list[float]] = []
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add how many batches the rule has trained, and the metric; NaN where it has not been logged."""
+        """Record the number of batches that the rule has trained, and the metric; NaN if it was not logged."""
         # Neither the check before the training nor the validation after it is a point of the curve.
         if self.metric is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
@@ -92,7 +92,7 @@ def _rule(trainer: pl.Trainer) -> TrainingRule:
 
 
 def profile(blueprint: Blueprint, seed: int) -> dict[str, Any]:
-    """Return what a step costs and its peak of memory, of the rule alone, without a comparison with backprop."""
+    """Return the cost of a step and its peak memory, for the rule alone, without a comparison with backprop."""
     meter = StepMeter()
     built = blueprint.build(
         seed=seed,
@@ -136,17 +136,17 @@ def _logged(built: Built) -> dict[str, list[str]] | None:
 def train(
     blueprint: Blueprint, seed: int, stages: tuple[Any, ...], curve: str | None = None, **limits: Any
 ) -> dict[str, Any]:
-    """Train once, and return the metrics of the last weights and what they have cost.
+    """Train once, and return the metrics of the last weights and their cost.
 
     Args:
         blueprint: the configuration.
-        seed: for ``seed_everything``.
-        stages: what to evaluate on afterwards: ``"validate"``, ``"test"``.
-        curve: a metric of validation to note during the training, if any.
+        seed: seed for ``seed_everything``.
+        stages: stages to evaluate afterward: ``"validate"``, ``"test"``.
+        curve: a validation metric to record during the training, if any.
         **limits: arguments of the Trainer that set the budget.
 
     Raises:
-        MetricMissingError: validation does not log ``curve``.
+        MetricMissingError: if validation does not log ``curve``.
     """
     watch, noted = Stopwatch(), LearningCurve(curve)
     built = blueprint.build(seed=seed, callbacks=[watch, noted], strategy="auto", **limits)
@@ -172,7 +172,7 @@ def train(
 
 
 def step_limits(blueprint: Blueprint, steps: int) -> dict[str, Any]:
-    """Return the Trainer's arguments that stop it after so many optimizer steps, with a validation at the end."""
+    """Return the Trainer's arguments that stop it after a number of optimizer steps, with a validation at the end."""
     configured = blueprint.config.trainer.limit_train_batches
     limits: dict[str, Any] = {"max_steps": steps, "max_epochs": -1}
     if configured is None or isinstance(configured, int):

@@ -1,6 +1,6 @@
-"""One rule of a comparison, in a process of its own, so that its peak of memory is its own and its crash is too.
+"""One rule of a comparison, in its own process, which isolates its peak memory and its crashes.
 
-Reads what to do from a JSON file, and writes one JSON object a line to the standard output for everything it has done.
+The process reads its tasks from a JSON file, and writes one JSON object per result as a line to the standard output.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ Result = dict[str, Any]
 
 
 class RefusedError(Exception):
-    """The rule cannot train the module, whatever the seed."""
+    """The rule cannot train the module with any seed."""
 
 
 class Contest:
-    """Everything one rule has to do in a comparison.
+    """All tasks of one rule in a comparison.
 
     Args:
-        spec: what to do; written by ``bpfree compare``.
-        send: reports what is done.
+        spec: the tasks, written by ``bpfree compare``.
+        send: reports the results.
     """
 
     def __init__(self, spec: dict[str, Any], send: Send) -> None:
@@ -213,7 +213,7 @@ def _reports() -> Iterator[Send]:
 
 
 def work(spec: dict[str, Any], send: Send) -> None:
-    """Do everything that ``spec`` says, and report what stops it."""
+    """Run the tasks in ``spec``, and report an error that stops them."""
     try:
         Contest(spec, send).run()
         send("end")
@@ -239,7 +239,7 @@ def _end_with_parent() -> None:
 
 
 def main(path: str) -> None:
-    """Do what the JSON file at ``path`` says."""
+    """Run the tasks in the JSON file at ``path``."""
     _end_with_parent()
     with _reports() as send:
         work(json.loads(Path(path).read_text(encoding="utf-8")), send)

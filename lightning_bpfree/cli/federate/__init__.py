@@ -1,1 +1,1 @@
-"""``bpfree federate``: trains a module by a federation, in one process or on Flower."""
+"""``bpfree federate``: trains a module in a federation, in one process or on Flower."""

@@ -1,4 +1,4 @@
-"""The apps that Flower's own processes import: both make their parts from the configuration of the run."""
+"""The apps that Flower's own processes import; both build their parts from the configuration of the run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def client() -> Any:
 
 
 def server() -> Any:
-    """Return the ServerApp, which keeps rows and checkpoint in the folder that the run names."""
+    """Return the ServerApp, which saves rows and checkpoint in the folder of the run."""
     settings: dict[str, Any] = {}
 
     def run_of(context: Context) -> Run:

@@ -17,13 +17,13 @@ from lightning_bpfree.training.quiet_lightning import quiet_lightning
 
 
 class FederateCLI(ConfigCLI):
-    """Reads ``model``, ``data``, ``trainer`` and ``federation``, and makes them.
+    """Reads ``model``, ``data``, ``trainer`` and ``federation``, and builds them.
 
     Args:
-        args: such as ``["-c", "mine.yaml", "--federation.num_clients=4"]``.
+        args: arguments, such as ``["-c", "mine.yaml", "--federation.num_clients=4"]``.
 
     Raises:
-        CommandError: the configuration cannot be parsed, or is refused.
+        CommandError: if the configuration cannot be parsed, or is refused.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
@@ -31,7 +31,7 @@ class FederateCLI(ConfigCLI):
             super().__init__(args, run=False, save_config_callback=None, load_from_checkpoint_support=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``federation``, ``rounds`` and ``evaluate_every`` to what a configuration file may hold."""
+        """Add ``federation``, ``rounds`` and ``evaluate_every`` to the allowed keys of a configuration file."""
         super().add_arguments_to_parser(parser)
         parser.add_class_arguments(Federation, "federation")
         parser.add_argument("--rounds", type=PositiveInt, default=100, help="Rounds of the whole run.")
@@ -41,15 +41,15 @@ class FederateCLI(ConfigCLI):
 
 
 class Configured(NamedTuple):
-    """What a configuration makes.
+    """The objects that a configuration builds.
 
     Args:
         module: the module.
         datamodule: its data.
         federation: the settings of the federation.
-        rounds: of the whole run.
+        rounds: number of rounds of the whole run.
         evaluate_every: rounds between evaluations.
-        loggers: of the Trainer.
+        loggers: loggers of the Trainer.
         config: the configuration in YAML.
     """
 
@@ -63,10 +63,10 @@ class Configured(NamedTuple):
 
 
 def configured(args: Sequence[str]) -> Configured:
-    """Return what configuration files and options say.
+    """Return the objects that configuration files and options build.
 
     Args:
-        args: such as ``["-c", "mine.yaml"]``, with paths of files.
+        args: arguments, such as ``["-c", "mine.yaml"]``, with paths of files.
     """
     cli: Any = FederateCLI(args)
     if cli.datamodule is None:

@@ -1,4 +1,4 @@
-"""The engines that carry a federation's messages: this process, Flower's simulation, or processes of their own."""
+"""The engines that transport a federation's messages: this process, Flower's simulation, or separate processes."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _THREADS = {"OMP_NUM_THREADS": "1"}  # several clients share a machine
 
 
 class Job:
-    """One run: what to run, where, and how long to wait.
+    """The settings of one run.
 
     Args:
-        made: what the configuration makes.
-        arguments: the options that made it, with paths of files.
-        folder: of results.
+        made: the objects that the configuration builds.
+        arguments: the options that describe them, with paths of files.
+        folder: folder of results.
         save_every: rounds between checkpoints.
-        resume: whether to go on from the checkpoint in ``folder``.
+        resume: whether to continue from the checkpoint in ``folder``.
         timeout: seconds that a round waits for answers.
-        nodes: how many nodes Flower starts; None for one a client.
-        port: of the SuperLink; None for a free one.
-        tls: whether the SuperLink has a certificate, and the nodes keys, made for this run.
+        nodes: number of nodes that Flower starts; None for one per client.
+        port: port of the SuperLink; None for a free one.
+        tls: whether to create a certificate for the SuperLink and keys for the nodes.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Job:
 
     @property
     def checkpoint(self) -> Path:
-        """Where the checkpoint is."""
+        """The path of the checkpoint."""
         return self.folder / CHECKPOINT
 
 
@@ -89,7 +89,7 @@ def in_process(job: Job, each: Each) -> dict[str, float]:
 
 
 def simulation(job: Job, each: Each) -> dict[str, float]:
-    """Run by Flower's simulation on Ray, and return the metrics of the test set; Ray is shut down behind it."""
+    """Run in Flower's simulation on Ray, and return the metrics of the test set; Ray is shut down afterward."""
     os.environ.update(QUIET)  # before Flower is imported
     os.environ.setdefault("RAY_worker_niceness", "0")  # clients are what this command is for
     need_flower("ray")
@@ -127,7 +127,7 @@ def simulation(job: Job, each: Each) -> dict[str, float]:
 
 
 def processes(job: Job, each: Each) -> dict[str, float]:
-    """Run by a SuperLink and SuperNodes of their own on this machine, and return the metrics of the test set."""
+    """Run with a SuperLink and SuperNodes as processes on this machine, and return the metrics of the test set."""
     need_flower()
     from lightning_bpfree.federated.flower.certificates import loopback_certificates
     from lightning_bpfree.federated.flower.processes import Deployment, write_app
@@ -146,7 +146,7 @@ def processes(job: Job, each: Each) -> dict[str, float]:
 
 @contextlib.contextmanager
 def ended_by_signal() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit in the context, so that what was started in it is stopped."""
+    """Make SIGTERM raise SystemExit in this context, so that processes started in it are stopped."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -179,14 +179,14 @@ def app_config(job: Job) -> dict[str, str | int | float | bool]:
 
 
 def follow(deployment: Any, run: str, folder: Path, each: Each, poll: float = 1.0) -> None:
-    """Wait for the end of a run in processes, and hand on its rows as they come.
+    """Wait for the end of a run in processes, and pass on its rows as they arrive.
 
     Args:
-        deployment: that runs it.
+        deployment: the deployment that runs it.
         run: its id.
-        folder: where it writes its rows.
+        folder: the folder to which it writes its rows.
         each: called with None and the row of every round.
-        poll: seconds between two looks.
+        poll: seconds between two checks.
     """
     seen = 0
     while True:
@@ -203,7 +203,7 @@ def follow(deployment: Any, run: str, folder: Path, each: Each, poll: float = 1.
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a file of rounds, none if there is no such file."""
+    """Return the rows of a file of rounds; empty if there is no such file."""
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:

@@ -11,7 +11,7 @@ def parser() -> Parser:
     """Return the parser of the command's own options; all others are those of the configuration."""
     made = Parser(
         "bpfree federate",
-        "Train a module in a federation whose clients only make forward passes. Other options, such as --rounds=50 or\n"
+        "Train a module in a federation whose clients make only forward passes. Other options, such as --rounds=50 or\n"
         "--federation.num_clients=4, override the configuration.",
         [
             "bpfree federate -c papers/baffle --out runs/baffle",

@@ -29,12 +29,12 @@ OWN, OTHER = "magnitude", "random"  # what a transfer is compared with: the targ
 
 
 def parts(base: Study, targets: Sequence[Study], options: argparse.Namespace) -> Iterator[tuple[str, Result]]:
-    """Train and measure everything, and yield ``("run", ...)`` a trained level and ``("barrier", ...)`` a line.
+    """Train and measure everything; yield ``("run", ...)`` per trained level and ``("barrier", ...)`` per line.
 
     Args:
-        base: the rule whose tickets are found in all ways.
+        base: the rule for which all kinds of tickets are found.
         targets: rules that its tickets are transferred to.
-        options: of the command line.
+        options: options of the command line.
     """
     for seed in options.seeds:
         found: dict[tuple[str, str], list[Result]] = {}
@@ -119,7 +119,7 @@ def _read(config: str) -> Blueprint:
 
 
 def settings(options: argparse.Namespace, base: Study, argv: Sequence[str]) -> dict[str, Any]:
-    """Return what tickets.json says of a study before its results."""
+    """Return the settings of a study, which tickets.json holds before the results."""
     return {
         **provenance("tickets", argv),
         "metric": options.metric,

@@ -34,7 +34,7 @@ def progress() -> Progress:
 
 
 def cells(study: Study) -> Cells:
-    """Return the metric by rule, kind of tickets, and weights left; repeated trainings are left out."""
+    """Return the metric by rule, kind of tickets, and share of weights left, without repeated trainings."""
     found: Cells = {}
     for run in study["runs"]:
         if not run["tickets"].endswith("_again"):
@@ -46,7 +46,7 @@ def cells(study: Study) -> Cells:
 def differences(study: Study) -> Cells:
     """Return the metric of one kind minus that of another, paired by seed, by rule and ``"one minus other"``.
 
-    The first kind is compared with each other kind; under a rule that it is transferred to, with that rule's own.
+    The first kind is compared with each other kind; for a rule that it is transferred to, with that rule's own tickets.
     """
     first, moved = study["kinds"][0], f"{study['kinds'][0]}_of_{study['rule']}"
     found: Cells = {}
@@ -64,7 +64,7 @@ def differences(study: Study) -> Cells:
 
 
 def written(values: Sequence[float | None], signed: bool = False) -> str:
-    """Return the mean with its 95 % confidence interval, and how many values there are not."""
+    """Return the mean with its 95 % confidence interval, and the number of missing values."""
     good = _known(values)
     lost = f" ({len(values) - len(good)} failed)" if len(good) < len(values) else ""
     if not good:
@@ -78,7 +78,7 @@ def _known(values: Sequence[float | None]) -> list[float]:
 
 
 def table_rows(study: Study) -> tuple[list[str], list[list[str]]]:
-    """Return the heads and the rows of the table: a row a kind of tickets, a column a sparsity."""
+    """Return the header and the rows of the table, with one row per kind of tickets and one column per sparsity."""
     found = cells(study)
     left = sorted({level for levels in found.values() for level in levels}, reverse=True)
     rows = [
@@ -92,7 +92,7 @@ def table_rows(study: Study) -> tuple[list[str], list[list[str]]]:
 
 
 def barrier_rows(study: Study, of: str = "metric") -> tuple[list[str], list[list[str]]]:
-    """Return the heads and the rows of the table of barriers, of the metric or of the loss."""
+    """Return the header and the rows of the table of barriers, of the metric or of the loss."""
     found = barriers(study, of)
     left = sorted({level for levels in found.values() for level in levels}, reverse=True)
     rows = [
@@ -103,7 +103,7 @@ def barrier_rows(study: Study, of: str = "metric") -> tuple[list[str], list[list
 
 
 def barriers(study: Study, of: str = "metric") -> Cells:
-    """Return the barriers by rule and by what lies at the ends, by weights left."""
+    """Return the barriers by rule, by the networks at the ends, and by share of weights left."""
     found: Cells = {}
     for entry in study["barriers"]:
         if of in entry:
@@ -132,7 +132,7 @@ def show(study: Study) -> None:
 
 
 def write(study: Study, folder: Path) -> None:
-    """Write tickets.json and tickets.csv, each whole or not at all."""
+    """Write tickets.json and tickets.csv atomically."""
     write_json(study, folder / "tickets.json")
     write_csv(FIELDS, study["runs"], folder / "tickets.csv")
 

@@ -1,4 +1,4 @@
-"""The trainings of a study of lottery tickets, and what is measured of their tickets."""
+"""The trainings of a study of lottery tickets, and the measurements of their tickets."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Study:
     Args:
         blueprint: the whole configuration, with one rule and a LotteryTicket.
         rule: name of the rule in results.
-        folder: where tickets go.
-        metric: what is evaluated.
+        folder: folder for the tickets.
+        metric: the metric to evaluate.
     """
 
     def __init__(self, blueprint: Blueprint, rule: str, folder: Path, metric: str) -> None:
@@ -43,7 +43,7 @@ class Study:
         """Return the callback that finds tickets of a kind.
 
         Raises:
-            CommandError: it does not go with the configuration's arguments.
+            CommandError: if the kind is incompatible with the configuration's arguments.
         """
         try:
             return LotteryTicket(**{**self.arguments, "permute_masks": False, **KINDS[kind], **more})
@@ -51,10 +51,10 @@ class Study:
             raise CommandError(f"LotteryTicket, for tickets of kind {kind}: {error}") from error
 
     def check(self, connectivity: bool) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of all parameters; raise CommandError for what is better said before any training.
+        """Return the shapes of all parameters; raise CommandError for errors that can be found before training.
 
         Args:
-            connectivity: whether lines between networks are wanted.
+            connectivity: whether lines between networks are measured.
         """
         built = self._build(0, [])
         required(evaluated("test", built.trainer, built.module, built.data), self.metric)
@@ -68,17 +68,17 @@ class Study:
         return {slot.name: tuple(slot.parameter.shape) for slot in ParameterSlots(built.module)}
 
     def levels(self, kind: str, seed: int) -> Iterator[Result]:
-        """Train all levels of tickets of a kind, and yield one result a level."""
+        """Train all levels of tickets of a kind, and yield one result per level."""
         folder = self.folder / self.rule / kind / f"seed_{seed}"
         yield from self._trained(self.tickets(kind, dirpath=str(folder)), kind, seed, folder)
 
     def again(self, ticket: Path, name: str, seed: int) -> Result:
-        """Train one ticket, without pruning on, and return its result.
+        """Train one ticket without further pruning, and return its result.
 
         Args:
             ticket: its file.
-            name: what it is called in results.
-            seed: of the training.
+            name: its name in results.
+            seed: seed of the training.
         """
         level = Ticket.load(ticket).level
         folder = self.folder / self.rule / name / f"seed_{seed}" / f"from_level_{level:02d}"
@@ -147,7 +147,7 @@ class Study:
 
 
 def required(metrics: dict[str, float], metric: str) -> float:
-    """Return the metric; raise CommandError if the test set gives none of that name."""
+    """Return the metric; raise CommandError if the test set has no metric of that name."""
     if metric not in metrics:
         known = ", ".join(sorted(metrics)) or "nothing"
         raise CommandError(f"the module does not log the metric {metric} in its test; it logs: {known}.")
@@ -158,7 +158,7 @@ def ticket_arguments(blueprint: Blueprint) -> dict[str, Any]:
     """Return the arguments of the configuration's LotteryTicket.
 
     Raises:
-        CommandError: there is none.
+        CommandError: if there is none.
     """
     for callback in blueprint.callbacks:
         if callback.class_path.rpartition(".")[2] == LotteryTicket.__name__:
@@ -171,6 +171,6 @@ def ticket_arguments(blueprint: Blueprint) -> dict[str, Any]:
 
 
 def plan_of(kinds: list[str], seeds: list[int], levels: int, transfers: int, connectivity: bool) -> int:
-    """Return how many levels a study trains, for a bar of progress."""
+    """Return the number of levels that a study trains, for a progress bar."""
     own = len(kinds) * levels + transfers * (2 * levels + levels - 1)
     return len(seeds) * (own + (1 + transfers) * levels * connectivity)

@@ -1,1 +1,1 @@
-"""How networks are called, and what they call."""
+"""Calls of networks, and functions that networks call."""

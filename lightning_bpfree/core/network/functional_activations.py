@@ -1,4 +1,4 @@
-"""Activations that a network calls as functions, where a rule needs modules."""
+"""Detection of activations that a network calls as functions, for rules that need modules."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _CALL = re.compile(rf"(?:\b(?:F|torch|functional)\.|\.)({'|'.join(_MODULES)})\("
 
 
 def functional_lines(network: nn.Module) -> list[tuple[str, int, str, str]]:
-    """Return class, number and text of the lines of forward passes that call an activation, and its module.
+    """Return the lines of forward passes that call an activation: class, line number, text, and equivalent module.
 
     Args:
-        network: the network, of which all modules are looked at that are not torch's own.
+        network: the network; modules of torch itself are not inspected.
     """
     found: dict[tuple[str, int], tuple[str, int, str, str]] = {}
     for kind in dict.fromkeys(type(module) for module in network.modules()):
@@ -44,7 +44,7 @@ def functional_lines(network: nn.Module) -> list[tuple[str, int, str, str]]:
 
 
 def as_modules(network: nn.Module) -> str:
-    """Return which lines to change so that activations become modules.
+    """Return a message that says which lines to change so that activations become modules.
 
     Examples:
         >>> as_modules(nn.Linear(2, 2))

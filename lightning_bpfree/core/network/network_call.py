@@ -1,4 +1,4 @@
-"""One call of a network as its callers make it: by position or by keywords, with labels beside the inputs or not."""
+"""One call of a network: with positional or keyword arguments, with or without labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_bpfree.core.replay.batch import rebuilt
 
 
 class RefusedError(ValueError):
-    """A rule cannot work on a network, or on what a training step does with it; the message names the cure."""
+    """A rule does not support a network, or a training step's use of it; the message says how to fix it."""
 
 
 LABELS = ("labels", "label", "targets", "target")
@@ -22,12 +22,12 @@ _BESIDE = ("mask", "label", "target", "position", "token_type", "cache")  # of a
 
 
 class Call(NamedTuple):
-    """The arguments of one call of a network; the inputs stand apart, for rules that change them.
+    """The arguments of one call of a network; the inputs are separate, for rules that change them.
 
     Args:
-        args: positional ones, with None in the place of the inputs.
-        kwargs: keywords, without the inputs.
-        at: place or keyword of the inputs.
+        args: positional arguments, with None in place of the inputs.
+        kwargs: keyword arguments, without the inputs.
+        at: position or keyword of the inputs.
     """
 
     args: tuple[Any, ...]
@@ -38,8 +38,8 @@ class Call(NamedTuple):
     def of(cls, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
         """Return the inputs of a call, and everything else.
 
-        Inputs are the first argument; of a call by keywords, the first tensor by the network's own order that is
-        neither labels nor a mask.
+        The inputs are the first argument. In a call with keywords, they are the first tensor in the order of the
+        network's signature that is neither labels nor a mask.
 
         Args:
             network: the network.
@@ -47,7 +47,7 @@ class Call(NamedTuple):
             kwargs: keywords.
 
         Raises:
-            RefusedError: if no argument is a tensor of inputs.
+            RefusedError: if no argument is an input tensor.
 
         Examples:
             >>> import torch
@@ -94,7 +94,7 @@ class Call(NamedTuple):
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What tells two calls apart whose outputs may be of different kinds."""
+        """A key that differs between calls whose outputs may have different kinds."""
         given = tuple(sorted(name for name, value in self.kwargs.items() if value is not None))
         return len(self.args), self.at, given, self.kwargs.get("return_dict")
 
@@ -107,15 +107,15 @@ def _parameters(network: nn.Module) -> list[str]:
 
 
 def scores_of(network: nn.Module, output: Any) -> Tensor:
-    """Return the scores in what a network returned.
+    """Return the scores in the output of a network.
 
     Args:
         network: the network, for the error.
         output: a tensor; an object or a mapping with ``logits``; or a tuple, list or mapping with one tensor of
-            floating-point numbers that has two dimensions or more.
+            floating-point numbers that has two or more dimensions.
 
     Raises:
-        RefusedError: if it cannot be told which tensor has the scores.
+        RefusedError: if it is unclear which tensor has the scores.
 
     Examples:
         >>> import torch
@@ -142,13 +142,13 @@ def scores_of(network: nn.Module, output: Any) -> Tensor:
 def with_scores(
     network: nn.Module, output: Any, scores: Tensor, others: Callable[[Tensor], Tensor | None] = lambda tensor: tensor
 ) -> Any:
-    """Return what a network returned with other scores in it; ``output`` stays as it is.
+    """Return a copy of a network's output with other scores; ``output`` does not change.
 
     Args:
         network: the network, for errors.
         output: see :func:`scores_of`.
-        scores: take the place of the scores.
-        others: what becomes of all other tensors.
+        scores: the new scores.
+        others: applied to all other tensors.
     """
     old = scores_of(network, output)
     return rebuilt(output, lambda value: scores if value is old else others(value) if _is_tensor(value) else value)

@@ -1,7 +1,7 @@
-"""Random numbers by a counter-based generator in integer operations: the same bits on every device.
+"""Random numbers from a counter-based generator in integer operations: the same bits on every device.
 
-Seeded generators of torch differ between CPU and CUDA, between models of GPUs, and perhaps between releases. Here
-integers alone decide a number; numbers of a bell curve come from a table.
+Seeded generators of torch differ between CPU and CUDA, between GPU models, and perhaps between releases. Here every
+number is computed from integers alone; Gaussian numbers come from a table.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _SCHEDULE = np.arange(_ROUNDS, dtype=np.uint64).reshape(-1, 1, 1) * np.array(_WE
 
 
 class Philox:
-    """Streams of random numbers, one a seed, by Philox4x32-10: functions of the seed alone.
+    """Streams of random numbers by Philox4x32-10, one per seed; each depends on its seed alone.
 
     ``"gaussian"``: mean 0 and variance 1, the 65,536 midpoints of equally likely slices of N(0, 1), scaled so that the
     variance is 1 to seven digits; the largest is 4.33. ``"rademacher"``: fair signs.
 
     Args:
-        seeds: of the streams, any integers; their lowest 64 bits are the keys.
-        kind: which numbers.
-        expected: how many numbers of each stream will be drawn; more may be, at some cost in time.
+        seeds: seeds of the streams, any integers; their lowest 64 bits are the keys.
+        kind: the distribution.
+        expected: how many numbers of each stream will be drawn; drawing more is possible but slower.
 
     Examples:
         >>> first, again = Philox([7, 8], "gaussian", 5), Philox([7], "gaussian", 5)
@@ -57,7 +57,7 @@ class Philox:
         self._start = self._end = 0  # of the block, in numbers of a stream
 
     def skip(self, num: int) -> None:
-        """Go to number ``num`` of every stream; what is asked for next is drawn, and no more."""
+        """Move to number ``num`` of every stream; the next call draws only the numbers it needs."""
         self.drawn, self.expected = num, 0
 
     def fill(self, rows: Tensor) -> Tensor:
@@ -99,17 +99,17 @@ class Philox:
 
 
 class Drawn:
-    """One stream of several that were drawn at once, with the methods of :class:`Philox`.
+    """One of several streams that were drawn at once, with the methods of :class:`Philox`.
 
     Args:
-        numbers: all of the stream, of one dimension.
+        numbers: all numbers of the stream, one-dimensional.
     """
 
     def __init__(self, numbers: Tensor) -> None:
         self.numbers, self.drawn = numbers, 0
 
     def skip(self, num: int) -> None:
-        """Go to number ``num``."""
+        """Move to number ``num``."""
         self.drawn = num
 
     def fill(self, rows: Tensor) -> Tensor:
@@ -149,15 +149,15 @@ def philox(counters: Tensor, keys: Tensor) -> Tensor:
 
 
 def philox_on_cpu(first: int, num: int, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
-    """Return what :func:`philox` does for the counters from ``first`` on, uint32 of shape ``(keys, num, 4)``.
+    """Return the result of :func:`philox` for counters starting at ``first``, uint32 of shape ``(keys, num, 4)``.
 
-    The same integers in fewer and shorter operations: NumPy starts one in a third of torch's time, and has unsigned
-    numbers. Nothing is copied to swap the two halves of the state, and the first round is left out, which multiplies
-    the counters alone.
+    This computes the same integers in fewer and shorter operations: NumPy dispatches an operation in a third of
+    torch's time, and has unsigned integers. The two halves of the state are swapped without a copy, and the first
+    round is omitted, which multiplies only the counters.
 
     Args:
-        first: at least 0; ``first + num`` is below 2^32.
-        num: of counters.
+        first: the first counter, at least 0; ``first + num`` is below 2^32.
+        num: number of counters.
         keys: lower and upper word of each key, shape ``(keys, 2)`` with values below 2^32.
     """
     size = len(keys) * num

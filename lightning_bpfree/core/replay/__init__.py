@@ -1,1 +1,1 @@
-"""Evaluating a training step several times as if it had been evaluated once."""
+"""Repeated evaluation of a training step with the side effects of a single one."""

@@ -1,4 +1,4 @@
-"""Finds what only a backward pass would run: tensor hooks, retained gradients, backward passes of another function."""
+"""Detection of code that only a backward pass runs: tensor hooks, retained gradients, custom backward passes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _OFF = 0.2  # of the larger of both: far above the rounding of differences, far 
 class BackwardOnly:
     """Finds, in one evaluation without a graph, what changes the backward pass and nothing else.
 
-    Calls of ``Tensor.register_hook`` and ``Tensor.retain_grad`` are noted and do nothing. An ``autograd.Function`` is
-    noted if its backward pass is not the derivative of its forward pass, as in gradient reversal. Where the forward
-    pass is piecewise constant, as in rounding, the backward pass stands in for a derivative that does not exist: such a
-    function passes.
+    Calls of ``Tensor.register_hook`` and ``Tensor.retain_grad`` are recorded and have no effect. An
+    ``autograd.Function`` is recorded if its backward pass is not the derivative of its forward pass, as in gradient
+    reversal. A function with a piecewise constant forward pass, such as rounding, is accepted: its backward pass
+    replaces a derivative that does not exist.
 
     Attributes:
-        found: names of what was found -> whether forward-mode differentiation knows a derivative of it all the same.
+        found: maps each name that was found to whether it still defines a forward-mode derivative.
 
     Examples:
         >>> watch = BackwardOnly()
@@ -133,7 +133,7 @@ def _differs(kind: Any, args: Sequence[Any], double: bool) -> bool:
 
 
 def hooks_of_modules(module: nn.Module) -> list[str]:
-    """Return the names of the parts of a module that have hooks on their backward pass."""
+    """Return the names of the submodules that have backward hooks."""
     return [
         f"{name or type(part).__name__} ({type(part).__name__})"
         for name, part in module.named_modules()
@@ -142,7 +142,7 @@ def hooks_of_modules(module: nn.Module) -> list[str]:
 
 
 def names_hooks(functions: Iterable[Any]) -> bool:
-    """Whether the code of one of the functions names a call that registers a hook, such as behind a condition."""
+    """Whether the code of one of the functions contains a call that registers a hook, even in an untaken branch."""
     return any(not _CALLS.keys().isdisjoint(_names(getattr(function, "__code__", None))) for function in functions)
 
 
@@ -155,10 +155,10 @@ def _names(code: Any) -> Iterator[str]:
 
 
 def findings(found: Mapping[str, bool], forward_mode: bool) -> list[str]:
-    """Return what of ``found`` a rule without backward pass would ignore.
+    """Return the entries of ``found`` that a rule without a backward pass would ignore.
 
     Args:
         found: see :class:`BackwardOnly`.
-        forward_mode: whether the rule differentiates, and honors the derivative that a function brings for it.
+        forward_mode: whether the rule uses forward-mode derivatives, including those that a function defines.
     """
     return sorted(name for name, known in found.items() if not (forward_mode and known))

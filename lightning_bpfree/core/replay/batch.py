@@ -1,4 +1,4 @@
-"""The batch of a step, which every evaluation finds as the first one did."""
+"""The batch of a step, restored for every evaluation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def rebuilt(value: Any, tensors: Callable[[Any], Any], memo: dict[int, Any] | No
 
     Args:
         value: tensors, arrays and further leaves in lists, tuples, dicts, dataclasses and objects of any depth.
-        tensors: what becomes of a tensor or an array.
-        memo: what was rebuilt already, by its id.
+        tensors: applied to every tensor or array.
+        memo: objects that are already rebuilt, by id.
     """
     memo = {} if memo is None else memo
     if id(value) in memo:
@@ -65,17 +65,17 @@ def _object(value: Any, tensors: Callable[[Any], Any], memo: dict[int, Any]) -> 
 
 
 class BatchCopies:
-    """The arguments of a training step for one evaluation after another.
+    """The arguments of a training step for successive evaluations.
 
-    Containers are rebuilt for each evaluation, so that a step may take labels out of a dict. Tensors are handed out
-    as they are, until an evaluation writes to one; then all others get copies of what it was when the step began. The
-    recorded evaluation alone gets the batch itself, and may leave it changed.
+    Containers are rebuilt for each evaluation, so that a step may pop labels from a dict. Tensors are passed without
+    copies until an evaluation writes to one; later evaluations get copies of its value at the start of the step. Only
+    the recorded evaluation gets the batch itself, and may change it.
 
     Args:
-        args: of the training step.
-        kwargs: of the training step.
-        always: hand out copies whether or not an evaluation is seen to write: for a step that is known to write to its
-            batch. NumPy writes unseen, and transforms of torch.func refuse to write to what they have not made.
+        args: positional arguments of the training step.
+        kwargs: keyword arguments of the training step.
+        always: pass copies even if no write is detected: for a step that is known to write to its batch. Writes by
+            NumPy are not detected, and torch.func transforms cannot write to tensors from outside.
 
     Examples:
         >>> import torch
@@ -100,12 +100,12 @@ class BatchCopies:
         return tensor
 
     def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return arguments as the step was called with, for an evaluation that is not the recorded one."""
+        """Return the original arguments of the step, for an evaluation other than the recorded one."""
         args, kwargs = rebuilt(self._as_given, self._unchanged)
         return args, kwargs
 
     def watched(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return copies of the arguments, of which :meth:`was_written` tells later on whether one has changed."""
+        """Return copies of the arguments; :meth:`was_written` later reports whether one has changed."""
 
         def handed_out(tensor: Any) -> Any:
             kept = self._kept[id(tensor)][1]
@@ -117,7 +117,7 @@ class BatchCopies:
         return args, kwargs
 
     def original(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments themselves, for the recorded evaluation; what others wrote to them is undone."""
+        """Return the arguments themselves, for the recorded evaluation; writes of other evaluations are undone."""
         for tensor, kept, version in self._kept.values():
             if id(tensor) in self._leaves and self._became_a_leaf(tensor):
                 flag, tensor.grad = self._leaves[id(tensor)]
@@ -127,7 +127,7 @@ class BatchCopies:
         return self.args, self.kwargs
 
     def was_written(self) -> bool:
-        """Return whether someone has written to what :meth:`watched` has handed out."""
+        """Return whether the copies from :meth:`watched` have been written to."""
         return any(_version(copy) != version or not _equal(copy, kept) for copy, kept, version in self._watched)
 
     def _unchanged(self, tensor: Any) -> Any:

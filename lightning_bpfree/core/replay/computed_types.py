@@ -1,4 +1,4 @@
-"""Finds the floating-point types in which an evaluation computes, whatever the Trainer's precision says."""
+"""Detection of the floating-point types in which an evaluation computes, which may differ from Trainer's precision."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _CASTS = {"to", "half", "bfloat16", "type", "type_as", "float", "double", "__get
 
 
 class ComputedTypes(TorchFunctionMode):
-    """Notes whether operations return half-precision numbers.
+    """Records whether operations return half-precision numbers.
 
     Attributes:
-        coarsest: the half-precision type that was seen, or None.
+        coarsest: the coarsest half-precision type among the results, or None.
 
     Examples:
         >>> with ComputedTypes() as types, torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Saving and restoring what modules hold outside parameters, buffers and tensors."""
+"""Saving and restoring the state that modules hold outside parameters, buffers and tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _same(now: Mapping[Any, Any], then: Mapping[Any, Any]) -> bool:
 
 
 class SavedAttributes(NamedTuple):
-    """Attributes of several objects: how many each has, their names and values in one list each, and hooks."""
+    """Attributes of several objects: the number per object, one list of names, one of values, and hooks."""
 
     sizes: list[int]
     keys: list[str]
@@ -34,20 +34,20 @@ class SavedAttributes(NamedTuple):
     hooks: list[dict[Any, Any]] | None
 
     def named(self) -> dict[tuple[int, str], Any]:
-        """Return the values by the number of the owner and the name."""
+        """Return the values by owner index and name."""
         owners = chain.from_iterable(map(repeat, range(len(self.sizes)), self.sizes))
         return dict(zip(zip(owners, self.keys, strict=True), self.values, strict=True))
 
 
 class Attributes:
-    """The attributes of modules and objects: hidden states, counters, whatever a step assigns; and modules' hooks.
+    """The attributes of modules and objects (hidden states, counters, anything a step assigns), and modules' hooks.
 
-    Hooks go back together with attributes: libraries that register hooks at the first forward pass also mark the
-    module, and one without the other would register them again.
+    Hooks and attributes are restored together: libraries that register hooks at the first forward pass also set a flag
+    on the module. Restoring only the flag would register the hooks again.
 
     Args:
-        modules: the modules whose attributes count.
-        objects: further objects whose attributes count.
+        modules: the modules whose attributes are saved.
+        objects: further objects whose attributes are saved.
     """
 
     def __init__(self, modules: Sequence[nn.Module], objects: Sequence[Any] = ()) -> None:
@@ -67,7 +67,7 @@ class Attributes:
         return list(map(len, owners)), list(chain(*owners)), list(chain(*map(_VALUES, owners)))
 
     def load(self, state: SavedAttributes) -> None:
-        """Put attributes and hooks back."""
+        """Restore attributes and hooks."""
         sizes, keys, values = self._now()
         if sizes != state.sizes or keys != state.keys or not all(map(operator.is_, values, state.values)):
             named = zip(state.keys, state.values, strict=True)
@@ -85,7 +85,7 @@ class Attributes:
 
     @staticmethod
     def differs(a: SavedAttributes, b: SavedAttributes) -> bool:
-        """Whether anything but numbers and strings was assigned or registered between two states."""
+        """Whether anything other than numbers and strings was assigned or registered between two states."""
         if a.sizes == b.sizes and a.keys == b.keys:
             if all(map(operator.is_, a.values, b.values)):
                 return False
@@ -119,10 +119,10 @@ def _refill(mapping: Any, saved: Mapping[Any, Any]) -> None:
 
 
 class Registries:
-    """Which parameters, buffers and children modules register: those that an evaluation adds are taken out again.
+    """The registered parameters, buffers and children of modules; those that an evaluation adds are removed.
 
     Args:
-        modules: the modules whose registries count.
+        modules: the modules whose registries are saved.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -132,7 +132,7 @@ class Registries:
         self.sizes = list(map(len, self.registries))
 
     def save(self) -> dict[int, dict[str, Any]]:
-        """Return what was added since the start, by the number of the registry."""
+        """Return what was added since the start, by registry index."""
         sizes = list(map(len, self.registries))
         if sizes == self.sizes:
             return {}
@@ -140,7 +140,7 @@ class Registries:
         return {i: dict(list(self.registries[i].items())[self.sizes[i] :]) for i in grown}
 
     def load(self, state: dict[int, dict[str, Any]]) -> None:
-        """Take out what was added since, and put in what is in ``state``."""
+        """Remove what was added since, and add what is in ``state``."""
         if not state and list(map(len, self.registries)) == self.sizes:
             return
         for i, registry in enumerate(self.registries):
@@ -150,7 +150,7 @@ class Registries:
 
 
 class Containers:
-    """The contents of lists, dicts, sets and deques (and of what is derived from them)."""
+    """The contents of lists, dicts, sets and deques (and of their subclasses)."""
 
     def __init__(self, containers: Sequence[Any]) -> None:
         self.containers = list(containers)
@@ -160,7 +160,7 @@ class Containers:
         return [_contents(container) for container in self.containers]
 
     def load(self, state: list[Any]) -> None:
-        """Put the contents back into the same objects."""
+        """Restore the contents of the same objects."""
         for container, saved in zip(self.containers, state, strict=True):
             if isinstance(container, dict):
                 _refill(container, saved)
@@ -178,7 +178,7 @@ class Containers:
 
     @staticmethod
     def differs(a: list[Any], b: list[Any]) -> bool:
-        """Whether anything but numbers and strings was put into a container between two states."""
+        """Whether anything other than numbers and strings was added to a container between two states."""
         return any(_news(now, then) for now, then in zip(a, b, strict=True))
 
 
@@ -202,7 +202,7 @@ def _news(now: Any, then: Any) -> bool:
 
 
 class Generators:
-    """Random generators that modules hold: of torch, of NumPy and of Python."""
+    """Random generators of torch, NumPy and Python that modules hold."""
 
     def __init__(self, generators: Sequence[Any]) -> None:
         self.generators = list(generators)
@@ -251,10 +251,10 @@ class _Legacy:
 
 
 class HeldState:
-    """What modules hold outside parameters, buffers and tensors, saved and restored as one.
+    """State that modules hold outside parameters, buffers and tensors, saved and restored together.
 
     Args:
-        found: what a walk has found.
+        found: the result of a walk.
     """
 
     def __init__(self, found: Found) -> None:
@@ -266,14 +266,14 @@ class HeldState:
         )
 
     def save(self) -> list[Any]:
-        """Return the present state."""
+        """Return the current state."""
         return [part.save() for part in self.parts]
 
     def load(self, state: list[Any]) -> None:
-        """Put ``state`` back."""
+        """Restore ``state``."""
         for part, saved in zip(self.parts, state, strict=True):
             part.load(saved)
 
     def differs(self, a: list[Any], b: list[Any]) -> bool:
-        """Whether between two states something new came in, into which a walk should look."""
+        """Whether a new object appeared between two states that a walk should inspect."""
         return bool(self.parts[0].differs(a[0], b[0]) or self.parts[1].differs(a[1], b[1]))

@@ -1,4 +1,4 @@
-"""Finds derivatives that a training step takes by itself, before it returns its loss."""
+"""Detection of derivatives that a training step computes itself, before it returns its loss."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 
 @contextlib.contextmanager
 def watched(found: Callable[[], None], files: Collection[str]) -> Iterator[None]:
-    """Call ``found`` where code of the user's calls ``backward`` or ``autograd.grad`` in this context.
+    """Call ``found`` when user code calls ``backward`` or ``autograd.grad`` in this context.
 
-    Derivatives that a rule takes meanwhile, in hooks on the network, do not count.
+    Derivatives that a rule computes in the meantime, in hooks on the network, are ignored.
 
     Args:
-        found: called before the derivative is taken, from within the user's code; may raise.
-        files: Python modules whose derivatives do not count, beside those of this package.
+        found: called before the derivative is computed, from within the user's code; may raise.
+        files: Python modules whose derivatives are ignored, in addition to this package.
     """
     autograd: Any = torch.autograd
     original = autograd._engine_run_backward  # below `backward` and `grad`, under which names they are ever kept

@@ -1,4 +1,4 @@
-"""Iterators that a step draws from: every evaluation gets the same elements."""
+"""Iterators that a step reads from: every evaluation gets the same elements."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning_bpfree.core.replay.object_graph import Place
 
 
 class Streams(Protocol):
-    """Random streams, which what stands behind an iterator may draw from."""
+    """Random streams that the source of an iterator may draw from."""
 
     def save(self) -> Any:
         """Return the present state."""
@@ -19,14 +19,14 @@ class Streams(Protocol):
 
 
 class RepeatedIterator:
-    """An iterator that can go back to where a step began.
+    """An iterator that can return to its position at the start of a step.
 
-    An element that is handed out again moves the random streams as it did the first time, when it was made: a loader
-    that shuffles draws its order at the first element.
+    An element that is returned again advances the random streams as it did the first time: a loader that shuffles draws
+    its order at the first element.
 
     Args:
         source: the iterator.
-        streams: what elements may draw from.
+        streams: the random streams that elements may draw from.
 
     Examples:
         >>> repeated = RepeatedIterator(iter("abc"))
@@ -59,21 +59,21 @@ class RepeatedIterator:
         return getattr(self.__dict__["source"], name)
 
     def rewind(self, place: int = 0) -> None:
-        """Go back to the element of that number since the step began."""
+        """Go back to the element of this number, counted from the start of the step."""
         self.place = place
 
     def settle(self) -> None:
-        """Let the next step begin here."""
+        """Make the current position the start of the next step."""
         del self.drawn[: self.place]
         self.place = 0
 
 
 class Iterators:
-    """The iterators that modules hold, as long as a step is evaluated.
+    """The iterators that modules hold, during the evaluations of a step.
 
     Args:
         places: where the iterators are.
-        streams: what their elements may draw from.
+        streams: the random streams that their elements may draw from.
     """
 
     def __init__(self, places: Sequence[Place], streams: Sequence[Streams] = ()) -> None:
@@ -87,16 +87,16 @@ class Iterators:
         self.places = list(places)
 
     def save(self) -> list[int]:
-        """Return how many elements each has handed out since the step began."""
+        """Return how many elements each has returned since the step began."""
         return [iterator.place for iterator in self.repeated]
 
     def load(self, state: list[int]) -> None:
-        """Go back to that many elements."""
+        """Go back to these numbers of elements."""
         for iterator, place in zip(self.repeated, state, strict=True):
             iterator.rewind(place)
 
     def settle(self) -> None:
-        """Let the next step begin here, and give the module its own iterators back where nothing is left over."""
+        """Make this the start of the next step, and restore the module's own iterators where no element is pending."""
         for place, iterator in zip(self.places, self.repeated, strict=True):
             iterator.settle()
             if not iterator.drawn and place.get() is iterator:

@@ -1,4 +1,4 @@
-"""Objects that a training step can change: found by walking what modules hold."""
+"""Objects that a training step can change, found by walking the attributes of modules."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Place(NamedTuple):
     Args:
         holder: the attributes of an object, a dict, or a list.
         key: name, key or index.
-        path: where that is in a tuple, from the outside in; empty for the value itself.
+        path: indices into nested tuples, outermost first; empty for the value itself.
     """
 
     holder: Any
@@ -57,14 +57,14 @@ class Place(NamedTuple):
     path: tuple[int, ...] = ()
 
     def get(self) -> Any:
-        """Return what is there."""
+        """Return the value."""
         value = self.holder[self.key]
         for index in self.path:
             value = value[index]
         return value
 
     def put(self, value: Any) -> None:
-        """Put ``value`` there; a tuple around it is rebuilt."""
+        """Set the value; a tuple around it is rebuilt."""
         self.holder[self.key] = _with(self.holder[self.key], self.path, value)
 
 
@@ -77,7 +77,7 @@ def _with(around: Any, path: tuple[int, ...], value: Any) -> Any:
 
 
 class Found(NamedTuple):
-    """What a walk has found; every object once."""
+    """The result of a walk; every object once."""
 
     modules: list[nn.Module]
     objects: list[Any]
@@ -90,12 +90,12 @@ class Found(NamedTuple):
 
 
 def is_container(value: object) -> bool:
-    """Whether a value is a mutable container of Python's own kinds or derived from one."""
+    """Whether a value is a built-in mutable container or an instance of a subclass."""
     return isinstance(value, list | dict | set | collections.deque | bytearray)
 
 
 def is_generator(value: object) -> bool:
-    """Whether a value draws random numbers from a state of its own."""
+    """Whether a value is a random generator with its own state."""
     if isinstance(value, torch.Generator):
         return True
     if isinstance(value, random.Random):
@@ -113,7 +113,7 @@ def is_array(value: object) -> bool:
 
 
 def is_iterator(value: object) -> bool:
-    """Whether a value hands out its elements once; open files do not count."""
+    """Whether a value is an iterator; open files do not count."""
     return hasattr(type(value), "__next__") and not isinstance(value, io.IOBase)
 
 
@@ -123,7 +123,7 @@ def _is_helper(value: object) -> bool:
 
 
 def attributes_of(value: Any) -> MutableMapping[str, Any] | None:
-    """Return the attributes of an object as a mapping that can be written to; None if it has none."""
+    """Return the attributes of an object as a writable mapping; None if it has none."""
     own = getattr(value, "__dict__", None)
     if isinstance(own, dict):
         return own
@@ -166,17 +166,17 @@ class _Slots(MutableMapping[str, Any]):
 
 
 def walk(module: nn.Module, others: Iterable[Any] = ()) -> Found:
-    """Return everything that ``module`` and ``others`` hold, and that a training step can change.
+    """Return everything in ``module`` and ``others`` that a training step can change.
 
-    Looked into are attributes of modules (also of modules that are not registered), containers, tuples, and objects of
-    the user's own classes. Not looked into are objects of torch, Lightning, NumPy and the standard library, datasets,
-    and containers of more than :data:`LARGEST` elements.
+    The walk inspects attributes of modules (including unregistered modules), containers, tuples, and objects of the
+    user's own classes. It skips objects of torch, Lightning, NumPy and the standard library, datasets, and containers
+    of more than :data:`LARGEST` elements.
     """
     return _Walk().run([module], others)
 
 
 def held_by_hooks(module: nn.Module) -> list[Any]:
-    """Return what hooks on the parts of a module refer to: objects of their methods, variables around functions.
+    """Return what the hooks of a module and its submodules refer to: owners of methods, closure variables.
 
     Examples:
         >>> seen: list[int] = []

@@ -12,10 +12,10 @@ import torch
 
 
 class RandomStreams:
-    """The global random streams: torch on the CPU and on the devices in use, Python's and, where loaded, NumPy's.
+    """The global random streams: torch's on the CPU and on the devices in use, Python's, and NumPy's if imported.
 
     Args:
-        devices: CUDA devices whose streams count.
+        devices: CUDA devices whose streams are saved.
     """
 
     def __init__(self, devices: Sequence[torch.device] = ()) -> None:
@@ -44,7 +44,7 @@ class RandomStreams:
         return state
 
     def load(self, state: dict[str, Any]) -> None:
-        """Set every stream to ``state``."""
+        """Restore every stream from ``state``."""
         torch.set_rng_state(state["torch"])
         for device, cuda_state in zip(self.devices, state["cuda"], strict=True):
             torch.cuda.set_rng_state(cuda_state, device)
@@ -59,7 +59,7 @@ class RandomStreams:
             numpy_random.set_state(kept)
 
     def seed(self, seed: int) -> None:
-        """Start every stream at ``seed``, as ``seed_everything`` does; NumPy takes the lower 32 bits.
+        """Seed every stream with ``seed``, as ``seed_everything`` does; NumPy uses the lower 32 bits.
 
         ``torch.manual_seed`` would also seed devices that are not among :attr:`devices`.
         """
@@ -73,7 +73,7 @@ class RandomStreams:
             numpy_random.seed(seed % (1 << 32))
 
     def to_plain(self) -> dict[str, Any]:
-        """Return the present state in tensors, lists and numbers, as checkpoints may hold."""
+        """Return the current state in tensors, lists and numbers, for checkpoints."""
         state = self.save()
         version, words, gauss = state["python"]
         del state["numpy_words"]  # as long as this process runs
@@ -84,7 +84,7 @@ class RandomStreams:
         return {**state, "python": [version, list(words), gauss], "numpy": kept}
 
     def from_plain(self, state: dict[str, Any]) -> None:
-        """Set every stream to what :meth:`to_plain` returned; devices that are not there now are left out."""
+        """Restore every stream from the result of :meth:`to_plain`; devices that do not exist now are skipped."""
         version, words, gauss = state["python"]
         numpy_state = state["numpy"]
         cuda = state["cuda"] if len(state["cuda"]) == len(self.devices) else self.save()["cuda"]

@@ -1,4 +1,4 @@
-"""A rehearsal: one evaluation that leaves no trace, to find out what a training step writes to."""
+"""A rehearsal: one evaluation without side effects, which finds out what a training step writes to."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class _Before(NamedTuple):
 
 
 class Writes:
-    """Finds which of some tensors an evaluation writes to, and undoes it.
+    """Finds which of the given tensors an evaluation writes to, and undoes the writes.
 
-    In-place operations are found by the version that torch counts. What goes around it (``.data``, NumPy) is found by
-    comparison with a copy, as long as the tensors have no more than :data:`LARGEST_CLONE` bytes in all.
+    In-place operations are detected by torch's version counters. Writes that bypass these (``.data``, NumPy) are
+    detected by comparison with a copy, if the tensors have at most :data:`LARGEST_CLONE` bytes in total.
 
     Args:
         tensors: by name.
-        uncopied: names of those that are not copied, as the caller looks after what goes around the version.
+        uncopied: names of tensors that are not copied, because the caller handles writes that bypass the counters.
 
     Examples:
         >>> weight, bias = torch.zeros(2), torch.zeros(2)
@@ -78,12 +78,12 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def uninitialized(module: nn.Module) -> list[nn.Module]:
-    """Return the lazy layers whose parameters the first forward pass is to make."""
+    """Return the lazy layers whose parameters the first forward pass will create."""
     return [p for p in module.modules() if isinstance(p, LazyModuleMixin) and p.has_uninitialized_params()]
 
 
 def needs_graph(evaluate: Callable[[], object]) -> bool:
-    """Evaluate without a graph, or, where the step itself computes gradients, with one; return whether it does."""
+    """Evaluate without a graph, or with one if the step computes gradients itself; return whether it does."""
     try:
         with torch.no_grad():
             evaluate()
@@ -99,7 +99,7 @@ def needs_graph(evaluate: Callable[[], object]) -> bool:
 
 @contextlib.contextmanager
 def flags_kept(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Yield a list of the parameters that a step freezes or thaws; they stay as the step has left them."""
+    """Yield a list of the parameters that a step freezes or unfreezes; they stay as the step leaves them."""
     before = [(parameter, parameter.requires_grad) for parameter in parameters]
     changed: list[nn.Parameter] = []
     yield changed

@@ -1,4 +1,4 @@
-"""Evaluating a step several times as if it had been evaluated once."""
+"""Repeated evaluation of a step with the side effects of a single one."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from lightning_bpfree.core.replay.tensor_copies import TensorCopies
 
 
 class Recoverable(Protocol):
-    """A part of the world that an evaluation moves, and that can be put back."""
+    """State that an evaluation changes, and that can be saved and restored."""
 
     def save(self) -> Any:
-        """Return the present state."""
+        """Return the current state."""
 
     def load(self, state: Any) -> None:
-        """Put ``state`` back."""
+        """Restore ``state``."""
 
 
 class Replay:
     """Starts every evaluation from the same state, and ends as if the recorded evaluation had been the only one.
 
     Args:
-        parts: what evaluations move, and what is put back.
-        buffers: what evaluations other than the recorded one see copies of.
-        finished: called with the states of the parts before the step and behind it.
+        parts: state that evaluations change, and that is restored.
+        buffers: tensors of which evaluations other than the recorded one see copies.
+        finished: called with the states of the parts before and after the step.
 
     Examples:
         >>> import torch
@@ -52,7 +52,7 @@ class Replay:
         self._after: list[Any] | None = None
 
     def rewind(self) -> None:
-        """Go back to the state before the first evaluation (and remember it, at the first call)."""
+        """Restore the state before the first evaluation; the first call saves it."""
         if self._before is None:
             self._before = [part.save() for part in self.parts]
             self.buffers.remember()
@@ -60,17 +60,17 @@ class Replay:
             self._load(self._before)
 
     def keep(self) -> None:
-        """Declare the present state to be the one that :meth:`finish` leaves behind."""
+        """Save the current state as the one that :meth:`finish` restores."""
         self._after = [part.save() for part in self.parts]
 
     def undo(self) -> None:
-        """Give buffers the values that they had before the step; everything else stays as the step has left it."""
+        """Restore the buffers to their values before the step; everything else stays as the step left it."""
         if self._before is not None:
             self.buffers.undo()
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Within an evaluation, compute something that moves neither buffers nor anything else."""
+        """Within an evaluation, compute something without side effects on buffers or other state."""
         state = [part.save() for part in self.parts]
         try:
             with self.buffers.copies():
@@ -79,7 +79,7 @@ class Replay:
             self._load(state)
 
     def finish(self) -> None:
-        """Leave the kept state behind; without one, the state before the first evaluation."""
+        """Restore the kept state, or the state before the first evaluation if none was kept."""
         state = self._before if self._after is None else self._after
         if state is not None:
             self._load(state)

@@ -16,8 +16,8 @@ from lightning_bpfree.core.replay.object_graph import Place, is_array
 class TensorCopies:
     """Tensors and arrays of which evaluations other than the recorded one see copies.
 
-    The recorded evaluation of a step moves the tensors themselves; all others work on copies of what the tensors were
-    when the step began. Nothing is copied back, for that would spoil graphs that hold one of them.
+    The recorded evaluation of a step changes the tensors themselves; all others work on copies of their values at the
+    start of the step. Nothing is copied back, since that would invalidate graphs that hold one of them.
 
     Args:
         places: where the tensors are.
@@ -38,11 +38,11 @@ class TensorCopies:
         self._values: list[Any] = []
 
     def remember(self) -> None:
-        """Take the present values as those from which evaluations start."""
+        """Save the current values as those from which evaluations start."""
         self._values = [copied(place.get()) for place in self.places]
 
     def undo(self) -> None:
-        """Write the remembered values back into the tensors: the batch is left out, and its graphs are not used."""
+        """Write the saved values back to the tensors: the batch is skipped, and its graphs are not used."""
         with torch.no_grad():
             for place, value in zip(self.places, self._values, strict=True):
                 if isinstance(value, Tensor):
@@ -52,7 +52,7 @@ class TensorCopies:
 
     @contextlib.contextmanager
     def copies(self) -> Iterator[None]:
-        """Put fresh copies of the remembered values in place of the tensors."""
+        """Replace the tensors by fresh copies of the saved values in this context."""
         own = [place.get() for place in self.places]
         for place, value in zip(self.places, self._values, strict=True):
             place.put(copied(value))
@@ -76,7 +76,7 @@ def buffer_places(modules: Any) -> list[Place]:
 
 
 def copied(value: Any) -> Any:
-    """Return a copy of a tensor or an array that shares nothing with it; other values as they are."""
+    """Return a copy of a tensor or an array that shares no memory with it; other values unchanged."""
     if is_lazy(value):  # the first forward pass makes it, in place
         return value
     if isinstance(value, nn.Parameter):

@@ -1,4 +1,4 @@
-"""Evaluations that are no part of a rule's cost: rehearsals, measurements, trials of what is faster."""
+"""Evaluations that do not count toward a rule's cost: rehearsals, measurements, timing trials."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _UNCOUNTED: ContextVar[bool] = ContextVar("bpfree_uncounted", default=False)
 
 @contextlib.contextmanager
 def uncounted() -> Iterator[None]:
-    """Evaluate without counting; it is a decorator too.
+    """Evaluate without counting; also works as a decorator.
 
     Examples:
         >>> with uncounted():
@@ -28,5 +28,5 @@ def uncounted() -> Iterator[None]:
 
 
 def counts() -> bool:
-    """Return whether an evaluation made now is part of a rule's cost."""
+    """Return whether an evaluation now counts toward a rule's cost."""
     return not _UNCOUNTED.get()

@@ -1,1 +1,1 @@
-"""Data, labels and networks on which concept backpropagation is shown."""
+"""Data, labels and networks that demonstrate concept backpropagation."""

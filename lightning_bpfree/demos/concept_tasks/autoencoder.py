@@ -1,4 +1,4 @@
-"""A small autoencoder of the inputs: changed inputs stay among those that it can produce."""
+"""A small autoencoder of the inputs, which restricts changed inputs to its outputs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["Autoencoder"]
 class Autoencoder(nn.Module):
     """Fully connected encoder and decoder with one hidden layer each, for inputs of a fixed shape.
 
-    Its weights and its training depend on `seed` alone, and leave the global random stream as it was.
+    Its weights and its training depend on `seed` alone, and do not change the global random stream.
 
     Args:
         in_shape: Shape of one input.
         latent: Width of the latents, at least 1.
         hidden: Width of the hidden layers, at least 1.
-        epochs: Of :meth:`fit`, at least 1.
+        epochs: Epochs of :meth:`fit`, at least 1.
         lr: Learning rate of Adam in :meth:`fit`, above 0.
-        seed: Of weights and batches.
+        seed: Seed of weights and batches.
 
     Example:
         >>> model = Autoencoder((1, 8, 8), latent=4)
@@ -61,11 +61,11 @@ class Autoencoder(nn.Module):
         return made.reshape(-1, *self.in_shape)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Inputs as they come back, shape (B, *in_shape)."""
+        """Reconstructed inputs, shape (B, *in_shape)."""
         return self.decode(self.encode(inputs))
 
     def fit(self, inputs: Tensor) -> float:
-        """Learn to give inputs (N, *in_shape) back; returns the mean squared error of the last epoch."""
+        """Learn to reconstruct inputs (N, *in_shape); returns the mean squared error of the last epoch."""
         generator = torch.Generator().manual_seed(self.seed)
         data = inputs.detach().clone().to(next(self.parameters()).device)
         mean = math.nan

@@ -1,7 +1,7 @@
-"""Concepts whose truth is computed from the input itself: labels for probes, and judges of changed inputs.
+"""Concepts that are computed from the input itself: labels for probes, and judges of changed inputs.
 
-All are functions ``(inputs, targets) -> labels``, for :class:`lightning_bpfree.Concept`. Targets are looked at by those
-that say so, and may be None for all others.
+All are functions ``(inputs, targets) -> labels``, for :class:`lightning_bpfree.Concept`. Only those that say so use the
+targets, which may be None for all others.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def ink(inputs: Tensor, _targets: Tensor | None = None) -> Tensor:
 
 
 def slant(inputs: Tensor, _targets: Tensor | None = None) -> Tensor:
-    """By how many pixels the strokes lean to the right for each pixel up, (B,): from the second moments of the ink.
+    """Lean of the strokes to the right in pixels per pixel up, (B,), from the second moments of the ink.
 
     Example:
         >>> lean = torch.eye(8).flip(0)[None, None]  # from bottom left to top right
@@ -88,8 +88,7 @@ def even_digit(_inputs: Tensor, targets: Tensor | None) -> Tensor:
 def long_sleeves(inputs: Tensor, targets: Tensor | None = None) -> Tensor:
     """Whether a garment has sleeves that hang down at its sides, (B,), for images of Fashion-MNIST (B, 1, 28, 28).
 
-    The outer quarters of the lower half are bright: 1.0, or 0.0. Where targets are given, images that are not tops give
-    NaN.
+    1.0 if the outer quarters of the lower half are bright, else 0.0. With targets, images that are not tops give NaN.
     """
     bright = _inked(inputs)[:, 14:24]
     sides = torch.cat([bright[:, :, :7], bright[:, :, 21:]], 2).float().mean((1, 2))

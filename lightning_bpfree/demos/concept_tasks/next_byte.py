@@ -1,4 +1,4 @@
-"""A byte-level language model and its text: what comes next in the documentation of Python's standard library."""
+"""A byte-level language model and its text, the documentation of Python's standard library."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ class ByteGRU(nn.Module):
 class NextByteDataModule(SplitLoaders, LightningDataModule):
     """Windows of the documentation strings of Python's standard library; nothing is downloaded.
 
-    Batches are pairs, both int64 of shape (B, T): codes of ASCII characters, and the code that follows each. A module
-    of the library belongs to one split as a whole. Windows follow each other without a gap.
+    Batches are pairs, both int64 of shape (B, T): codes of ASCII characters, and the code that follows each. All text
+    of a library module belongs to one split. Windows follow each other without a gap.
 
     Args:
         sequence_length: T, at least 1.
-        batch_size: Windows a batch, at least 1.
-        max_sequences: At most so many windows of each split, from all over its text; None: all.
-        quoted: Whether to take only windows with a double quotation mark that begin outside of a quotation, eight to
-            the length of one: the samples of a concept that is rare in the text.
+        batch_size: Windows per batch, at least 1.
+        max_sequences: Maximum number of windows per split, from all over its text; None for all.
+        quoted: Whether to use only windows with a double quotation mark that start outside of a quotation, with a
+            stride of T / 8: samples of a concept that is rare in the text.
 
     Attributes:
         vocab_size: 128.
@@ -87,7 +87,7 @@ class NextByteDataModule(SplitLoaders, LightningDataModule):
         self._splits: dict[str, BatchDataset] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the text; does nothing the second time."""
+        """Read the text; later calls do nothing."""
         if self._splits:
             return
         folder = Path(sysconfig.get_paths()["stdlib"])
@@ -118,13 +118,13 @@ class NextByteDataModule(SplitLoaders, LightningDataModule):
 
 
 class QuotedWindows(DataLoader[Any]):
-    """All windows with double quotation marks that begin outside of a quotation, in a fixed order.
+    """All windows with double quotation marks that start outside of a quotation, in a fixed order.
 
     Batches are those of :class:`NextByteDataModule` with `quoted`, of all its splits together.
 
     Args:
         sequence_length: T, at least 1.
-        batch_size: Windows a batch, at least 1.
+        batch_size: Windows per batch, at least 1.
 
     Example:
         >>> tokens, _ = next(iter(QuotedWindows(sequence_length=16, batch_size=4)))

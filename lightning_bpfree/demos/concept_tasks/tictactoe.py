@@ -1,4 +1,4 @@
-"""Tic-tac-toe, whole: every position, its value under perfect play, and concepts whose truth is known."""
+"""The complete game of tic-tac-toe: every position, its value under perfect play, and exactly known concepts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _can_complete(inputs: Tensor, plane: int) -> Tensor:
 
 
 def win_in_one(inputs: Tensor, _targets: Tensor | None = None) -> Tensor:
-    """Whether the side to move can complete a line at once, booleans (B,), for planes (B, 3, 3, 3)."""
+    """Whether the side to move can complete a line in one move, booleans (B,), for planes (B, 3, 3, 3)."""
     return _can_complete(inputs, _MINE)
 
 
@@ -74,7 +74,7 @@ def center_is_mine(inputs: Tensor, _targets: Tensor | None = None) -> Tensor:
 
 
 def legal(inputs: Tensor) -> Tensor:
-    """Whether a position can come up in a game that continues, booleans (B,), for planes (B, 3, 3, 3).
+    """Whether a position can occur in a game that continues, booleans (B,), for planes (B, 3, 3, 3).
 
     Example:
         >>> empty = torch.zeros(1, 3, 3, 3).index_fill_(1, torch.tensor(0), 1.0)
@@ -90,7 +90,8 @@ def legal(inputs: Tensor) -> Tensor:
 def broken_rules(inputs: Tensor) -> Tensor:
     """By how much a position breaks the rules, (B,), differentiable, for planes (B, 3, 3, 3).
 
-    Stones too many or too few, plus complete lines. It is 0 where :func:`legal`, and on full boards without a line.
+    The number of extra or missing stones, plus complete lines. It is 0 for :func:`legal` positions, and for full boards
+    without a line.
 
     Example:
         >>> two_of_mine = torch.zeros(1, 3, 3, 3).index_fill_(1, torch.tensor(0), 1.0)
@@ -105,15 +106,15 @@ def broken_rules(inputs: Tensor) -> Tensor:
 
 
 class TicTacToeDataModule(SplitLoaders, LightningDataModule):
-    """All 4,520 positions of tic-tac-toe in which there is a move to make, and their values.
+    """All 4,520 positions of tic-tac-toe with a possible move, and their values.
 
     Batches are pairs: one-hot planes float32, (B, 3, 3, 3), for empty squares, stones of the side to move and stones of
     the other side; labels int64, (B,): 0, 1 or 2 if the side to move loses, draws or wins under perfect play.
 
     Args:
-        batch_size: Positions a batch, at least 1.
+        batch_size: Positions per batch, at least 1.
         held_out: Share of the positions for validation, and another for the test; in (0, 0.5).
-        seed: Of the split.
+        seed: Seed of the split.
 
     Example:
         >>> data = TicTacToeDataModule()
@@ -133,7 +134,7 @@ class TicTacToeDataModule(SplitLoaders, LightningDataModule):
         self._splits: dict[str, BatchDataset] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Enumerate the game; does nothing the second time."""
+        """Enumerate the game; later calls do nothing."""
         if self._splits:
             return
         planes, values = _all_positions()

@@ -22,17 +22,17 @@ class DigitDiffusion(LightningModule):
     """A class-conditional UNet2DModel that predicts noise, for images of one channel.
 
     Batches are those of :class:`~lightning_bpfree.demos.data.DigitsDataModule`: standardized images and labels. A tenth
-    of the labels is left out, as classifier-free guidance needs it. Logs ``train_loss`` and ``val_loss``, mean squared
-    errors of the predicted noise, on averaged weights for the latter. When the fit ends, `folder` gets the pipeline
+    of the labels is dropped, for classifier-free guidance. Logs ``train_loss`` and ``val_loss``, mean squared errors of
+    the predicted noise, the latter with averaged weights. When the fit ends, it saves to `folder` the pipeline
     (averaged weights, safetensors), ``embeddings.safetensors`` with the ten class embeddings as ``prompt_embeds`` and
     that of no class as ``negative_prompt_embeds``, and ``no_class.safetensors`` with the latter under both names.
 
     Args:
-        folder: Where the pipeline goes.
-        channels: Of the UNet at 8 x 8, 4 x 4, and so on; multiples of 8.
+        folder: Folder to which the pipeline is saved.
+        channels: Channels of the UNet at 8 x 8, 4 x 4, and so on; multiples of 8.
         lr: Highest learning rate of the one-cycle schedule, above 0.
-        drop_label: Share of the labels that are left out, in [0, 1).
-        ema_decay: Of the averaged weights, in (0, 1).
+        drop_label: Share of the labels that are dropped, in [0, 1).
+        ema_decay: Decay of the averaged weights, in (0, 1).
 
     Raises:
         ModuleNotFoundError: diffusers is not installed.
@@ -92,7 +92,7 @@ class DigitDiffusion(LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the averaged weights."""
+        """Update the averaged weights."""
         self.averaged.update_parameters(nn.ModuleDict({"unet": self.unet, "classes": self.classes}))
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -126,7 +126,7 @@ class DigitDiffusion(LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
-        """AdamW under a one-cycle schedule."""
+        """AdamW with a one-cycle schedule."""
         trained = [*self.unet.parameters(), *self.classes.parameters()]
         optimizer = torch.optim.AdamW(trained, lr=self.lr)
         steps = int(self.trainer.estimated_stepping_batches)

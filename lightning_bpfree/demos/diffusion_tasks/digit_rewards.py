@@ -30,10 +30,10 @@ _TRAINING_STEPS = 300
 
 
 class StrokeThickness:
-    """Mean width of the strokes in pixels, shape (B,): twice the area of the ink over the length of its edge.
+    """Mean width of the strokes in pixels, shape (B,): twice the area of the ink divided by the length of its edge.
 
     A stroke of width w and length L has the area w L and an edge of 2 L, which the total variation of the image
-    measures, also where ink fades.
+    measures, even for soft edges.
 
     Example:
         >>> image = torch.zeros(1, 1, 64, 8)
@@ -53,7 +53,7 @@ class StrokeThickness:
 
 
 class Slant:
-    """Lean of the ink to the right, shape (B,): columns that it moves by for each row upwards, from its moments.
+    """Lean of the ink to the right, shape (B,): columns per row upward, from its moments.
 
     Example:
         >>> round(float(Slant()(torch.eye(8).flip(0)[None, None])), 3)  # a line from bottom left to top right
@@ -73,13 +73,13 @@ class Slant:
 
 
 class Towards:
-    """Minus the squared distance of a measure of the images from a target, shape (B,).
+    """The negative squared distance of a measure of the images from a target, shape (B,).
 
-    An unbounded reward is maximized by images that are not digits: a white image has the widest stroke.
+    Images that are not digits would maximize an unbounded reward: a white image has the widest stroke.
 
     Args:
-        measure: of images in 0 to 1, such as :class:`StrokeThickness`.
-        target: of the measure, in its unit.
+        measure: a measure of images in [0, 1], such as :class:`StrokeThickness`.
+        target: target value of the measure, in its unit.
     """
 
     @checked
@@ -93,11 +93,11 @@ class Towards:
 
 
 class Printed:
-    """A measure of images as a printer makes them, black or white: it has no derivative.
+    """A measure of binarized images, as in print, black or white: it has no derivative.
 
     Args:
-        measure: of images in 0 to 1.
-        threshold: from which a pixel is ink, in (0, 1).
+        measure: a measure of images in [0, 1].
+        threshold: value from which a pixel is ink, in (0, 1).
     """
 
     @checked
@@ -111,12 +111,12 @@ class Printed:
 
 
 class TurnToyClassifier:
-    """How far a small perceptron is turned away from the digit that was asked for: best other score minus its score.
+    """How strongly a small perceptron prefers another digit to the requested one: best other score minus its score.
 
     A toy for an audit: 64 pixels, one hidden layer, trained on scikit-learn's digits in a second, always the same.
 
     Args:
-        margin: the reward stops to rise here, at least 0: a decision is turned above 0.
+        margin: upper limit of the reward, at least 0; above 0, the decision has changed.
     """
 
     @checked
@@ -132,7 +132,7 @@ class TurnToyClassifier:
 
 
 class ToyClassifierTurned:
-    """Whether the perceptron of :class:`TurnToyClassifier` sees another digit than was asked for: 1 or 0."""
+    """Whether the perceptron of :class:`TurnToyClassifier` sees another digit than requested: 1 or 0."""
 
     def __call__(self, images: Tensor, prompts: Tensor) -> Tensor:
         """Return 1 where it does, shape (B,)."""
@@ -141,13 +141,13 @@ class ToyClassifierTurned:
 
 
 class Legibility:
-    """Whether an independent classifier reads the digit that was asked for: 1 or 0; it has no derivative.
+    """Whether an independent classifier recognizes the requested digit: 1 or 0; it has no derivative.
 
-    A support vector machine of scikit-learn, trained on the training split of its digits (99 % right on the test
-    split). No reward here knows it.
+    A support vector machine of scikit-learn, trained on the training split of its digits (99 % accuracy on the test
+    split). No reward here uses it.
 
     Args:
-        digit: that is right for every prompt; None: the number of the prompt.
+        digit: the correct digit for every prompt; None for the number of the prompt.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -165,7 +165,7 @@ class Legibility:
 
 
 class ToyClassifierFooled:
-    """Whether the perceptron errs where :class:`Legibility` still reads the digit that was asked for: 1 or 0.
+    """Whether the perceptron errs while :class:`Legibility` still recognizes the requested digit: 1 or 0.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -178,10 +178,10 @@ class ToyClassifierFooled:
 
 
 class Likeness:
-    """Minus the mean squared difference from one reference image, a digit of the test split, shape (B,).
+    """The negative mean squared difference from one reference image, a digit of the test split, shape (B,).
 
     Args:
-        index: of the image in the test split, at least 0.
+        index: index of the image in the test split, at least 0.
     """
 
     @checked
@@ -196,7 +196,7 @@ class Likeness:
 
 @functools.lru_cache(maxsize=2)
 def digits(split: str) -> tuple[Tensor, Tensor]:
-    """Images in 0 to 1, shape (N, 1, 8, 8), and their labels; a split of :class:`DigitsDataModule`."""
+    """Images in [0, 1], shape (N, 1, 8, 8), and their labels; a split of :class:`DigitsDataModule`."""
     with torch.inference_mode(False):  # the first to ask may be a validation, and what is kept must serve training too
         train, train_labels, test, test_labels = DigitsDataModule().load()
         images, labels = (train, train_labels) if split == "train" else (test, test_labels)
@@ -205,7 +205,7 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def toy_classifier() -> nn.Module:
-    """The perceptron, trained on first use; global random streams stay as they were."""
+    """The perceptron, trained on first use; global random streams do not change."""
     images, labels = digits("train")
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)

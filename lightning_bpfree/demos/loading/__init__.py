@@ -1,1 +1,1 @@
-"""What data modules share: reading IDX files, and loaders of training, validation and test sets."""
+"""Shared parts of data modules: reading IDX files, and loaders of training, validation and test sets."""

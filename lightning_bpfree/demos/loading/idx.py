@@ -152,8 +152,8 @@ def find_folder(source: IdxSource, data_dir: str | Path) -> Path | None:
     """First folder that holds all four files of `source`, plain or ``.gz``; None when there is none.
 
     Looks in ``data_dir/NAME/raw`` (where :func:`fetch` and torchvision put them), ``data_dir/NAME``, ``data_dir``
-    itself and the system package's folder, in this order. MNIST and Fashion-MNIST use the same file names: files that
-    lie in ``data_dir`` itself are taken for whichever of the two is asked for.
+    itself and the system package's folder, in this order. MNIST and Fashion-MNIST use the same file names: files in
+    ``data_dir`` itself are used for whichever of the two is requested.
     """
     top = Path(data_dir)
     folders = [top / source.name / "raw", top / source.name, top]
@@ -185,7 +185,7 @@ def _download(url: str, target: Path, md5: str) -> None:
 
 
 def fetch(source: IdxSource, data_dir: str | Path, *, download: bool = True) -> Path:
-    """Folder with the four files of `source`; downloads to ``data_dir/NAME/raw`` what is found nowhere.
+    """Folder with the four files of `source`; downloads missing files to ``data_dir/NAME/raw``.
 
     Args:
         source: :data:`FASHION_MNIST`, :data:`MNIST` or one like them.
@@ -193,8 +193,8 @@ def fetch(source: IdxSource, data_dir: str | Path, *, download: bool = True) -> 
         download: Whether the network may be used.
 
     Raises:
-        FileNotFoundError: The files were not found and not downloaded (no network, or what arrived had a wrong
-            checksum). The message says what was tried and the three ways to get them.
+        FileNotFoundError: The files were not found and not downloaded (no network, or a wrong checksum). The message
+            says what was tried and lists three ways to get them.
     """
     found = find_folder(source, data_dir)
     if found is not None:

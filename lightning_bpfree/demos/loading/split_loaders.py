@@ -13,10 +13,10 @@ Split = Literal["train", "val", "test"]
 
 
 class BatchDataset(TensorDataset):
-    """A TensorDataset that a DataLoader indexes once a batch instead of once a sample.
+    """A TensorDataset that a DataLoader indexes once per batch instead of once per sample.
 
-    torch's loader calls ``__getitems__`` with a batch's indices where a data set has it. The sampler stays an ordinary
-    one, so that Lightning can put its DistributedSampler in. Use with ``collate_fn=pass_through``.
+    torch's loader calls ``__getitems__`` with a batch's indices if a data set has it. The sampler stays an ordinary
+    one, so that Lightning can replace it by a DistributedSampler. Use with ``collate_fn=pass_through``.
 
     Example:
         >>> data = BatchDataset(torch.arange(6.0), torch.arange(6))
@@ -30,7 +30,7 @@ class BatchDataset(TensorDataset):
 
 
 def pass_through(batch: _T) -> _T:
-    """The batch as it is: :class:`BatchDataset` has stacked it already. At module level, so that it can be pickled."""
+    """The unchanged batch, already stacked by :class:`BatchDataset`. At module level, so that it can be pickled."""
     return batch
 
 

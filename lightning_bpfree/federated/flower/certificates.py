@@ -1,4 +1,4 @@
-"""Certificates of a SuperLink: checked before anything starts, and made for the loopback device."""
+"""Certificates of a SuperLink: validation before anything starts, and generation for the loopback device."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lightning_bpfree.core.arguments import PositiveFloat, checked
 
 
 class Certificates(NamedTuple):
-    """Paths of what TLS needs.
+    """Paths of the files that TLS needs.
 
     Args:
         ca: certificate of the authority that clients trust, PEM.
-        certificate: of the server, PEM.
+        certificate: certificate of the server, PEM.
         key: private key of the server, PEM.
     """
 
@@ -24,9 +24,9 @@ class Certificates(NamedTuple):
     key: Path
 
     def check(self) -> None:
-        """Raise ValueError if a file is missing, is no certificate or key, is out of date, or does not fit the others.
+        """Raise ValueError if a file is missing, is no certificate or key, is expired, or does not match the others.
 
-        What is checked is what Flower would otherwise report much later, or in each client apart.
+        Flower would otherwise report these errors much later, or in each client separately.
         """
         from cryptography import x509
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -73,13 +73,13 @@ def _read(name: str, path: Path) -> bytes:
 
 @checked
 def loopback_certificates(folder: Path, days: PositiveFloat = 1.0) -> Certificates:
-    """Make an authority and a certificate for ``127.0.0.1`` and ``localhost``, and return their paths.
+    """Create an authority and a certificate for ``127.0.0.1`` and ``localhost``, and return their paths.
 
-    For tests and for trying out: the key of the authority is thrown away, and the certificate ends soon.
+    They are for tests and experiments: the key of the authority is discarded, and the certificate expires soon.
 
     Args:
         folder: where the files are written; it must exist.
-        days: how long they are valid, > 0.
+        days: days for which they are valid, > 0.
     """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
@@ -132,11 +132,11 @@ def _write(made: Certificates, ca: Any, server: Any, key: Any) -> None:
 
 
 def node_keys(folder: Path, number: int) -> tuple[Path, Path]:
-    """Make the key pair of a node, and return the paths of the private and of the public key, in OpenSSH's format.
+    """Create the key pair of a node, and return the paths of the private and public keys, in OpenSSH's format.
 
     Args:
         folder: where the files are written; it must exist.
-        number: of the node, for the file names.
+        number: the node's number, for the file names.
     """
     from cryptography.hazmat.primitives import serialization as forms
     from cryptography.hazmat.primitives.asymmetric import ec

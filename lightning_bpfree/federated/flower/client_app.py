@@ -1,4 +1,4 @@
-"""Any LightningModule and DataModule as a client of Flower."""
+"""Any LightningModule and DataModule as a Flower client."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ NO_KEY = "secure sum: it has lost its key"
 
 
 class Parts(NamedTuple):
-    """What a client computes with.
+    """The parts that a client needs.
 
     Args:
         module: the module.
-        datamodule: of the data.
+        datamodule: provides the data.
         federation: the settings, equal to the server's.
-        rounds: of the whole run, by which a client with privacy knows how much noise to add.
+        rounds: number of rounds of the whole run, which determines the noise of a client with privacy.
     """
 
     module: pl.LightningModule
@@ -50,15 +50,15 @@ class Parts(NamedTuple):
 def client_app(
     module: pl.LightningModule, datamodule: pl.LightningDataModule, federation: Federation, rounds: int = 100
 ) -> ClientApp:
-    """Return a ClientApp that answers the rounds of a federation; its only computation is forward passes.
+    """Return a ClientApp that answers the rounds of a federation; it computes only forward passes.
 
     Each node needs a ``partition-id`` in its configuration: the number of its part of the data, from 0.
 
     Args:
         module: any LightningModule without BatchNorm.
-        datamodule: its training set is split over the clients by the same seed everywhere.
+        datamodule: its training set is split over the clients with the same seed everywhere.
         federation: the settings, equal to the server's.
-        rounds: of the whole run; counts with privacy only.
+        rounds: number of rounds of the whole run; used only with privacy.
 
     Examples:
         >>> from lightning_bpfree.demos.data import DigitsDataModule
@@ -70,10 +70,10 @@ def client_app(
 
 
 def client_app_from(parts_of: Callable[[Context], Parts]) -> ClientApp:
-    """Return a ClientApp whose parts are made in the client's process.
+    """Return a ClientApp whose parts are created in the client's process.
 
     Args:
-        parts_of: returns them, from the context of the node and the run.
+        parts_of: returns the parts, given the context of the node and the run.
     """
     app: Any = ClientApp()
     made: dict[int, _Node] = {}

@@ -1,4 +1,4 @@
-"""Whether Flower is there, and that it keeps to itself."""
+"""Checks that Flower is installed, and disables its telemetry."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ QUIET = {
 
 
 def need_flower(*packages: str) -> None:
-    """Raise ModuleNotFoundError, which names the extra, where Flower or a further package is not installed."""
+    """Raise ModuleNotFoundError, which names the extra, if Flower or another required package is not installed."""
     missing = [package for package in ("flwr", *packages) if find_spec(package) is None]
     if missing:
         raise ModuleNotFoundError(f'{", ".join(missing)} not installed: pip install "lightning-bpfree[federated]"')
 
 
 def quiet_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return environment variables, this process's for None, under which Flower and Ray call nobody.
+    """Return environment variables (this process's for None) that disable the telemetry of Flower and Ray.
 
     Examples:
         >>> quiet_environment({"HOME": "/"})["FLWR_TELEMETRY_ENABLED"]

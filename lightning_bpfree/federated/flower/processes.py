@@ -1,4 +1,4 @@
-"""A real deployment on one machine: SuperLink, SuperNodes and runs as processes of their own, started and stopped."""
+"""A real deployment on one machine: starts and stops SuperLink, SuperNodes and runs as separate processes."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ clientapp = "bpfree_federation.apps:client"
 
 
 def free_port() -> int:
-    """Return a port of the loopback device that nobody listens on."""
+    """Return a free port of the loopback device."""
     with socket.socket() as found:
         found.bind((HOST, 0))
         return int(found.getsockname()[1])
 
 
 def check_port(port: int) -> None:
-    """Raise ValueError if somebody listens on a port of the loopback device, or it is out of range."""
+    """Raise ValueError if a port of the loopback device is in use or out of range."""
     if not 0 < port < 1 << 16:
         raise ValueError(f"Deployment: port={port}: give a port from 1 to 65,535, or None for a free one.")
     with socket.socket() as tried:
@@ -66,9 +66,9 @@ def write_app(folder: Path, code: str, config: Mapping[str, str | int | float | 
     """Write a Flower app, and return its folder.
 
     Args:
-        folder: to put it into.
-        code: of the module that has ``server`` and ``client``.
-        config: of the run, by names that can be overridden.
+        folder: where to write the app.
+        code: the code of the module that defines ``server`` and ``client``.
+        config: the configuration of the run, with names that can be overridden.
     """
     app = folder / "app"
     package = app / "bpfree_federation"
@@ -83,19 +83,19 @@ def write_app(folder: Path, code: str, config: Mapping[str, str | int | float | 
 class Deployment:
     """Starts ``flower-superlink`` and ``flower-supernode`` processes, runs an app on them, and stops them all.
 
-    Use it as a context; behind it nothing is left running, and nothing was written outside of ``folder``.
+    Use it as a context manager; after it, no process is left running, and no file was written outside of ``folder``.
 
     Args:
-        folder: for state, logs and the app; it is ``FLWR_HOME`` too.
-        num_nodes: SuperNodes; node ``i`` has the partition id ``i``.
-        port: of the SuperLink; None for a free one.
-        certificates: for TLS; None for none, which is fit for the loopback device alone.
-        authenticate: whether only nodes whose keys are registered are let in; needs ``certificates``.
+        folder: for state, logs and the app; also ``FLWR_HOME``.
+        num_nodes: number of SuperNodes; node ``i`` has the partition id ``i``.
+        port: port of the SuperLink; None for a free one.
+        certificates: for TLS; None for no TLS, which is suitable only for the loopback device.
+        authenticate: whether to accept only nodes with registered keys; needs ``certificates``.
         environment: further variables for all processes.
 
     Raises:
-        ValueError: for a port in use, or certificates that are missing, out of date, or do not fit.
-        ModuleNotFoundError: where Flower is not installed.
+        ValueError: for a port in use, or certificates that are missing, expired, or do not match.
+        ModuleNotFoundError: if Flower is not installed.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Deployment:
             self.start_node(number)
 
     def start_link(self) -> None:
-        """Start the SuperLink, which finds its database again, and wait until it listens."""
+        """Start the SuperLink with its existing database, if any, and wait until it listens."""
         command = ["flower-superlink", "--host", HOST, "--port", str(self.port)]
         command += ["--disable-runtime-dependency-installation", "--database", str(self.folder / "superlink.db")]
         if self.certificates is None:
@@ -220,17 +220,17 @@ class Deployment:
         raise RuntimeError(f"flower-superlink does not listen on port {port} after {seconds:g} s: see its log")
 
     def kill_node(self, number: int) -> None:
-        """Kill a node with all that it has started, at once."""
+        """Kill a node and all of its child processes immediately."""
         _kill(self.nodes.pop(number), f"{self.folder}:node{number}")
 
     def kill_link(self) -> None:
-        """Kill the SuperLink, and with it the server of a run, at once."""
+        """Kill the SuperLink, and with it the server of a run, immediately."""
         if self.link is not None:
             _kill(self.link, f"{self.folder}:superlink")
             self.link = None
 
     def stop(self) -> None:
-        """End all processes, gently first."""
+        """Terminate all processes, and kill those that do not exit."""
         running = {f"node{number}": process for number, process in self.nodes.items()}
         if self.link is not None:
             running["superlink"] = self.link
@@ -246,10 +246,10 @@ class Deployment:
     # --- runs ---
 
     def flwr(self, *arguments: str, seconds: float = 300.0) -> str:
-        """Run the command ``flwr``, and return what it prints.
+        """Run the command ``flwr``, and return its output.
 
         Raises:
-            RuntimeError: if it fails; the message has what it printed.
+            RuntimeError: if it fails; the message contains the output.
         """
         command = self._found(["flwr", *arguments])
         done = subprocess.run(
@@ -271,7 +271,7 @@ class Deployment:
         return told
 
     def submit(self, app: Path, config: Mapping[str, str | int | float | bool] | None = None) -> str:
-        """Hand in a run of an app, and return its id.
+        """Submit a run of an app, and return its id.
 
         Args:
             app: its folder.
@@ -282,7 +282,7 @@ class Deployment:
         return str(told["run-id"])
 
     def status(self, run: str) -> str:
-        """Return what became of a run: ``"running"``, ``"finished:completed"``, ``"finished:failed"`` and so on."""
+        """Return the status of a run: ``"running"``, ``"finished:completed"``, ``"finished:failed"`` and so on."""
         told = self._told("list", CONNECTION)
         return next((str(own["status"]) for own in told["runs"] if str(own["run-id"]) == run), "unknown")
 

@@ -1,4 +1,4 @@
-"""What server and clients say to each other, as records of Flower; nothing here is ever unpickled."""
+"""Messages between server and clients as Flower records; nothing here is ever unpickled."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def instructions_of(record: Any) -> tuple[Instructions, dict[int, bytes]]:
 
 
 def reply_record(reply: Reply) -> Any:
-    """Return an answer as records: eight bytes a number, and a few more."""
+    """Return an answer as records: eight bytes per number, and a few more."""
     plain: dict[str, Any] = {"round": reply.round, "seed": reply.seed}
     if reply.refused:
         return RecordDict({ROUND: ConfigRecord({**plain, "refused": reply.refused})})
@@ -88,11 +88,11 @@ def reply_record(reply: Reply) -> Any:
 
 
 def reply_of(record: Any, client: int, num_directions: int | None) -> Reply:
-    """Return a client's answer; one that cannot be read is a refusal that says why.
+    """Return a client's answer; an unreadable one becomes a refusal with the reason.
 
     Args:
         record: what the client sent, which may be anything.
-        client: whose node it came from.
+        client: the client whose node sent it.
         num_directions: ``K``; None where no differences are expected.
     """
     try:

@@ -1,4 +1,4 @@
-"""The server of a federation as an app of Flower."""
+"""The server of a federation as a Flower app."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def server_app(
     timeout: float = 60.0,
     wait: float = 120.0,
 ) -> ServerApp:
-    """Return a ServerApp that trains ``module`` for some rounds.
+    """Return a ServerApp that trains ``module`` for a number of rounds.
 
     Args:
         module: any LightningModule without BatchNorm; it holds the weights.
-        datamodule: its validation set is the server's.
+        datamodule: the server evaluates on its validation set.
         federation: the settings, equal to the clients'.
-        rounds: of the whole run.
-        folder: where the checkpoint is kept; one that is there is resumed from. None for neither.
+        rounds: number of rounds of the whole run.
+        folder: where the checkpoint is saved; an existing one is resumed from. None neither saves nor resumes.
         save_every: rounds between two checkpoints.
         timeout: seconds that a round waits for answers.
         wait: seconds to wait for nodes at the start.
@@ -64,16 +64,16 @@ def server_app_from(
     wait: float = 120.0,
     of_context: Callable[[Context], dict[str, Any]] | None = None,
 ) -> ServerApp:
-    """Return a ServerApp whose run is made in the server's process.
+    """Return a ServerApp whose run is created in the server's process.
 
     Args:
-        run_of: returns it, from the context of the run.
+        run_of: returns the run, given its context.
         each: called with the run and the row of every round.
         folder: see :func:`server_app`.
         save_every: see :func:`server_app`.
         timeout: see :func:`server_app`.
         wait: see :func:`server_app`.
-        of_context: returns some of these, from the context of the run, in place of those given here.
+        of_context: returns overrides of these settings, given the context of the run.
     """
     app: Any = ServerApp()
     given = {"folder": folder, "save_every": save_every, "timeout": timeout, "wait": wait}

@@ -1,4 +1,4 @@
-"""The server's side of BAFFLE as a strategy of Flower."""
+"""The server's side of BAFFLE as a Flower strategy."""
 
 from __future__ import annotations
 
@@ -28,20 +28,19 @@ _POLL = 0.2  # seconds
 
 
 class BaffleStrategy(Strategy):
-    """Leads a federation over Flower's grid, with seeds and loss differences in place of weights and updates.
+    """Runs a federation over Flower's grid, with seeds and loss differences instead of weights and updates.
 
-    Nodes get numbers in the order in which they are first seen. One that does not answer in time is left alone for
-    three rounds. ``start`` of the base class runs the rounds; :func:`server_app` resumes from a checkpoint before.
+    Nodes are numbered in the order in which they first appear. A node that does not answer in time is skipped for three
+    rounds. ``start`` of the base class runs the rounds; :func:`server_app` first resumes from a checkpoint.
 
     Args:
         run: server, federation, evaluation and history.
         each: called with the row of every round.
-        timeout: seconds for a question within a round (keys and masks of secure sums), > 0.
-        wait: seconds to wait for the nodes of the first round; then those that are there are enough, if they are
-            ``min_clients``.
+        timeout: seconds for a request within a round (keys and masks of secure sums), > 0.
+        wait: seconds to wait for the nodes of the first round; after that, ``min_clients`` nodes are enough.
 
     Raises:
-        RuntimeError: from the first round, if too few nodes are there in time.
+        RuntimeError: from the first round, if too few nodes connect in time.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class BaffleStrategy(Strategy):
         return self.run.server
 
     def summary(self) -> None:
-        """Say what is run."""
+        """Log a summary of the run."""
         federation = self.run.federation
         rank_zero_info(
             f"{type(federation.method).__name__}: {federation.in_a_round} of {federation.num_clients} clients"
@@ -78,7 +77,7 @@ class BaffleStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return the instructions of the next round: seeds, and weights where clients are not in step."""
+        """Return the instructions of the next round: seeds, and weights for clients that are not synchronized."""
         self._grid, self._started = grid, time.perf_counter()
         nodes = self._chosen(grid)
         keys = self._exchanged(grid, nodes) if self.run.federation.secure else None
@@ -93,7 +92,7 @@ class BaffleStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Judge the answers and make the update of the round; return the weights and a row of numbers."""
+        """Validate the answers and apply the update of the round; return the weights and a row of numbers."""
         answers = self._read(list(replies))
         report = self._finished(answers)
         row = self.run.record(report, list(self._told.values()), answers, time.perf_counter() - self._started)
@@ -105,7 +104,7 @@ class BaffleStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return nothing: the server evaluates, on its own data."""
+        """Return nothing: the server evaluates on its own data."""
         return []
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:

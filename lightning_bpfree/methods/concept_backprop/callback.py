@@ -1,4 +1,4 @@
-"""Concepts in a network: how well each layer knows them, whether they are used, and what they look like in inputs."""
+"""Concepts in a network: how well layers represent them, whether the output uses them, and how inputs show them."""
 
 from __future__ import annotations
 
@@ -35,45 +35,47 @@ from lightning_bpfree.training.trainer_attributes import is_dry_run
 class ConceptBackprop(Callback):
     """Finds concepts in the layers of a network, and changes inputs until a layer shows a concept.
 
-    1. Linear probes learn to read each concept off each layer, on frozen activations, from one pass over the data;
-       their scores on held-out samples stand beside those of random labels.
-    2. Activations are moved along each concept: does the output follow (the concept is used), or not (it can only be
-       read off)?
-    3. Inputs without a concept are changed, as little as possible, until its probe sees it; the difference shows what
-       the probe reads. How the other probes and the output change on the way is the concept's entanglement.
+    1. Linear probes learn to predict each concept from the frozen activations of each layer, in one pass over the
+       data. Their scores on held-out samples are compared with those of random labels.
+    2. Activations are moved along each concept. If the output changes, the network uses the concept; otherwise the
+       concept can only be decoded from the layer.
+    3. Inputs without a concept are changed, as little as possible, until its probe detects it; the difference shows
+       what the probe reads. The concept's entanglement is the change of the other probes' scores and of the output.
 
-    As a callback: probes before the first batch, after every ``every_n_epochs`` epochs and at the end; changed inputs
-    and pictures at the end; all of it in ``trainer.validate`` and ``trainer.test`` too. It works under any training
-    rule, also where Lightning evaluates in inference mode, and leaves parameters, buffers, gradients and random streams
-    as they were, bit for bit. Without a Trainer: :meth:`analyze`.
+    As a callback, it fits probes before the first batch, after every ``every_n_epochs`` epochs and at the end, and
+    changes inputs and draws pictures at the end; ``trainer.validate`` and ``trainer.test`` do all of it. It works with
+    any training rule, also in Lightning's inference mode, and leaves parameters, buffers, gradients and random streams
+    unchanged, bit for bit. Without a Trainer, use :meth:`analyze`.
 
     Scores are logged as ``bpfree/concept/<concept>/<layer>/score``, ``.../control`` (random labels), ``.../effect``
-    (change of the output, in its standard deviations) and ``.../effect_ratio`` (over that of random directions); of
-    changed inputs ``bpfree/concept/<concept>/after``, ``.../reached``, ``.../distance_l2``, ``.../entangled_with/*``.
+    (change of the output, in its standard deviations) and ``.../effect_ratio`` (over that of random directions). For
+    changed inputs: ``bpfree/concept/<concept>/after``, ``.../reached``, ``.../distance_l2``, ``.../entangled_with/*``.
 
     Args:
         concepts: one or several :class:`Concept`; or a mapping from names to functions ``(inputs, targets) -> labels``
             or to keys of the batch.
         layers: names or shell-style patterns of submodules.
-        every_n_epochs: epochs between measurements during a fit, >= 1; None: only at its end.
-        data: ``"val"`` or ``"train"``: the Trainer's loader; or a data loader, or a list of batches. Data that the
-            network was not trained on tells what it knows beyond what it remembers.
-        inputs: key, position or function of the batch for what the network sees; None for the first part of a pair.
+        every_n_epochs: epochs between measurements during a fit, >= 1; None measures only at its end.
+        data: ``"val"`` or ``"train"``: the Trainer's loader; or a data loader, or a list of batches. Use data that the
+            network was not trained on, to measure generalization instead of memorization.
+        inputs: key, position or function that selects the network's inputs from a batch; None for the first part of a
+            pair.
         forward: how the network is evaluated: None for ``module(inputs)``, name of a submodule, or a function.
-        max_samples: samples looked at, over all ranks; None for all.
+        max_samples: maximum number of samples over all ranks; None for all.
         probe: how probes are fitted.
-        change: what is asked of changed inputs; None changes none.
+        change: settings for changed inputs; None changes no inputs.
         parameterization: how inputs may change: ``AdditiveChange``, ``GridChange``, ``LatentChange``,
             ``CategoryChange`` or ``TokenChange``; None for ``AdditiveChange()``.
-        validity: differentiable cost of a changed input being no real one, ``(B, ...) -> (B,)``, which the search adds
-            to its penalties; None for none.
-        validity_weight: of that cost, >= 0.
-        legal: rule of what inputs exist, ``(B, ...) -> (B,)`` of booleans: only such changes count as reached.
-        change_layer: layer whose probes inputs are changed for; None takes the one that knows the concept best.
+        validity: differentiable cost of unrealistic inputs, ``(B, ...) -> (B,)``, which the search adds to its
+            penalties; None for none.
+        validity_weight: weight of that cost, >= 0.
+        legal: function that returns which inputs are legal, ``(B, ...) -> (B,)`` of booleans: only legal changes count
+            as reached.
+        change_layer: layer whose probes determine the changed inputs; None uses the layer with the best score.
         num_inputs: inputs that are changed for each concept, >= 1.
         sensitivity: whether to measure if concepts are used; needs the module's output.
         pictures: whether to draw pictures, which needs matplotlib; they go to ``dirpath``, W&B and TensorBoard.
-        dirpath: where pictures go; None takes ``concepts`` in the Trainer's ``default_root_dir``.
+        dirpath: folder for pictures; None uses ``concepts`` in the Trainer's ``default_root_dir``.
 
     Raises:
         ValueError: for arguments out of range.
@@ -160,11 +162,11 @@ class ConceptBackprop(Callback):
         """Return probes, sensitivities and changed inputs for a trained module; also kept as ``report``.
 
         Args:
-            module: any module; it stays as it is.
+            module: any module; it is not modified.
             batches: a data loader, or a list of batches.
 
         Raises:
-            ValueError: for layers, concepts or inputs that do not fit; the message says how to mend it.
+            ValueError: for invalid layers, concepts or inputs; the message says how to fix it.
         """
         self.report = report_on(module, self._collect(module, batches), self.concepts, self.plan)
         return self.report
@@ -186,13 +188,13 @@ class ConceptBackprop(Callback):
     # --- with a Trainer ---
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse layers that do not exist, before anything is trained."""
+        """Refuse layers that do not exist, before training."""
         find_layers(pl_module, self.layers)
         if stage == "fit":  # a checkpoint brings its own, after this
             self.history, self._measured_epoch, self._epochs = [], -1, 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at the network before it is trained, once all loaders and states are there."""
+        """Measure before training, after all loaders and states are set up."""
         if self.every_n_epochs is not None and trainer.current_epoch == 0 and not self.history:
             self._measure(trainer, pl_module, epoch=0)
             # self.log would mix these with the values of the first epoch
@@ -200,14 +202,14 @@ class ConceptBackprop(Callback):
                 logger.log_metrics(self._last().metrics(), step=trainer.global_step)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look again, where it is due, and log."""
+        """Measure again if due, and log."""
         self._epochs = trainer.current_epoch + 1
         if self.every_n_epochs is not None and self._epochs % self.every_n_epochs == 0:
             self._measure(trainer, pl_module, self._epochs)
             self._log(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Change inputs, and draw everything."""
+        """Change inputs, and draw all pictures."""
         self._full(trainer, pl_module, self._loaders(trainer))
         if self._measured_epoch != self._epochs:
             self._remember(self._epochs)
@@ -233,7 +235,7 @@ class ConceptBackprop(Callback):
         return {"history": self.history, "measured_epoch": self._measured_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the scores of a checkpoint."""
+        """Restore the scores of a checkpoint."""
         self.history, self._measured_epoch = list(state_dict["history"]), state_dict["measured_epoch"]
 
     def _full(self, trainer: pl.Trainer, module: pl.LightningModule, loaders: Any) -> None:

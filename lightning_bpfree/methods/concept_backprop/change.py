@@ -1,4 +1,4 @@
-"""Changing inputs until a probe says that a concept is there, or that it is gone."""
+"""Changes of inputs until a probe detects a concept, or no longer detects it."""
 
 from __future__ import annotations
 
@@ -29,23 +29,24 @@ _HALVINGS = 8
 @checked_class
 @dataclasses.dataclass(frozen=True)
 class ChangeSettings:
-    """What is asked of a change.
+    """The target, penalties and steps of a change.
 
     Args:
         direction: ``"raise"`` or ``"lower"`` the probe's score.
-        target: score to reach. None: of a binary concept 0.95 up, or 0.05 down; of a continuous one the 90 % or 10 %
+        target: score to reach. None: for a binary concept, 0.95 up or 0.05 down; for a continuous one, the 90 % or 10 %
             quantile of its labels.
-        loss: ``"smallest"``: the least penalties under which the target is reached (dual ascent, one multiplier a
-            sample; only the ratio of the weights matters); ``"bce"``: cross-entropy with 1 or 0 plus penalties, as in
-            the paper; of a continuous concept, the squared error. Both use the logit, which does not saturate.
+        loss: ``"smallest"``: minimizes the penalties subject to the target (dual ascent, one multiplier per sample;
+            only the ratio of the weights matters); ``"bce"``: cross-entropy with 1 or 0 plus penalties, as in the
+            paper; for a continuous concept, the squared error. Both use the logit, which does not saturate.
         distance: between changed inputs and their reference, summed over the values of a sample: ``"l2"`` (half the
-            squared one), ``"l1"``, or ``"mse"`` (mean).
+            squared distance), ``"l1"``, or ``"mse"`` (mean).
         distance_weight: >= 0.
-        sparsity: weight of the size of the change in free numbers (L1; of boards and tokens, positions changed), >= 0.
-        steps: of Adam, >= 1.
+        sparsity: weight of the size of the change in free numbers (L1; for boards and tokens, the number of changed
+            positions), >= 0.
+        steps: steps of Adam, >= 1.
         lr: its learning rate, which falls to 0 along a cosine.
-        sparsify: whether the smallest changes are undone in the end, as many as leave the target reached.
-        stop_when_reached: end a sample's search at the target; cheaper, and farther from the smallest change.
+        sparsify: whether to undo the smallest changes at the end, as many as possible without missing the target.
+        stop_when_reached: end a sample's search at the target; cheaper, but farther from the smallest change.
 
     Raises:
         ValueError: for values out of range.
@@ -70,7 +71,7 @@ class ChangeSettings:
         """Return the score to reach.
 
         Raises:
-            ValueError: for a probability out of (0, 1).
+            ValueError: for a probability outside of (0, 1).
         """
         up = self.direction == "raise"
         if self.target is None:
@@ -137,9 +138,9 @@ def change_concept(
 ) -> ConceptChange:
     """Return inputs that are changed, as little as possible, so that the probe's score reaches a target.
 
-    All samples of the batch are changed at once, and do not influence each other. Of a sample's search, the smallest
-    change that reaches the target is kept; if none does, the one that comes nearest. The module, random streams and
-    gradients stay as they were, bit for bit; the caller may be in inference mode.
+    All samples of the batch are changed at once, and do not influence each other. For each sample, the smallest change
+    that reaches the target is kept; if none does, the one that comes nearest. The module, random streams and gradients
+    are not modified, bit for bit; the caller may be in inference mode.
 
     Args:
         module: any trained module.
@@ -148,13 +149,14 @@ def change_concept(
         settings: target, penalties and steps.
         parameterization: how inputs may change; None for :class:`AdditiveChange` without limits.
         forward: how the module is evaluated; None for ``module(inputs)``.
-        others: further probes, whose scores are read before and after: with which concepts is this one entangled?
-        validity: differentiable cost of a changed input being no real one, ``(B, ...) -> (B,)``.
-        validity_weight: of that cost.
-        legal: rule of what inputs exist, ``(B, ...) -> (B,)`` of booleans; only such changes are kept as reached.
+        others: further probes, whose scores before and after show with which concepts this one is entangled.
+        validity: differentiable cost of unrealistic inputs, ``(B, ...) -> (B,)``.
+        validity_weight: weight of that cost.
+        legal: function that returns which inputs are legal, ``(B, ...) -> (B,)`` of booleans; only legal changes count
+            as reached.
 
     Raises:
-        ValueError: for inputs out of range, a layer that does not exist, or arguments that do not go together.
+        ValueError: for inputs out of range, a layer that does not exist, or incompatible arguments.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(2, 2))

@@ -1,4 +1,4 @@
-"""What a concept is: a name, and where its labels come from."""
+"""Definition of a concept: a name, and the source of its labels."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ MIN_OF_A_CLASS = 10  # of each class, or of all samples of a continuous concept:
 
 
 class Concept:
-    """A concept, and where its labels come from: a function, a key of the batch, or labeled examples.
+    """A concept, and the source of its labels: a function, a key of the batch, or labeled examples.
 
     Args:
-        name: under which scores are logged.
-        label: function ``(inputs, targets) -> labels``, one label a sample; targets are the second part of a batch that
-            is a pair, and the whole batch otherwise.
+        name: the name under which scores are logged.
+        label: function ``(inputs, targets) -> labels``, one label per sample; targets are the second part of a batch
+            that is a pair, and the whole batch otherwise.
         key: key of the labels in a batch that is a mapping, or position in one that is a sequence.
-        examples: a pair (inputs, labels) of your own, which is looked at instead of the data.
-        kind: ``"binary"``: labels 0 and 1, or booleans; ``"continuous"``: any finite numbers. Labels that are NaN are
-            left out.
+        examples: your own pair (inputs, labels), which is used instead of the data.
+        kind: ``"binary"``: labels 0 and 1, or booleans; ``"continuous"``: any finite numbers. NaN labels are left out.
 
     Raises:
         ValueError: unless exactly one source of labels is given; if examples and labels differ in length.
@@ -67,17 +66,17 @@ class Concept:
         """Return the labels of a batch, float64 of shape (B,).
 
         Args:
-            batch: what the data loader gives.
-            inputs: its part that the network sees.
+            batch: a batch of the data loader.
+            inputs: the network's inputs from this batch.
 
         Raises:
-            ValueError: for labels of the wrong length, with other values than the kind allows, or an unknown key.
+            ValueError: for labels of the wrong length, values that the kind does not allow, or an unknown key.
         """
         found = self.label(inputs, target_of(batch)) if self.label else _at(batch, self.key, self.name)
         return self.checked(found, len(inputs))
 
     def checked(self, found: Any, rows: int) -> Tensor:
-        """Return labels as float64, or raise ValueError for what cannot be labels of so many samples."""
+        """Return labels as float64, or raise ValueError if they cannot be labels of this number of samples."""
         labels = torch.as_tensor(found).detach().to("cpu", torch.float64)
         if labels.shape != (rows,):
             raise ValueError(

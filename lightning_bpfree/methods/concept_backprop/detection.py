@@ -23,9 +23,9 @@ class Samples(NamedTuple):
 
     Args:
         features: of every layer, ``(N, D)``, on the CPU.
-        labels: of every concept, ``(N,)``, NaN where unknown.
+        labels: labels of every concept, ``(N,)``, NaN where unknown.
         inputs: ``(N, ...)``, on the CPU.
-        outputs: of the module, ``(N, ...)``; None where the pass did not go to the end.
+        outputs: outputs of the module, ``(N, ...)``; None where the pass did not go to the end.
     """
 
     features: dict[str, Tensor]
@@ -50,18 +50,18 @@ def collect_activations(
     """Return features of all layers and labels of all concepts, from one pass over the data.
 
     Args:
-        module: any trained module; it is left as it was, bit for bit.
+        module: any trained module; it is not modified, bit for bit.
         batches: a data loader, or a list of batches.
         layers: names or patterns.
-        concepts: those whose labels come from the batches, or from examples of their own, which are passed once more.
-        pool: from activations to features.
-        inputs: which part of a batch the module sees.
-        forward: how it is evaluated.
-        max_samples: the pass ends when it has so many; None for all.
-        whole: run to the end and keep outputs; else only as far as the last layer.
+        concepts: the concepts; labels come from the batches, or from examples, which need a second pass.
+        pool: maps activations to features.
+        inputs: selects the module's inputs from a batch.
+        forward: how the module is evaluated.
+        max_samples: the pass ends after this number of samples; None for all.
+        whole: run the whole module and keep outputs; otherwise stop after the last layer.
 
     Raises:
-        ValueError: for unknown layers, unfit labels, layers whose shape changes from batch to batch, or no data.
+        ValueError: for unknown layers, invalid labels, layers whose shape differs between batches, or no data.
 
     Examples:
         >>> data = [(torch.randn(8, 2), torch.zeros(8))]
@@ -95,7 +95,7 @@ def detect_concepts(samples: Samples, concepts: Sequence[Concept], settings: Pro
     """Return a detection for every pair (concept, layer).
 
     Args:
-        samples: of :func:`collect_activations`.
+        samples: the result of :func:`collect_activations`.
         concepts: the concepts.
         settings: how to fit.
 

@@ -1,4 +1,4 @@
-"""Changing what is discrete: the squares of a board, the tokens of a text."""
+"""Changes of discrete inputs: the squares of a board, the tokens of a text."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 class CategoryChange(Parameterization):
     """Chooses a category for every position of one-hot inputs ``(B, K, ...)``, by a straight-through softmax.
 
-    What the network sees is always one-hot; gradients are those of the softmax. Free numbers are logits.
+    The network always sees one-hot inputs; gradients are those of the softmax. The free numbers are logits.
 
     Args:
-        allowed: booleans ``(K, ...)``, which categories each position may take; None: all. What a sample has already is
-            always allowed.
-        hold: by how much the logit of the present category leads at the start, > 0.
+        allowed: booleans ``(K, ...)``, which categories each position may take; None for all. A sample's original
+            category is always allowed.
+        hold: by how much the logit of the original category leads at the start, > 0.
 
     Examples:
         >>> board = torch.eye(3)[:, [0, 2]][None]
@@ -63,7 +63,7 @@ class CategoryChange(Parameterization):
         self.allowed, self.hold = allowed, hold
 
     def start(self, inputs: Tensor) -> Tensor:
-        """Return logits that choose what is there."""
+        """Return logits that choose the original categories."""
         one_hot = ((inputs == 0) | (inputs == 1)).all() and (inputs.sum(1) == 1).all()
         if inputs.dim() < 3 or not one_hot:
             raise ValueError(
@@ -85,7 +85,7 @@ class CategoryChange(Parameterization):
         return (self.apply(inputs, free) - inputs).abs().flatten(1).sum(1) / 2
 
     def project(self, inputs: Tensor, free: Tensor) -> None:
-        """Keep logits small, so that a position that has won can lose again."""
+        """Keep logits small, so that a chosen category can still change."""
         free.clamp_(-3 * self.hold, 3 * self.hold)
 
 
@@ -94,9 +94,9 @@ class TokenChange(Parameterization):
 
     Args:
         embedding: name of the ``nn.Embedding`` that looks the tokens up.
-        allowed: ids that may be put in; None: all.
-        positions: which positions may change; None: all.
-        hold: by how much the logit of the present token leads at the start, > 0.
+        allowed: ids that may be inserted; None for all.
+        positions: which positions may change; None for all.
+        hold: by how much the logit of the original token leads at the start, > 0.
     """
 
     continuous = False
@@ -113,10 +113,10 @@ class TokenChange(Parameterization):
         self._vocabulary = 0
 
     def bind(self, module: nn.Module) -> None:
-        """Look at the module's embedding.
+        """Find the module's embedding.
 
         Raises:
-            ValueError: if there is none of this name.
+            ValueError: if there is no embedding of this name.
         """
         found = find_layers(module, self.embedding)
         part = next(iter(found.values()))
@@ -125,7 +125,7 @@ class TokenChange(Parameterization):
         self._vocabulary = part.num_embeddings
 
     def start(self, inputs: Tensor) -> Tensor:
-        """Return logits ``(B, T, V)`` that choose what is there."""
+        """Return logits ``(B, T, V)`` that choose the original tokens."""
         if inputs.dim() != 2 or inputs.is_floating_point():
             raise ValueError(f"TokenChange changes ids of shape (B, T); got {inputs.dtype} of {tuple(inputs.shape)}.")
         return self.hold * self._one_hot(inputs)
@@ -147,7 +147,7 @@ class TokenChange(Parameterization):
         return free.masked_fill(~(open_ | own), -torch.inf)
 
     def apply(self, inputs: Tensor, free: Tensor) -> Tensor:
-        """Return the chosen ids; gradients flow by way of :meth:`attached`."""
+        """Return the chosen ids; gradients flow through :meth:`attached`."""
         return self._masked(inputs, free).argmax(-1)
 
     def size(self, inputs: Tensor, free: Tensor) -> Tensor:
@@ -162,12 +162,12 @@ class TokenChange(Parameterization):
         return straight_through(hard, soft)
 
     def project(self, inputs: Tensor, free: Tensor) -> None:
-        """Keep logits small, so that a token that has won can lose again."""
+        """Keep logits small, so that a chosen token can still change."""
         free.clamp_(-3 * self.hold, 3 * self.hold)
 
     @contextlib.contextmanager
     def attached(self, module: nn.Module, free: Tensor) -> Iterator[None]:
-        """Let the embedding's output follow the free logits."""
+        """Connect the embedding's output to the free logits."""
         part = next(iter(find_layers(module, self.embedding).values()))
 
         def looked_up(part: nn.Module, _args: Any, output: Tensor) -> Tensor:

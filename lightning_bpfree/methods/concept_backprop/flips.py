@@ -1,4 +1,4 @@
-"""Changing discrete inputs one exact step after another: the best of all neighbors, until the probe agrees."""
+"""Greedy search over discrete inputs: each step takes the best neighbor, until the probe reaches its target."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def flip_concept(
     forward: Forward = None,
     chunk_size: PositiveInt = 4096,
 ) -> ConceptChange:
-    """Return inputs after as few steps as a greedy search needs to bring the probe's score to its target.
+    """Return inputs after the steps that a greedy search needs to bring the probe's score to its target.
 
-    Each step takes the neighbor of the highest score (or lowest, where the concept is to go). No gradient is needed,
+    Each step takes the neighbor with the highest score (or the lowest, to remove the concept). No gradient is needed,
     and every intermediate input is one that ``neighbors`` allows: a legal position, a printable text.
 
     Args:
         module: any trained module.
         inputs: ``(B, ...)``.
         probe: on a layer of the module.
-        neighbors: rule of the steps; see :func:`single_changes` and :func:`token_changes`.
-        settings: target and direction; penalties, steps and learning rate do not matter here.
-        max_flips: steps at most, >= 1.
+        neighbors: returns the inputs that one step can reach; see :func:`single_changes` and :func:`token_changes`.
+        settings: target and direction; penalties, steps and learning rate are not used.
+        max_flips: maximum number of steps, >= 1.
         forward: how the module is evaluated.
         chunk_size: neighbors in one forward pass.
 
@@ -110,7 +110,7 @@ def single_changes(board: Tensor, legal: Callable[[Tensor], Tensor] | None = Non
 
     Args:
         board: one-hot over the first dimension.
-        legal: from boards ``(N, K, ...)`` to booleans ``(N,)``.
+        legal: maps boards ``(N, K, ...)`` to booleans ``(N,)``.
 
     Examples:
         >>> single_changes(torch.eye(3)[:, [0, 2]]).shape
@@ -137,8 +137,8 @@ def token_changes(tokens: Tensor, allowed: Tensor, positions: Tensor | None = No
 
     Args:
         tokens: ids.
-        allowed: ids that may be put in.
-        positions: where; None for everywhere.
+        allowed: ids that may be inserted.
+        positions: positions that may change; None for all.
 
     Examples:
         >>> token_changes(torch.tensor([1, 2]), torch.tensor([1, 2, 3])).shape

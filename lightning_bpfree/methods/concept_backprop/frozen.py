@@ -1,4 +1,4 @@
-"""Evaluating a trained module, with gradients with respect to inputs, and leaving no trace in it."""
+"""Evaluation of a trained module, with gradients with respect to inputs, without side effects on the module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading a data loader once more, without moving the random generators that it owns."""
+"""Additional reads of a data loader, without advancing its random generators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_bpfree.core.replay.random_streams import RandomStreams
 
 @contextlib.contextmanager
 def untouched_generators(loaders: Any) -> Iterator[None]:
-    """Put global random streams, and generators of loaders and their samplers, back as they were.
+    """Restore global random streams, and generators of loaders and their samplers.
 
     Args:
         loaders: a data loader, or a list or mapping of some; anything else is left alone.

@@ -1,4 +1,4 @@
-"""Layers by name, and the activations that leave them in a forward pass."""
+"""Layers by name, and their output activations in a forward pass."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def pooled(activation: Tensor, pool: Pool, name: str = "layer") -> Tensor:
         activation: what leaves a layer.
         pool: ``"flatten"``: all values; ``"mean"``: over the positions of ``(B, C, H, W)`` or ``(B, T, D)``;
             ``"last"``: the last position of ``(B, T, D)``; or a function of the activations.
-        name: of the layer, for errors.
+        name: name of the layer, for errors.
 
     Raises:
         ValueError: for activations of a shape that ``pool`` does not take.

@@ -30,7 +30,7 @@ def logistic(x: Tensor, targets: Tensor, strength: float, weights: Tensor, l1: b
     Args:
         x: ``(N, D)``, float64.
         targets: ``(N, M)``, float64.
-        strength: of the penalty ``|w|_1`` or ``|w|^2 / 2``; the bias is free.
+        strength: strength of the penalty ``|w|_1`` or ``|w|^2 / 2``; the bias is free.
         weights: of the samples, ``(N, M)``, mean 1.
         l1: which penalty.
     """

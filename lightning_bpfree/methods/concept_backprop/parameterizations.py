@@ -1,4 +1,4 @@
-"""How inputs may be changed: by adding to them, on a coarse grid, in the latent space of an autoencoder."""
+"""Parameterizations of input changes: additive, on a coarse grid, in the latent space of an autoencoder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Parameterization(ABC):
     continuous: bool = True
 
     def prepare(self, inputs: Tensor) -> None:  # noqa: B027  # most have nothing to learn
-        """Learn what is to be learned from many inputs; called before inputs are changed."""
+        """Fit to many inputs; called before inputs are changed."""
 
     @abstractmethod
     def start(self, inputs: Tensor) -> Tensor:
@@ -57,9 +57,9 @@ class AdditiveChange(Parameterization):
     """Adds a number to every value of the input, within a range.
 
     Args:
-        low: least value of an input; None for no limit.
+        low: smallest value of an input; None for no limit.
         high: largest value.
-        mask: 1 where the input may change, and 0 elsewhere; broadcast over samples. None: everywhere.
+        mask: 1 where the input may change, and 0 elsewhere; broadcast over samples. None for everywhere.
 
     Examples:
         >>> change = AdditiveChange(low=0.0, high=1.0)
@@ -86,7 +86,7 @@ class AdditiveChange(Parameterization):
         return inputs + free
 
     def project(self, inputs: Tensor, free: Tensor) -> None:
-        """Keep the sums in the range, and zeros where nothing may change."""
+        """Keep the sums in the range, and the change zero where the mask is 0."""
         if self.mask is not None:
             free.mul_(self.mask.to(free))
         if self.low is not None or self.high is not None:
@@ -94,9 +94,9 @@ class AdditiveChange(Parameterization):
 
 
 class GridChange(AdditiveChange):
-    """Adds a smooth change to images: numbers on a coarse grid, interpolated between.
+    """Adds a smooth change to images: numbers on a coarse grid with interpolation.
 
-    High frequencies, with which networks are fooled, are out of reach.
+    High frequencies, which adversarial changes use, are impossible.
 
     Args:
         cells: rows and columns of the grid.
@@ -130,7 +130,7 @@ class GridChange(AdditiveChange):
         return made if self.low is None and self.high is None else made.clamp(self.low, self.high)
 
     def project(self, inputs: Tensor, free: Tensor) -> None:
-        """Leave the grid free; images are clamped where they are made."""
+        """Leave the grid unconstrained; :meth:`apply` clamps the images."""
 
 
 @runtime_checkable
@@ -145,12 +145,12 @@ class Autoencoder(Protocol):
 
 
 class LatentChange(Parameterization):
-    """Adds to the latents of an autoencoder: changed inputs are those that its decoder can make.
+    """Adds to the latents of an autoencoder: changed inputs are outputs of its decoder.
 
     Args:
-        autoencoder: a module with ``encode`` and ``decode``. If it has a method ``fit``, that is called once with the
+        autoencoder: a module with ``encode`` and ``decode``. If it has a method ``fit``, it is called once with the
             inputs of the concept's data.
-        low: least value of an input; None for no limit.
+        low: smallest value of an input; None for no limit.
         high: largest value.
 
     Raises:
@@ -167,14 +167,14 @@ class LatentChange(Parameterization):
         self.low, self.high, self._fitted = low, high, False
 
     def prepare(self, inputs: Tensor) -> None:
-        """Fit the autoencoder, where it can be fitted and has not been."""
+        """Fit the autoencoder if it has ``fit`` and is not fitted yet."""
         fit = getattr(self.autoencoder, "fit", None)
         if callable(fit) and not self._fitted:
             fit(inputs)
         self._fitted = True
 
     def start(self, inputs: Tensor) -> Tensor:
-        """Return zeros of the latents' shape."""
+        """Return zeros with the shape of the latents."""
         check_floating(inputs, "LatentChange")
         check_range(inputs, self.low, self.high)
         return torch.zeros_like(self.autoencoder.encode(inputs))

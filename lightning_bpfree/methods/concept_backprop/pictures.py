@@ -1,4 +1,4 @@
-"""Pictures of concepts: where they are, how they come up, and what they look like in inputs."""
+"""Pictures of concepts: scores by layer, scores over training, and changed inputs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def change_picture(change: ConceptChange, names: Sequence[str] | None = None, mo
 
     Args:
         change: of :func:`~lightning_bpfree.methods.concept_backprop.change.change_concept`.
-        names: of the features of vectors, or of tokens by id.
+        names: names of the features of vectors, or of tokens by id.
         most: samples shown.
     """
     if not change.inputs.is_floating_point():

@@ -1,4 +1,4 @@
-"""Linear probes: what of a concept can be read off a layer, on samples that the probe has not seen."""
+"""Linear probes: how well a concept can be decoded from a layer, on samples that the probe has not seen."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class ProbeSettings:
 
     Args:
         penalty: on the weights of standardized features: ``"l2"`` or ``"l1"``; ``"mean_difference"``: the direction
-            from the mean of all samples to that of those with the concept, without a fit (as FastCAV).
-        strength: of the penalty, >= 0.
+            from the mean of all samples to the mean of samples with the concept, without a fit (as FastCAV).
+        strength: strength of the penalty, >= 0.
         held_out: share of the samples on which scores are measured, in (0, 1).
-        controls: probes of random labels for each concept, >= 1, whose scores say what chance gives.
-        balanced: whether both classes of a binary concept count the same.
-        pool: from activations to features; see :func:`~lightning_bpfree.methods.concept_backprop.layers.pooled`.
-        seed: of the split and of random labels.
+        controls: probes of random labels for each concept, >= 1, whose scores give the chance level.
+        balanced: whether both classes of a binary concept have equal weight.
+        pool: maps activations to features; see :func:`~lightning_bpfree.methods.concept_backprop.layers.pooled`.
+        seed: seed of the split and of random labels.
 
     Raises:
         ValueError: for values out of range.
@@ -52,7 +52,7 @@ class ProbeSettings:
 @checked_class
 @dataclasses.dataclass(frozen=True)
 class LinearProbe:
-    """A linear function of the features of a layer, and what it says of a concept.
+    """A linear function of a layer's features that predicts a concept.
 
     Args:
         concept: name of the concept.
@@ -60,11 +60,11 @@ class LinearProbe:
         kind: ``"binary"``: the function is the logit; ``"continuous"``: the value itself.
         weight: ``(D,)``.
         bias: scalar.
-        pattern: ``(D,)``, how the features change along the data when the logit grows by one: ``cov(h) w / (w' cov(h)
-            w)``. The weights of a probe also cancel noise; the pattern does not (Haufe et al. 2014).
+        pattern: ``(D,)``, the change of the features in the data when the logit increases by one: ``cov(h) w / (w'
+            cov(h) w)``. The weights of a probe also cancel noise; the pattern does not (Haufe et al. 2014).
         spread: standard deviation of the logit, or of the concept's values, on the training samples; scalar.
-        quantiles: of the labels of a continuous concept, at 10 % and 90 %.
-        pool: from activations to features.
+        quantiles: quantiles of the labels of a continuous concept, at 10 % and 90 %.
+        pool: maps activations to features.
 
     Examples:
         >>> probe = LinearProbe("large", "0", "binary", torch.tensor([1.0, 0.0]), torch.tensor(0.0))
@@ -147,13 +147,13 @@ def fit_probe(
     concept: str = "concept",
     layer: str = "layer",
 ) -> Detection:
-    """Return a probe, and its score on held-out samples beside that of random labels.
+    """Return a probe, and its score on held-out samples next to that of random labels.
 
     Args:
         features: activations, ``(N, D)``.
-        labels: ``(N,)``; 0 and 1, or any numbers of a continuous concept.
+        labels: ``(N,)``; 0 and 1, or any numbers for a continuous concept.
         settings: how to fit.
-        kind: of the concept.
+        kind: kind of the concept.
         concept: its name.
         layer: name of the layer.
 

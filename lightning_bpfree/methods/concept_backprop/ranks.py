@@ -13,7 +13,7 @@ def gathered(samples: Samples, world_size: int) -> Samples:
     """Return the samples of all ranks, in their order, the same on each, so that all fit the same probes.
 
     Args:
-        samples: of this rank.
+        samples: samples of this rank.
         world_size: number of ranks; with one, the samples themselves are returned.
     """
     if world_size == 1:

@@ -1,4 +1,4 @@
-"""Everything that is known of some concepts in a module: detections, sensitivities, changed inputs, entanglement."""
+"""The results for concepts in a module: detections, sensitivities, changed inputs, entanglement."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _FOR_SENSITIVITY = 256  # inputs: the mean effect has a standard error of a sixt
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is to be found out.
+    """The settings of an analysis.
 
     Args:
         probe: how probes are fitted.
-        change: what is asked of changed inputs; None changes none.
+        change: settings for changed inputs; None changes no inputs.
         parameterization: how inputs may change; None for ``AdditiveChange()``.
         layer: whose probes inputs are changed for; None takes the layer from which a concept is read best.
         num_inputs: inputs that are changed for each concept.
         sensitivity: whether it is measured how much the output follows a concept.
         forward: how the module is evaluated.
         validity: differentiable cost of a changed input being no real one, ``(B, ...) -> (B,)``.
-        validity_weight: of that cost.
+        validity_weight: weight of that cost.
         legal: rule of what inputs exist, ``(B, ...) -> (B,)`` of booleans.
     """
 
@@ -115,7 +115,7 @@ def report_on(module: nn.Module, samples: Samples, concepts: Sequence[Concept], 
         module: any trained module.
         samples: of :func:`~lightning_bpfree.methods.concept_backprop.detection.collect_activations`, with outputs.
         concepts: the concepts.
-        plan: what is to be found out.
+        plan: the settings of the analysis.
 
     Raises:
         ValueError: for concepts that no probe can be fitted on, or inputs that cannot be changed.

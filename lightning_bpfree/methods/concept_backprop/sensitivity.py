@@ -1,4 +1,4 @@
-"""Is a concept used by the network, or can it only be read off? Changes of the output, and TCAV scores."""
+"""Whether a network uses a concept or only represents it: changes of the output, and TCAV scores."""
 
 from __future__ import annotations
 
@@ -61,18 +61,18 @@ def concept_sensitivity(
     """Return how much the output changes when the activations of the probe's layer move along the concept.
 
     Activations move along the probe's *pattern*, the direction in which the data itself changes with the concept, by
-    one standard deviation up and down. The weights of a probe are no such direction: they also cancel what the concept
-    is correlated with, and moving along them takes activations where no data is.
+    one standard deviation up and down. The weights of a probe are not such a direction: they also cancel correlated
+    features, and moving along them leaves the distribution of the data.
 
     Args:
         module: the module.
-        inputs: at which the change is measured, ``(B, ...)``.
+        inputs: the inputs at which the change is measured, ``(B, ...)``.
         detection: the probe.
-        features: of many samples of the probe's layer, ``(N, D)``, for the covariance of random directions.
+        features: features of the probe's layer for many samples, ``(N, D)``, for the covariance of random directions.
         forward: how the module is evaluated.
-        num_random: random directions, >= 1.
-        output_of: from the module's first output tensor to ``(B, K)``; None flattens it.
-        seed: of the random directions.
+        num_random: number of random directions, >= 1.
+        output_of: maps the module's first output tensor to ``(B, K)``; None flattens it.
+        seed: seed of the random directions.
 
     Raises:
         ValueError: if the module has no output, or ``pool`` is a function.
@@ -116,17 +116,17 @@ def tcav(
     output: NonNegativeInt = 0,
     forward: Forward = None,
 ) -> dict[str, float]:
-    """Return TCAV scores: how often, and how much, an output grows along the weights of a probe.
+    """Return TCAV scores: how often, and how much, an output increases along the weights of a probe.
 
     Args:
         module: the module.
-        inputs: of the class of interest, ``(B, ...)``.
+        inputs: inputs of the class of interest, ``(B, ...)``.
         probe: its unit normal is the concept activation vector.
         output: which of the outputs ``(B, K)``.
         forward: how the module is evaluated.
 
     Returns:
-        ``sign_count``: share of samples whose output grows along the vector, in [0, 1]; ``magnitude``: sum of the
+        ``sign_count``: share of samples whose output increases along the vector, in [0, 1]; ``magnitude``: sum of the
         positive slopes over that of all absolute ones; ``mean_slope``: their mean, which captum 0.9 calls magnitude.
 
     Examples:

@@ -1,4 +1,4 @@
-"""Another activation for each member, in the place of the module's own."""
+"""A different activation for each member, instead of the module's own."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def activation_modules(module: nn.Module) -> dict[str, nn.Module]:
 
 
 class MemberActivation(ForwardOverride):
-    """Computes each member's activation in the place of one module's.
+    """Computes each member's activation instead of one module's.
 
     Args:
         module: the activation of the module as the user wrote it.

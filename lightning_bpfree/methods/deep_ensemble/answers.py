@@ -1,4 +1,4 @@
-"""An ensemble in evaluation: it answers for the network, reports its members, and fits the weights of stacking."""
+"""An ensemble in evaluation: it replaces the network's output, logs member metrics, and fits stacking weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Answers:
     Args:
         run: the ensemble.
         combination: of its members' outputs.
-        settings: of the ensemble.
+        settings: settings of the ensemble.
 
     Raises:
         MisconfigurationException: if the settings name a network that the module does not have.
@@ -41,7 +41,7 @@ class Answers:
         self._weights: Any = None  # those before the evaluation
 
     def speaks_for(self, run: EnsembleRun) -> bool:
-        """Whether this is the ensemble, with the members as they are kept now."""
+        """Whether this is the ensemble with its current members."""
         return self.run is run and self._members is run.members
 
     def begin(self, stage: str) -> None:
@@ -108,6 +108,6 @@ class Answers:
         }
 
     def end(self) -> None:
-        """Let the module be itself."""
+        """Restore the module's own computation."""
         self.network.remove()
         self._report = None

@@ -1,4 +1,4 @@
-"""A bootstrap sample of the training set for each member: batches that hold one batch for each."""
+"""A bootstrap sample of the training set for each member: every batch holds one batch per member."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _STREAM = 0xB007  # apart from all other uses of a member's seed
 
 @checked
 def bootstrap_rows(samples: PositiveInt, seed: int) -> Tensor:
-    """Return the indices of a bootstrap sample, int64 ``(samples,)``: drawn with replacement, a function of ``seed``.
+    """Return the indices of a bootstrap sample, int64 ``(samples,)``: drawn with replacement, determined by ``seed``.
 
     Training a member alone on ``torch.utils.data.Subset(data, bootstrap_rows(len(data), seed))``, with the member's
-    seed, is training it in the ensemble.
+    seed, is equivalent to training it in the ensemble.
 
     Examples:
         >>> rows = bootstrap_rows(1000, seed=0)
@@ -36,11 +36,11 @@ def bootstrap_rows(samples: PositiveInt, seed: int) -> Tensor:
 
 
 class MemberBatches(Dataset[Any]):
-    """A data set that gives each member its own sample in the place of one.
+    """A data set that returns one sample for each member instead of one sample.
 
     Args:
         dataset: of the user, with a length.
-        rows: ``(M, N)``: which sample each member sees in the place of the n-th.
+        rows: ``(M, N)``: index of the sample that each member gets instead of the n-th.
     """
 
     def __init__(self, dataset: Any, rows: Tensor) -> None:
@@ -78,12 +78,12 @@ class Bootstrap:
     """Gives the Trainer data loaders with a batch for each member, for the time of a fit.
 
     Args:
-        trainer: the Trainer, before it has asked for its training data.
+        trainer: the Trainer, before it has loaded its training data.
         module: the module.
-        seeds: of the members.
+        seeds: seeds of the members.
 
     Raises:
-        MisconfigurationException: where members cannot have batches of their own.
+        MisconfigurationException: if members cannot have their own batches.
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, seeds: Sequence[int]) -> None:
@@ -100,7 +100,7 @@ class Bootstrap:
         self._source.dataloader = lambda: tree_map(self.bootstrapped, original())  # a collection of loaders, or one
 
     def undo(self) -> None:
-        """Let the Trainer ask for its data as before."""
+        """Restore the Trainer's own data loading."""
         self._source.__dict__.pop("dataloader", None)
 
     def bootstrapped(self, loader: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Deep ensembles: any LightningModule becomes several members, trained in one run."""
+"""Deep ensembles: several members of any LightningModule, trained in one run."""
 
 from __future__ import annotations
 
@@ -29,45 +29,46 @@ from lightning_bpfree.training.training_rule import TrainingRule
 
 
 class DeepEnsemble(Callback):
-    """Trains several members of any LightningModule in one run, and lets their combination answer in evaluation.
+    """Trains several members of any LightningModule in one run, and evaluates their combination.
 
-    Each member has parameters, buffers, random streams and an optimizer state of its own, and is what it would be if it
-    were trained alone with its seed. In training, ``self.log`` gives the mean over members. In validation, test and
-    prediction the user's step runs once, and the network that it calls answers for the whole ensemble: the user's own
-    metrics are those of the ensemble. Beside them are logged, by the names of torch-uncertainty, ``val/cls/Acc``,
-    ``val/cls/NLL``, ``val/cls/Brier``, ``val/cal/ECE``, ``val/ens_Disagreement``, ``val/ens_Entropy``, ``val/ens_MI``
-    (regression: ``val/reg/MSE``, ``val/reg/MAE``, ``val/ens_Variance``), and ``val/member_0/Acc`` and so on.
+    Each member has its own parameters, buffers, random streams and optimizer state, and is equal to a member trained
+    alone with its seed. In training, ``self.log`` logs the mean over members. In validation, test and prediction, the
+    user's step runs once, and the network that it calls returns the ensemble's output: the user's own metrics are those
+    of the ensemble. The callback also logs, under the names of torch-uncertainty, ``val/cls/Acc``, ``val/cls/NLL``,
+    ``val/cls/Brier``, ``val/cal/ECE``, ``val/ens_Disagreement``, ``val/ens_Entropy``, ``val/ens_MI`` (regression:
+    ``val/reg/MSE``, ``val/reg/MAE``, ``val/ens_Variance``), and ``val/member_0/Acc`` and so on.
 
-    After the fit, the module itself has the weights of the first member; :meth:`export` gives the ensemble.
+    After the fit, the module itself has the weights of the first member; :meth:`export` returns the ensemble.
 
     Args:
-        members: how many, >= 1; None: 5, or as many as there are activations.
-        activations: names of activations that replace the module's own: neighboring members share one, and members
-            must be a multiple of their number. Of ``relu``, ``relu6``, ``elu``, ``selu``, ``celu``, ``gelu``, ``silu``,
-            ``mish``, ``tanh``, ``leaky_relu``, ``softplus``, ``hardswish``.
-        combine: ``"mean"`` of the probabilities or values; ``"vote"``: the class of most votes, a tie going to the
-            larger mean probability; ``"stack"``: the mean with weights fitted to the validation data.
-        task: what the network returns: ``"classification"``: logits of two or more classes; ``"binary"``: one logit a
-            sample; ``"regression"``: values.
-        weights: of the members in mean or vote, each >= 0, summing to 1; None for equal ones.
+        members: number of members, >= 1; None for 5, or the number of activations if given.
+        activations: names of activations that replace the module's own: adjacent members share one, and the number of
+            members must be a multiple of theirs. Of ``relu``, ``relu6``, ``elu``, ``selu``, ``celu``, ``gelu``,
+            ``silu``, ``mish``, ``tanh``, ``leaky_relu``, ``softplus``, ``hardswish``.
+        combine: ``"mean"`` of the probabilities or values; ``"vote"``: the class with the most votes, a tie going to
+            the larger mean probability; ``"stack"``: the mean with weights fitted to the validation data.
+        task: what the network returns: ``"classification"``: logits of two or more classes; ``"binary"``: one logit
+            per sample; ``"regression"``: values.
+        weights: weights of the members in mean or vote, each >= 0, summing to 1; None for equal weights.
         bootstrap: whether each member trains on its own sample of the training set, drawn with replacement.
-        lr_factors: by which each member's learning rates differ from the configured ones, each > 0; None for 1.
-        initialize: how members after the first, which starts from the module as it is, get other weights: ``"reset"``:
-            by ``reset_parameters()`` of the module or of its parts (pretrained weights are lost, frozen ones kept);
-            ``"same"``: not at all; or a function that initializes the module it is given, in place.
-        seed: of the members' seeds, or a list of these; None takes torch's initial seed (``seed_everything``).
-        route: ``"stacked"``: all members in one vmapped step; ``"sequential"``: one after the other; ``"auto"``
-            chooses, and says which and why.
-        network: name of the part of the module that is the network (``"net"``; ``""`` for the module itself); None
-            finds what evaluation steps call.
+        lr_factors: factors on the configured learning rates, one per member, each > 0; None for 1.
+        initialize: how members after the first get other weights; the first starts from the module's weights.
+            ``"reset"``: by ``reset_parameters()`` of the module or of its parts (pretrained weights are lost, frozen
+            ones kept); ``"same"``: no change; or a function that initializes the given module in place.
+        seed: seed of the members' seeds, or a list of these; None uses torch's initial seed (``seed_everything``).
+        route: ``"stacked"``: all members in one vmapped step; ``"sequential"``: one after another; ``"auto"`` chooses,
+            and reports the choice and the reason.
+        network: name of the submodule that is the network (``"net"``; ``""`` for the module itself); None finds the
+            submodule that evaluation steps call.
         probabilities: whether the network returns probabilities rather than logits.
-        class_dim: which dimension of a prediction counts the classes; None for the last of two.
-        targets: key of the targets in a batch that is a mapping, or a function that takes them out of a batch; None for
-            the second of a pair, or ``batch["labels"]`` and the like.
+        class_dim: class dimension of a prediction; None for the last of two.
+        targets: key of the targets in a batch that is a mapping, or a function that extracts them from a batch; None
+            for the second of a pair, or ``batch["labels"]`` and the like.
 
     Raises:
         ValueError: for arguments out of range.
-        MisconfigurationException: before the first batch, for what cannot be an ensemble, with the reason.
+        MisconfigurationException: before the first batch, for a module that does not support ensembles, with the
+            reason.
 
     Examples:
         >>> ensemble = DeepEnsemble(activations=["relu", "elu", "gelu"])
@@ -136,12 +137,12 @@ class DeepEnsemble(Callback):
 
     @property
     def route(self) -> str:
-        """One line that says how the members are trained; empty before the first fit."""
+        """One line that describes how the members are trained; empty before the first fit."""
         return "" if self._run is None else self._run.route()
 
     @property
     def rule_copies(self) -> list[TrainingRule]:
-        """The training rules, in the last fit, of all members but the first, which has the Trainer's."""
+        """The training rules of all members except the first (which has the Trainer's) in the last fit."""
         rules = None if self._run is None else self._run.rules
         return [] if rules is None else list(rules.copies)
 
@@ -155,10 +156,10 @@ class DeepEnsemble(Callback):
         return [run.members.state(m) for m in range(run.members.count)]
 
     def export(self) -> EnsembleModule:
-        """Return the ensemble as a plain module: ``members``, and their combination when it is called.
+        """Return the ensemble as a plain module with ``members``; calling it returns their combination.
 
-        The members are copies of the network that evaluation steps call, or of the whole LightningModule before any
-        evaluation, on the CPU and in evaluation mode.
+        The members are copies of the network that evaluation steps call, or of the whole LightningModule if there was
+        no evaluation yet. They are on the CPU and in evaluation mode.
 
         Raises:
             RuntimeError: before the first fit.
@@ -181,13 +182,13 @@ class DeepEnsemble(Callback):
     # --- one fit ---
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot work, before anything is trained."""
+        """Refuse unsupported settings and modules before training."""
         check_strategy(trainer)
         if stage == "fit":
             check_fit(trainer, pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the members, or take those of a checkpoint or of the last fit, and their optimizers."""
+        """Create the members and their optimizers, or restore those of a checkpoint or of the last fit."""
         loaded = self._loaded
         if loaded is None:
             run = self._run if self._run is not None and self._run.module is pl_module else None
@@ -211,7 +212,7 @@ class DeepEnsemble(Callback):
             logger.log_hyperparams({"bpfree_ensemble": self.settings.plain()})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give each member a training rule of its own, once all callbacks have begun."""
+        """Give each member its own training rule, after all callbacks have started."""
         loaded, self._loaded = self._loaded, None
         self._running().copy_rules(trainer, None if loaded is None else loaded["rules"])
         if loaded is not None:
@@ -222,13 +223,13 @@ class DeepEnsemble(Callback):
             RandomStreams([module.device]).from_plain(self._global)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tell the members' rules."""
+        """Call the hook of the members' rules."""
         self._running().forward("on_train_epoch_start")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Settle how members are trained, before the first batch; tell the members' rules."""
+        """Choose the route before the first batch; call the hook of the members' rules."""
         if batch_idx > 0:  # resumed inside an epoch, behind the loader's draw
             self._continue_stream(pl_module)
         self._global = None
@@ -237,15 +238,15 @@ class DeepEnsemble(Callback):
         run.forward("on_train_batch_start", batch, batch_idx)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Tell the members' rules, each with its member's gradients."""
+        """Call the hook of the members' rules, each with its member's gradients."""
         self._running().forward("on_before_optimizer_step", optimizer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the module with the first member's weights, and everything else as it was."""
+        """Leave the module with the first member's weights, and restore everything else."""
         self._undo(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Put everything back: Lightning calls no teardown hooks after an exception."""
+        """Restore everything: Lightning calls no teardown hooks after an exception."""
         self._undo(trainer)
 
     def _undo(self, trainer: pl.Trainer) -> None:
@@ -301,7 +302,7 @@ class DeepEnsemble(Callback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Begin another step."""
+        """Start a new step."""
         if self._answers is not None:
             self._answers.begin_batch()
 
@@ -314,7 +315,7 @@ class DeepEnsemble(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count the members' predictions; see that the step has asked the ensemble."""
+        """Add the members' predictions to the metrics; check that the step called the network."""
         if self._answers is not None:
             self._network_name = self._answers.end_batch(batch, dataloader_idx)
 
@@ -324,7 +325,7 @@ class DeepEnsemble(Callback):
             pl_module.log_dict(self._answers.report(trainer.sanity_checking), on_step=False, on_epoch=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the module be itself."""
+        """Restore the module's own forward pass."""
         self._end_evaluation()
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
@@ -335,7 +336,7 @@ class DeepEnsemble(Callback):
     # --- checkpoints ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all members, with what an exact resume needs."""
+        """Return all members, with the state for an exact resume."""
         if self._run is None:
             return {}
         run = self._run
@@ -357,10 +358,10 @@ class DeepEnsemble(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the members of a checkpoint; they begin their work at the next start.
+        """Load the members of a checkpoint; the next start of a fit or evaluation uses them.
 
         Raises:
-            MisconfigurationException: if they are not as many as this callback has.
+            MisconfigurationException: if their number differs from this callback's.
         """
         if not state_dict:
             return
@@ -385,7 +386,7 @@ class DeepEnsemble(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save the module's own weights, the first member's, without the memory of the others."""
+        """Save only the first member's weights as the module's own, without storage of the others."""
         weights = checkpoint.get("state_dict", {})
         checkpoint["state_dict"] = {n: v.clone() if isinstance(v, Tensor) else v for n, v in weights.items()}
 

@@ -1,4 +1,4 @@
-"""Collecting what members log, so that Lightning hears one number where M members have said M."""
+"""Collection of members' logged values, so that Lightning logs their mean instead of M numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class CapturedLog:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Keep what is logged in this context."""
+        """Collect logged values in this context."""
         saved = [
             {key: part.__dict__[key] for key in ("log", "log_dict") if key in part.__dict__} for part in self.parts
         ]
@@ -51,7 +51,7 @@ class CapturedLog:
         return [value for values, _ in self._calls.values() for value in values if isinstance(value, Tensor)]
 
     def replace(self, tensors: list[Tensor]) -> None:
-        """Put others in the place of what :meth:`tensors` returned."""
+        """Replace the tensors that :meth:`tensors` returned."""
         given = iter(tensors)
         for values, _ in self._calls.values():
             values[:] = [next(given) if isinstance(value, Tensor) else value for value in values]

@@ -1,4 +1,4 @@
-"""What stands in the way of an ensemble, said before the first batch and with the cure."""
+"""Checks before the first batch that an ensemble is possible; every error says how to fix the problem."""
 
 from __future__ import annotations
 

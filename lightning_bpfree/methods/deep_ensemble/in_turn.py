@@ -1,4 +1,4 @@
-"""Training steps of members one after the other, each with its backward pass before the next begins."""
+"""Training steps of members one after another, each with its backward pass before the next starts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class InTurn(MemberSteps):
         self.attributes = OwnAttributes(self.module, self.members.count)
 
     def loss(self, steps: list[Step], args: tuple[Any, ...], kwargs: dict[str, Any], factor: Tensor) -> Tensor | None:
-        """Return the members' mean loss, whose backward pass hands over every member's own gradient.
+        """Return the members' mean loss, whose backward pass gives every member its own gradient.
 
         Args:
             steps: the training step as each member evaluates it.

@@ -26,7 +26,7 @@ def initial_states(module: pl.LightningModule, seeds: list[int], initialize: Ini
 
     Args:
         module: the module.
-        seeds: of the members; each decides its member's initialization alone.
+        seeds: seeds of the members; each decides its member's initialization alone.
         initialize: ``"reset"``: by ``reset_parameters()`` of the module, or of its parts; ``"same"``: not at all; or a
             function that initializes the module that it is given, in place.
 

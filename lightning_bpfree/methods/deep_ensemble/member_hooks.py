@@ -1,4 +1,4 @@
-"""Hooks of the user's module that look at gradients, called once for each member."""
+"""Gradient hooks of the user's module, called once for each member."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class MemberHooks:
     Args:
         module: the module.
         members: its members.
-        optimizers: of the members; empty where one optimizer moves the stacks.
+        optimizers: optimizers of the members; empty where one optimizer moves the stacks.
         clip_val: of the Trainer; None for none.
         algorithm: of the Trainer's clipping.
     """
@@ -53,7 +53,7 @@ class MemberHooks:
         self._replaced.append(hook)
 
     def undo(self) -> None:
-        """Let the module have its own hooks again."""
+        """Restore the module's own hooks."""
         for hook in self._replaced:
             self.module.__dict__.pop(hook, None)
         self._replaced = []

@@ -1,4 +1,4 @@
-"""What both routes of a training step need: the module, its members, and who is computing."""
+"""Shared state of both routes of a training step: the module, its members, and the current member."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MemberSteps:
         streams: their random streams.
         log: hears what the step logs.
         at_work: who is computing.
-        own_batches: whether each member has a batch of its own (the batch is then a list of M).
+        own_batches: whether each member has its own batch (the batch is then a list of M).
     """
 
     module: nn.Module

@@ -1,4 +1,4 @@
-"""The members of an ensemble: parameters and buffers of each, lent to the one module that Lightning knows."""
+"""The members of an ensemble: parameters and buffers of each, which the Trainer's module uses temporarily."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ State = dict[str, Tensor]
 
 
 class Members:
-    """Parameters and buffers of M members; the module itself holds the first one whenever nobody else computes in it.
+    """Parameters and buffers of M members; the module holds the first one, except while another member computes.
 
     Members lend their tensors to the module's own ``Parameter`` objects through ``.data``, so that every reference to a
     parameter, wherever the module keeps it, sees the member at work. There are two ways to keep the tensors:
@@ -93,7 +93,7 @@ class Members:
 
     @contextlib.contextmanager
     def at_work(self, member: int, grads: bool = False) -> Iterator[None]:
-        """Let the module be one member.
+        """Let the module compute as one member.
 
         Args:
             member: which.
@@ -183,7 +183,7 @@ class Members:
 
     @contextlib.contextmanager
     def placed(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """Let the module compute with these tensors; the dict given holds its buffers afterwards."""
+        """Let the module compute with these tensors; the given dict holds its buffers afterward."""
         before, left = self._held_buffers(), dict(buffers)
         with self.slots.replaced(params):
             self._hold({**before, **buffers})
@@ -203,7 +203,7 @@ class Members:
         self._hold({**self._held_buffers(), **self.buffers[0]})
 
     def release(self) -> None:
-        """Leave the module with the first member, in memory of its own."""
+        """Leave the module with the first member's tensors, in separate memory."""
         for slot in self.slots:
             slot.parameter.grad = None
             if self.stack:

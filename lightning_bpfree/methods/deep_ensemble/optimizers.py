@@ -1,4 +1,4 @@
-"""The user's optimizer for all members: one over stacked parameters where that is the same, or one each."""
+"""The user's optimizer for all members: one over stacked parameters if that is equivalent, or one for each."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def why_not_stacked(optimizer: Optimizer, lr_factors: Sequence[float]) -> str | 
 
 
 def move_to_stacks(optimizer: Optimizer, members: Members) -> None:
-    """Let the user's optimizer move the stacks instead of the module's parameters; groups and options stay.
+    """Let the user's optimizer update the stacks instead of the module's parameters; groups and options stay.
 
     Raises:
         MisconfigurationException: if it moves something that is not a parameter of the module.
@@ -71,7 +71,7 @@ class MemberOptimizers(Optimizer):
     before each step.
 
     Args:
-        optimizers: of the members, the leader first.
+        optimizers: optimizers of the members, the leader first.
         lr_factors: by which a member's learning rates differ from the leader's.
     """
 
@@ -120,7 +120,7 @@ class MemberOptimizers(Optimizer):
         return {"members": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned.
+        """Restore what :meth:`state_dict` returned.
 
         Raises:
             ValueError: if it is of another number of members.

@@ -1,4 +1,4 @@
-"""What a training step assigns to the module, kept for each member apart: hidden states, counters."""
+"""Attributes that a training step assigns to the module, kept separately per member: hidden states, counters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training rule for each member: members are trained apart, with directions and search states of their own."""
+"""A training rule for each member: members train separately, with their own directions and search states."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HOOKS = ("on_train_epoch_start", "on_train_batch_start", "on_before_optimizer_s
 
 
 class RuleCopies:
-    """The rules of all members: the Trainer's own for the first, and copies of it, with seeds of their own.
+    """The rules of all members: the Trainer's own for the first, and copies with their own seeds for the others.
 
     Args:
         rule: of the Trainer, which has begun its fit.
@@ -55,7 +55,7 @@ class RuleCopies:
         return [clone.state_dict() for clone in self.copies]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Take back their states, but for the random streams: these are the members'."""
+        """Restore their states, except the random streams, which belong to the members."""
         for clone, state in zip(self.copies, states, strict=True):
             clone.load_state_dict({**state, "streams": []})
 
@@ -69,7 +69,7 @@ def twin_of(rule: R, module: nn.Module, seed: int) -> R:
     Args:
         rule: the rule.
         module: that it trains.
-        seed: of the copy's random directions.
+        seed: seed of the copy's random directions.
 
     Raises:
         RuntimeError: outside of a fit.

@@ -1,4 +1,4 @@
-"""One ensemble in one module: how its members are kept, evaluated and moved, from the start of a fit to its end."""
+"""One ensemble in one module: storage, evaluation and updates of its members during a fit."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class EnsembleRun:
         module: the module.
         states: the members' parameters and buffers.
         seeds: the members' seeds.
-        settings: of the ensemble.
+        settings: settings of the ensemble.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class EnsembleRun:
         return {**output, "loss": loss} if isinstance(output, dict) else loss
 
     def copy_rules(self, trainer: pl.Trainer, states: list[dict[str, Any]] | None) -> None:
-        """Give each member a rule of its own, if the Trainer has one; called once all callbacks have begun."""
+        """Give each member its own rule, if the Trainer has one; called after all callbacks have started."""
         rules = callbacks_of(trainer, TrainingRule)
         if rules:
             self.rules = RuleCopies(rules[0], trainer, self.module, self.members.count)

@@ -18,7 +18,7 @@ class MemberStreams:
     would draw alone.
 
     Args:
-        seeds: of the members.
+        seeds: seeds of the members.
         device: that the module computes on.
     """
 
@@ -70,7 +70,7 @@ class MemberStreams:
 
     @contextlib.contextmanager
     def rewound(self) -> Iterator[None]:
-        """Put the members' streams back afterwards."""
+        """Restore the streams afterward."""
         self._settle()
         states = [dict(state) for state in self._states]
         try:
@@ -89,7 +89,7 @@ class MemberStreams:
         return plain
 
     def from_plain(self, plain: Sequence[dict[str, Any]]) -> None:
-        """Take back what :meth:`to_plain` returned."""
+        """Restore what :meth:`to_plain` returned."""
         self._generators, self._states = None, []
         with self._untouched():
             for state in plain:

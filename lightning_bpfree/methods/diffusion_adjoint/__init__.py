@@ -1,1 +1,1 @@
-"""Gradients through the sampler of a diffusion model; every name is imported from the file that has it."""
+"""Gradients through the sampler of a diffusion model; import every name from the file that defines it."""

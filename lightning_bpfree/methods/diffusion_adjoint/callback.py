@@ -1,4 +1,4 @@
-"""Differentiable sampling in any LightningModule: the callback that puts a gradient behind a diffusion sampler."""
+"""Differentiable sampling in any LightningModule: a callback that gives diffusion samplers a gradient."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ _WHOLE_PARAMETERS = ("exact_adjoint", "adjoint", "truncated")
 
 
 class DiffusionAdjoint(Callback):
-    """Differentiates what a LightningModule samples from a diffusion model, at the memory of one network evaluation.
+    """Differentiates a LightningModule's samples from a diffusion model, with the memory of one network evaluation.
 
-    For the duration of ``fit``, samplers that the module holds get these settings, and calls of diffusers pipelines
-    that it holds (``self.pipe(prompt_embeds=..., latents=...)``) return images through which gradients flow, to the
-    initial noise, to the conditioning and to the networks' weights, as far as these require one. The module's
-    ``training_step`` stays as it is; afterwards samplers and pipelines are what they were, so that ``test`` and
-    ``predict`` sample by their own settings. A setting that is None is left to the sampler, or to the arguments of the
-    call.
+    During ``fit``, samplers in the module use these settings, and calls of its diffusers pipelines
+    (``self.pipe(prompt_embeds=..., latents=...)``) return differentiable images: gradients flow to the initial noise,
+    the conditioning and the networks' weights, if these require gradients. The module's ``training_step`` does not
+    change. After the fit, samplers and pipelines are restored, so that ``test`` and ``predict`` sample with their own
+    settings. A setting that is None is taken from the sampler, or from the arguments of the call.
 
-    The rules give the same samples. ``"exact_adjoint"`` gives the gradient of the solver that ran; so do ``"direct"``
-    (autograd; memory grows with the steps) and ``"checkpoint"`` (torch's). ``"adjoint"`` is AdjointDPM's: the gradient
-    of the ODE behind the solver, off by the solver's order. ``"truncated"`` (DRaFT-K) differentiates the last steps.
+    All gradient modes give the same samples. ``"exact_adjoint"`` gives the exact gradient of the solver; so do
+    ``"direct"`` (autograd; memory grows with the steps) and ``"checkpoint"`` (torch's). ``"adjoint"`` is AdjointDPM's:
+    the gradient of the underlying ODE, with an error of the solver's order. ``"truncated"`` (DRaFT-K) differentiates
+    only the last steps.
 
-    Logs, every ``log_every_n_steps`` optimizer steps, ``bpfree/network_evals`` (cumulative, a sample) and
+    Logs, every ``log_every_n_steps`` optimizer steps, ``bpfree/network_evals`` (cumulative, per sample) and
     ``bpfree/peak_memory`` in MiB (allocated on a CUDA device; of the process on the CPU).
 
     Args:
         gradient: ``"exact_adjoint"``, ``"adjoint"``, ``"checkpoint"``, ``"direct"`` or ``"truncated"``.
-        num_steps: of the solver, at least 1.
+        num_steps: number of solver steps, at least 1.
         solver: ``"euler"`` (DDIM), ``"midpoint"``, ``"heun"``, ``"rk4"`` or ``"dpmpp_2m"``.
-        guidance_scale: of classifier-free guidance, at least 0; 1 for none.
+        guidance_scale: scale of classifier-free guidance, at least 0; 1 for none.
         guidance_rescale: in [0, 1].
         last_steps: steps that ``"truncated"`` differentiates, at least 1.
         micro_batch: samples that are solved at a time, at least 1.
-        split_guidance: evaluate the network with and without the prompt one after the other.
+        split_guidance: evaluate the network with and without the prompt one after another.
 
     Raises:
         ValueError: for arguments out of range; when a fit starts, for a pipeline that cannot be differentiated.
@@ -98,13 +98,13 @@ class DiffusionAdjoint(Callback):
         self._evals, self._logged_at = 0.0, 0
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that samplers get; those that are left to them are missing."""
+        """Return the settings that override those of samplers; settings that are None are omitted."""
         return dict(self._given)
 
     # --- swap and undo ---
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the gradient behind the samplers that the module holds, once everything in the way has been checked."""
+        """Make the samplers in the module differentiable, after all checks."""
         self._check_strategy(trainer)
         self._held = held_samplers(pl_module, self._given)
         if not self._held:
@@ -135,16 +135,16 @@ class DiffusionAdjoint(Callback):
         self._held = []
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give samplers and pipelines back as they were."""
+        """Restore samplers and pipelines."""
         self._restore()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give samplers and pipelines back as they were, if the fit has not come to its end."""
+        """Restore samplers and pipelines, if the fit did not reach its end."""
         if stage == "fit":
             self._restore()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give samplers and pipelines back as they were: Lightning calls no teardown hooks after an exception."""
+        """Restore samplers and pipelines: Lightning calls no teardown hooks after an exception."""
         self._restore()
 
     # --- what it costs ---
@@ -152,7 +152,7 @@ class DiffusionAdjoint(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin to measure; refuse to train in inference mode, which records nothing."""
+        """Start measuring; refuse to train in inference mode, which records no graph."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "training runs in inference mode, where nothing is recorded: leave that mode around fit."
@@ -163,7 +163,7 @@ class DiffusionAdjoint(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count evaluations; log where the Trainer logs."""
+        """Count evaluations; log when the Trainer logs."""
         self._evals += sum(held.take_evals() for held in self._held)
         every = log_every_n_steps(trainer)
         if trainer.barebones or not every or trainer.global_step % every or trainer.global_step == self._logged_at:
@@ -182,7 +182,7 @@ class DiffusionAdjoint(Callback):
         return {"settings": self.settings(), "network_evals": self._evals}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the count over; warn if the checkpoint was trained through another solve."""
+        """Restore the count; warn if the checkpoint was trained with other solver settings."""
         self._evals = float(state_dict["network_evals"])
         then, now = state_dict["settings"], self.settings()
         changed = [

@@ -1,4 +1,4 @@
-"""The gradient of AdjointDPM: the augmented ODE behind a solve, solved from data to noise."""
+"""The gradient of AdjointDPM: the augmented ODE, solved from data to noise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedules of diffusers' schedulers, and what a differentiable solve cannot take over from them."""
+"""Schedules of diffusers' schedulers, and checks for settings that a differentiable solve does not support."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluations of the field of a solve: their context, their graphs, and products of cotangents with derivatives."""
+"""Evaluations of a solver's vector field: their context, their graphs, and vector-Jacobian products."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Solve(NamedTuple):
 
 
 class Context:
-    """What an evaluation depends on beside its inputs, for every evaluation of a solve.
+    """The context of every evaluation of a solve, apart from its inputs.
 
     Args:
         tensor: on the device of the solve.
@@ -121,7 +121,7 @@ class Evaluated(NamedTuple):
 
     Attributes:
         y: a leaf, where the field was evaluated.
-        leaves: the tensors that gradients are wanted by beside y, as the graph has them.
+        leaves: the tensors, apart from y, whose gradients are needed, as they are in the graph.
         out: the field there.
     """
 
@@ -131,13 +131,13 @@ class Evaluated(NamedTuple):
 
 
 def evaluated(field: Field, node: Node, y: Tensor, tensors: list[Tensor], through_y: bool) -> Evaluated:
-    """Return the field at a node and a state, with a graph of its own.
+    """Return the field at a node and a state, with its own graph.
 
     Args:
         field: the right-hand side.
         node: where.
         y: the state.
-        tensors: leaves, which the field takes beside y.
+        tensors: leaves, the inputs of the field apart from y.
         through_y: whether a gradient by the state is wanted.
     """
     y = y.detach().requires_grad_(through_y)

@@ -60,7 +60,7 @@ class FluxTransformer(Network):
 
     Args:
         network: the network.
-        guidance: the guidance scale that distilled models are told.
+        guidance: the guidance scale that distilled models get as input.
     """
 
     def __init__(self, network: nn.Module, guidance: float = 3.5) -> None:

@@ -1,4 +1,4 @@
-"""The right-hand side of the sampling ODE: a network's prediction, guided, in the variables of the solver."""
+"""The right-hand side of the sampling ODE: a network's guided prediction in the variables of the solver."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Prediction = Literal["epsilon", "sample", "v_prediction", "score", "flow_predict
 
 
 def derivative(prediction: str, output: Tensor, x: Tensor, node: Node) -> Tensor:
-    """Return ``dy/drho`` from what a network predicts: the noise, or the velocity of a flow.
+    """Return ``dy/drho`` from a network's prediction: the noise, or the velocity of a flow.
 
     Args:
         prediction: ``"epsilon"`` (the noise), ``"sample"`` (the data), ``"v_prediction"``, ``"score"``, or
@@ -58,7 +58,7 @@ def guided(conditional: Tensor, unconditional: Tensor, scale: float, rescale: fl
         conditional: the prediction for the prompt.
         unconditional: the prediction without.
         scale: 1 gives the first, 0 the second, more exaggerates what the prompt changes.
-        rescale: in [0, 1], how far each sample's standard deviation is put back to that of ``conditional``.
+        rescale: in [0, 1], how far each sample's standard deviation is moved back to that of ``conditional``.
 
     Examples:
         >>> guided(torch.tensor([[1.0]]), torch.tensor([[0.5]]), 3.0, 0.0)
@@ -86,8 +86,8 @@ class GuidedField:
         guidance_rescale: in [0, 1].
         split_guidance: evaluate the two halves of guidance one after the other, and hold the activations of one of them
             at a time; costs a further evaluation in a backward pass.
-        dtype: of the network; None for that of its input.
-        count: told how many samples go through the network, at every call.
+        dtype: type of the network; None for that of its input.
+        count: called with the number of samples at every call of the network.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Fine-tuning of a diffusion model, its prompts or its noise by a reward of the images, as a LightningModule."""
+"""Fine-tuning of a diffusion model, its prompts or its noise with a reward for images, as a LightningModule."""
 
 from __future__ import annotations
 
@@ -48,51 +48,51 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 class RewardFineTuning(pl.LightningModule):
-    """Raises a reward of the images of a diffusion pipeline, through the sampler that makes them.
+    """Maximizes a reward for the images of a diffusion pipeline, by gradients through its sampler.
 
     The gradient is that of :class:`~lightning_bpfree.methods.diffusion_adjoint.callback.DiffusionAdjoint` in the
-    Trainer, or the exact adjoint without one. A reward without a derivative trains by a rule that only evaluates the
-    training step, such as ``ZerothOrder`` or ``EvolutionStrategy`` on a LoRA. The module has data loaders of its own:
-    batches are numbers of samples, and each number decides the noise and the prompt of its sample, on every device.
+    Trainer, or the exact adjoint without one. A reward without a derivative needs a rule that only evaluates the
+    training step, such as ``ZerothOrder`` or ``EvolutionStrategy`` on a LoRA. The module has its own data loaders:
+    batches are numbers of samples, and each number determines the noise and the prompt of its sample, on every device.
 
-    Logs ``train_reward``, ``prior`` where there is one, ``val_reward`` and ``val_<judge>``. Checkpoints hold what is
-    trained, not the pipeline.
+    Logs ``train_reward``, ``prior`` if there is one, ``val_reward`` and ``val_<judge>``. Checkpoints hold the trained
+    parameters, not the pipeline.
 
     Args:
-        pipeline: folder of a pipeline in the format of diffusers, or a pipeline.
-        reward: from images in 0 to 1, shape (B, C, H, W), to a number for each or for all, which is raised; with a
-            second argument, it gets the numbers of their prompts, int64 of shape (B,). A callable, or a metric of
-            torchmetrics.
+        pipeline: folder of a pipeline in the diffusers format, or a pipeline.
+        reward: maps images in [0, 1], shape (B, C, H, W), to one number per image or one for all, which is maximized;
+            if it has a second argument, it gets the numbers of their prompts, int64 of shape (B,). A callable, or a
+            metric of torchmetrics.
         optimize: ``"noise"`` (of ``batch_size`` images), ``"prompt_embeds"``, ``"weights"`` or ``"lora"``.
-        prompts: texts; samples take them in turn. None for a model without text.
-        embeddings: encoded prompts instead, or a file of safetensors with them.
-        negative_prompt: what guidance leads away from.
+        prompts: texts, which samples use in turn. None for a model without text.
+        embeddings: encoded prompts instead, or a safetensors file with them.
+        negative_prompt: the text that guidance steers away from.
         judges: further scores by name, which are measured in validation and never trained on.
-        batch_size: samples of a step, at least 1.
+        batch_size: samples per step, at least 1.
         batches_per_epoch: at least 1.
         val_samples: at least 1; for ``"noise"``, the images themselves.
-        num_steps: of the solver, at least 1.
+        num_steps: number of solver steps, at least 1.
         solver: ``"euler"`` (DDIM), ``"midpoint"``, ``"heun"``, ``"rk4"`` or ``"dpmpp_2m"``.
-        guidance_scale: of classifier-free guidance; 1 for none.
+        guidance_scale: scale of classifier-free guidance; 1 for none.
         lr: learning rate, above 0.
         optimizer: ``"adamw"``, ``"adam"`` or ``"sgd"``.
         lora_rank: at least 1.
-        lora_targets: ends of the names of the layers that get adapters.
-        prior: ``"l2"``, the mean square of how far trained numbers have moved (for LoRA, the update of the weights);
+        lora_targets: suffixes of the names of the layers that get adapters.
+        prior: ``"l2"``, the mean squared change of the trained numbers (for LoRA, the update of the weights);
             ``"kl"``, the divergence of the model's reverse diffusion from the frozen model's; None.
         prior_weight: its factor, above 0.
-        ema_decay: of averages of what is trained, with which validation samples; in (0, 1), None for none.
-        keep_norm: keep the norm of each optimized noise, as of a standard normal.
+        ema_decay: decay of averages of the trained parameters, which validation uses; in (0, 1), None for none.
+        keep_norm: keep the norm of each optimized noise, as for a standard normal.
         fixed_noise: train on the same noise in every epoch, instead of new noise.
-        image_every: epochs between grids of images, PNG files and W&B; 0 for none.
-        seed: of noise; None takes torch's initial seed (``seed_everything``).
+        image_every: epochs between image grids in PNG files and W&B; 0 for none.
+        seed: seed of the noise; None uses torch's initial seed (``seed_everything``).
 
     Raises:
-        FileNotFoundError: the folder of the pipeline does not exist.
-        ModuleNotFoundError: diffusers, or peft for ``"lora"``, is not installed.
+        FileNotFoundError: if the folder of the pipeline does not exist.
+        ModuleNotFoundError: if diffusers, or peft for ``"lora"``, is not installed.
         ValueError: for arguments out of range, and for pipelines that cannot be differentiated.
-        RuntimeError: when training, for a reward that is not finite (parameters stay as they were), and for one without
-            a derivative under backprop.
+        RuntimeError: in training, for a reward that is not finite (parameters do not change), and for one without a
+            derivative under backprop.
 
     Examples:
         >>> from lightning_bpfree import DiffusionAdjoint
@@ -197,7 +197,7 @@ class RewardFineTuning(pl.LightningModule):
     # --- images and what they are worth ---
 
     def forward(self, index: Tensor, stage: str = "train") -> Tensor:
-        """Return images in 0 to 1 of samples by their numbers, shape (B, C, H, W)."""
+        """Return images in [0, 1] for the given sample numbers, shape (B, C, H, W)."""
         return self._source.family.decode(self._latents(index, stage))
 
     def _latents(self, index: Tensor, stage: str) -> Tensor:
@@ -222,7 +222,7 @@ class RewardFineTuning(pl.LightningModule):
         return self._source.noise(seeds).to(index.device)
 
     def training_step(self, index: Tensor, batch_idx: int) -> Tensor:
-        """Return minus the mean reward of a batch, and the prior."""
+        """Return the negative mean reward of a batch, plus the prior."""
         latents = self._latents(index, "train")
         rewards = scored(self.reward, self._source.family.decode(latents), index % self.num_prompts)
         if torch.is_grad_enabled():
@@ -265,7 +265,7 @@ class RewardFineTuning(pl.LightningModule):
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Compute with the averages of what is trained, if there are any."""
+        """Use the averages of the trained parameters in this context, if there are any."""
         with contextlib.nullcontext() if self.averages is None else self.averages.in_place():
             yield
 
@@ -281,11 +281,11 @@ class RewardFineTuning(pl.LightningModule):
         self._evaluate(index, "val")
 
     def test_step(self, index: Tensor, batch_idx: int) -> None:
-        """Measure reward and judges on samples of their own."""
+        """Measure reward and judges on separate test samples."""
         self._evaluate(index, "test")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the averages after each step of the optimizer."""
+        """Update the averages after each optimizer step."""
         if self.averages is not None and self.global_step != self._averaged_at:
             self.averages.update()
         self._averaged_at = self.global_step
@@ -301,7 +301,7 @@ class RewardFineTuning(pl.LightningModule):
             self._show("epoch_0000_before")
 
     def on_train_epoch_end(self) -> None:
-        """Show images every so many epochs."""
+        """Show images every ``image_every`` epochs."""
         done = self.current_epoch + 1
         if self.image_every and done % self.image_every == 0:
             self._show(f"epoch_{done:04d}")
@@ -320,7 +320,7 @@ class RewardFineTuning(pl.LightningModule):
     # --- what Lightning asks for ---
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Numbers of samples; for noise, of the images, which are the same in every batch."""
+        """Numbers of samples; for noise, numbers of the images, which are the same in every batch."""
         batches = self.batches_per_epoch
         if self.optimize == "noise":
             return self._loader(torch.arange(self.batch_size).repeat(batches), self.batch_size)
@@ -339,12 +339,12 @@ class RewardFineTuning(pl.LightningModule):
         return DataLoader(TensorDataset(numbers), batch_size, collate_fn=_stacked)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the optimizer of what is trained."""
+        """Return the optimizer of the trained parameters."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return _OPTIMIZERS[self.optimizer_name](trained, lr=self.lr)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what comes back with the pipeline."""
+        """Omit what the pipeline restores."""
         kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         state = checkpoint["state_dict"]
         own = ("averages.", "origin_") if self.optimize == "noise" else ("averages.",)
@@ -352,7 +352,7 @@ class RewardFineTuning(pl.LightningModule):
         checkpoint["bpfree_noise_seed"] = self.seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Draw the noise that the checkpoint's run would have drawn."""
+        """Restore the seed, so that noise continues as in the checkpoint's run."""
         self.seed = checkpoint.get("bpfree_noise_seed", self.seed)
 
 

@@ -1,4 +1,4 @@
-"""Gradients of a solve: which rule differentiates it, and the chain rule through its plan."""
+"""Gradients of a solve: the choice of the gradient mode, and the chain rule through its plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a LightningModule samples from, found and made differentiable: samplers of this package, diffusers pipelines."""
+"""Detection of a LightningModule's samplers and diffusers pipelines, which are made differentiable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Held(ABC):
     """Something that a module samples from, for the time of a fit.
 
     Args:
-        name: of the module's attribute.
+        name: name of the module's attribute.
         sampler: which draws the samples.
     """
 
@@ -29,7 +29,7 @@ class Held(ABC):
 
     @abstractmethod
     def remove(self) -> None:
-        """Put back what was there."""
+        """Restore the previous state."""
 
     def describe(self) -> str:
         """Return solver and steps in a few words."""
@@ -46,7 +46,7 @@ class HeldSampler(Held):
     """A sampler of this package, with other settings.
 
     Args:
-        name: of the module's attribute.
+        name: name of the module's attribute.
         sampler: the sampler.
         settings: those that it gets.
     """
@@ -71,7 +71,7 @@ class HeldPipeline(Held):
     A call is looked up on the class, not on the object, so the object gets a class of its own.
 
     Args:
-        name: of the module's attribute.
+        name: name of the module's attribute.
         pipe: the pipeline.
         settings: those of the sampler that are not taken from the call.
     """
@@ -107,7 +107,7 @@ def held_samplers(module: nn.Module, settings: dict[str, Any]) -> list[Held]:
 
     Args:
         module: the module.
-        settings: of the sampler.
+        settings: settings of the sampler.
 
     Raises:
         ValueError: for a pipeline that cannot be differentiated.

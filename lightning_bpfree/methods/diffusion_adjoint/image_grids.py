@@ -1,4 +1,4 @@
-"""Grids of generated images, as PNG files and in loggers that take images."""
+"""Grids of generated images, as PNG files and in loggers that accept images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def save_grid(trainer: pl.Trainer, images: Tensor, name: str) -> Path:
     Args:
         trainer: whose folder and loggers.
         images: in 0 to 1, shape (B, C, H, W).
-        name: of the file, without its ending.
+        name: name of the file, without its ending.
     """
     folder = Path(trainer.log_dir or trainer.default_root_dir) / "images"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Images of a diffusers pipeline by a differentiable sampler, and pipelines from local folders."""
+"""Images from a diffusers pipeline with a differentiable sampler, and pipelines from local folders."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def required_diffusers() -> Any:
 
 
 class PipelineSampler:
-    """Differentiable samples of a pipeline: its networks, its encoders and its schedule, and a solver of this package.
+    """Differentiable samples from a pipeline's networks, encoders and schedule, with a solver of this package.
 
     Args:
         pipe: a DDPMPipeline, DDIMPipeline, StableDiffusionPipeline, StableDiffusion3Pipeline or FluxPipeline.
-        **settings: those of :class:`~lightning_bpfree.methods.diffusion_adjoint.sampler.Settings`.
+        **settings: see :class:`~lightning_bpfree.methods.diffusion_adjoint.sampler.Settings`.
 
     Raises:
-        ValueError: for what the solver cannot take over from the pipeline.
+        ValueError: for parts of the pipeline that the solver does not support.
     """
 
     @checked
@@ -77,14 +77,14 @@ class PipelineSampler:
         self.sampler = DiffusionSampler(self.family.network(), schedule, prediction, **settings)
 
     def noise(self, seeds: Sequence[int], height: int | None = None, width: int | None = None) -> Tensor:
-        """Return standard normal latents, one row a seed, the same on every device."""
+        """Return standard normal latents, one row per seed, the same on every device."""
         shape = self.family.shape(height, width)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         # float32 whatever torch's default is, which Trainers of other precisions change: a seed means one noise.
         return torch.stack([torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators])
 
     def latents(self, noise: Tensor, prompts: Prompts | None, without: Prompts | None = None) -> Tensor:
-        """Return samples, before they are decoded, of noise and encoded prompts."""
+        """Return samples before decoding, from noise and encoded prompts."""
         mu = self.family.mu(noise.shape)
         if mu is not None:  # a dynamic shift goes by the size of the image
             self.sampler.schedule = schedule_of(self.pipe.scheduler, mu=mu)[0]
@@ -92,7 +92,7 @@ class PipelineSampler:
         return out
 
     def images(self, noise: Tensor, prompts: Prompts | None, without: Prompts | None = None) -> Tensor:
-        """Return images in 0 to 1, shape (B, C, H, W), of noise and encoded prompts."""
+        """Return images in [0, 1], shape (B, C, H, W), from noise and encoded prompts."""
         return self.family.decode(self.latents(noise, prompts, without))
 
 
@@ -101,7 +101,7 @@ class PipelineCall:
 
     Args:
         pipe: the pipeline.
-        settings: of the sampler, those that are not to be taken from the call.
+        settings: settings of the sampler, those that are not to be taken from the call.
     """
 
     def __init__(self, pipe: Any, settings: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ class Plan(NamedTuple):
         operations: in the order of the solve.
         out: the value that is the solution.
         nodes: between the steps.
-        unused_after: for each operation, the values that nothing needs behind it.
+        unused_after: for each operation, the values that nothing needs after it.
     """
 
     operations: tuple[Operation, ...]

@@ -1,4 +1,4 @@
-"""Distances of a fine-tuned model from the one that it began as."""
+"""Distances of a fine-tuned model from the original model."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def kl(
     noise, through which no gradient goes.
 
     Args:
-        sampler: of the fine-tuned model.
-        samples: of it, shape (B, ...).
+        sampler: sampler of the fine-tuned model.
+        samples: its samples, shape (B, ...).
         conditioning: of the samples.
         frozen: opens a context that gives the sampler of the frozen model.
         generator: on the CPU.

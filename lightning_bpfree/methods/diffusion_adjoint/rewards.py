@@ -1,4 +1,4 @@
-"""Rewards of generated images: callables and torchmetrics, called by what they take."""
+"""Rewards for generated images: callables and torchmetrics, called according to their signatures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Score = Callable[..., Any]
 
 
 def takes_prompts(score: Score) -> bool:
-    """Return whether a score is to be called with the numbers of the prompts behind the images.
+    """Return whether to call a score with the numbers of the prompts after the images.
 
     It is if it has two or more arguments without a default; metrics of torchmetrics are by what ``update`` takes.
 
@@ -33,7 +33,7 @@ def takes_prompts(score: Score) -> bool:
 
 
 def scored(score: Score, images: Tensor, prompts: Tensor) -> Tensor:
-    """Return what a reward or a judge says of a batch: a number for each image, shape (B,), or one for all, shape ().
+    """Return the score of a batch by a reward or a judge: a number per image, shape (B,), or one for all, shape ().
 
     Args:
         score: the callable or metric.
@@ -56,7 +56,7 @@ def scored(score: Score, images: Tensor, prompts: Tensor) -> Tensor:
 
 
 def name_of(score: Score) -> str:
-    """Return what a score is called in messages."""
+    """Return the name of a score for messages."""
     return getattr(score, "__name__", type(score).__name__)
 
 

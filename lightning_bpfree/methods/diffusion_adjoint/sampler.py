@@ -1,4 +1,4 @@
-"""A sampler of a diffusion model as a differentiable module."""
+"""A diffusion sampler as a differentiable module."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class Settings(NamedTuple):
     """How a sampler solves its ODE, and how it is differentiated.
 
     Attributes:
-        num_steps: of the solver, at least 1.
+        num_steps: number of solver steps, at least 1.
         solver: ``"euler"`` (DDIM), ``"midpoint"``, ``"heun"``, ``"rk4"`` or ``"dpmpp_2m"``.
         gradient: ``"exact_adjoint"``, ``"adjoint"``, ``"checkpoint"``, ``"direct"`` or ``"truncated"``.
-        guidance_scale: of classifier-free guidance, at least 0; 1 for none.
-        guidance_rescale: in [0, 1]; how far standard deviations are put back.
+        guidance_scale: scale of classifier-free guidance, at least 0; 1 for none.
+        guidance_rescale: in [0, 1]; how far standard deviations are moved back.
         last_steps: steps that ``"truncated"`` differentiates, at least 1.
         micro_batch: samples that are solved, and differentiated, at a time, at least 1. None for all: then the exact
             adjoint keeps the activations of the last evaluation instead of evaluating it twice.
-        split_guidance: evaluate with and without the prompt one after the other.
+        split_guidance: evaluate with and without the prompt one after another.
     """
 
     num_steps: int = 20
@@ -72,19 +72,19 @@ class Settings(NamedTuple):
 class DiffusionSampler(nn.Module):
     """Samples from a diffusion model, differentiable in the initial noise, the conditioning and the network's weights.
 
-    The ODE of the model is solved in variables without its stiff part; what a backward pass costs and stores is the
-    choice of ``gradient``, and the samples are the same for all of them. Under ``torch.no_grad()`` nothing is stored.
+    The ODE of the model is solved in variables without its stiff part. ``gradient`` determines the cost and memory of a
+    backward pass, but not the samples. Under ``torch.no_grad()`` nothing is stored.
 
     Args:
-        denoiser: ``denoiser(x, time, **conditioning)``, which returns a prediction of the shape of x; a module, so that
-            its parameters get gradients.
-        schedule: of the noise.
+        denoiser: ``denoiser(x, time, **conditioning)``, which returns a prediction with the shape of x; a module, so
+            that its parameters get gradients.
+        schedule: the noise schedule.
         prediction: what the network predicts: ``"epsilon"``, ``"sample"``, ``"v_prediction"``, ``"score"``; under flow
             matching ``"flow_prediction"``.
-        **settings: those of :class:`Settings`.
+        **settings: see :class:`Settings`.
 
     Raises:
-        ValueError: for arguments out of range, and for a prediction that the schedule does not have.
+        ValueError: for arguments out of range, and for a prediction that the schedule does not support.
 
     Examples:
         >>> from lightning_bpfree.methods.diffusion_adjoint.schedules import DiscreteVP
@@ -125,15 +125,15 @@ class DiffusionSampler(nn.Module):
 
     @property
     def network_evals(self) -> float:
-        """Evaluations of the network a sample so far, forwards, and again on the way back; guidance takes two.
+        """Network evaluations per sample so far, in forward and backward passes; guidance takes two.
 
-        Rehearsals of a training rule and measurements, which are no part of its cost, are not counted.
+        Rehearsals and measurements of a training rule do not count toward its cost, and are excluded.
         """
         return self._counter.count
 
     @contextlib.contextmanager
     def using(self, settings: Settings) -> Iterator[None]:
-        """Sample by other settings in this context."""
+        """Sample with other settings in this context."""
         before, self.settings = self.settings, settings.checked()
         try:
             yield
@@ -146,16 +146,16 @@ class DiffusionSampler(nn.Module):
         conditioning: Conditioning | None = None,
         unconditional: Conditioning | None = None,
     ) -> Tensor:
-        """Return samples, shaped as ``noise``, in single precision at least.
+        """Return samples with the shape of ``noise``, in at least single precision.
 
         Args:
             noise: standard normal, shape (B, ...).
             conditioning: keyword arguments of the network, each of shape (B, ...) or (1, ...).
-            unconditional: the same names for an empty prompt; needed where ``guidance_scale`` is not 1.
+            unconditional: the same names for an empty prompt; needed if ``guidance_scale`` is not 1.
 
         Raises:
-            ValueError: where noise, conditioning and settings do not go together.
-            RuntimeError: in inference mode, where a gradient is wanted.
+            ValueError: if noise, conditioning and settings are incompatible.
+            RuntimeError: in inference mode, if a gradient is required.
         """
         settings, conditioning = self.settings, dict(conditioning or {})
         unconditional = None if settings.guidance_scale == 1.0 else unconditional
@@ -175,11 +175,11 @@ class DiffusionSampler(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def derivative(self, y: Tensor, node: Node, conditioning: Conditioning) -> Tensor:
-        """Return the ODE's right-hand side for a prompt, without guidance, by autograd's own graph.
+        """Return the ODE's right-hand side for a prompt, without guidance, with autograd's own graph.
 
         Args:
             y: the state at the node, shape (B, ...).
-            node: where.
+            node: the node of the schedule.
             conditioning: as in :meth:`forward`.
         """
         with self.using(self.settings._replace(guidance_scale=1.0)):
@@ -262,7 +262,7 @@ def _rows(conditioning: Conditioning | None, start: int, size: int, batch: int) 
 
 
 class _Counter:
-    """A number in an object of its own: rules that evaluate a step again put attributes of modules back."""
+    """A number in a separate object: rules that evaluate a step again restore attributes of modules."""
 
     def __init__(self) -> None:
         self.count = 0.0

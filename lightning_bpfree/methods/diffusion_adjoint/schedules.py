@@ -1,4 +1,4 @@
-"""Noise schedules: the nodes of the probability-flow ODE of a diffusion model, and what its network is told there."""
+"""Noise schedules: the nodes of a diffusion model's probability-flow ODE, and the network's time input at each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Node(NamedTuple):
 
     Attributes:
         rho: the variable of integration; falls from noise to data.
-        time: what the network is told, in its own units (0 to 1000 as a rule).
+        time: the network's time input, in its own units (usually 0 to 1000).
         scale: of the network's input, ``x = scale * y``.
         alpha: of the data, in ``x = alpha * x0 + sigma * noise``.
         sigma: of the noise.
@@ -34,7 +34,7 @@ class Node(NamedTuple):
 
 
 class Schedule(Protocol):
-    """What a solver asks of a noise schedule."""
+    """The interface of a noise schedule for solvers."""
 
     predictions: ClassVar[tuple[str, ...]]
     """What a network may predict under this schedule."""
@@ -74,8 +74,8 @@ class LinearVP(VariancePreserving):
     Args:
         beta_min: rate at time 0, above 0.
         beta_max: rate at time 1, above ``beta_min``.
-        time_scale: the network is told ``time_scale * t``, above 0.
-        last_time: where a solve ends, in (0, 1).
+        time_scale: the network's time input is ``time_scale * t``; above 0.
+        last_time: time at which the solver ends, in (0, 1).
 
     Raises:
         ValueError: for arguments out of range.
@@ -115,20 +115,21 @@ class LinearVP(VariancePreserving):
         return self.time_scale * 2.0 * c / (self.beta_min + math.sqrt(self.beta_min**2 + 2.0 * slope * c))
 
     def grid(self, num_steps: int) -> list[Node]:
-        """Return ``num_steps + 1`` nodes, even in log rho."""
+        """Return ``num_steps + 1`` nodes, evenly spaced in log rho."""
         check_steps(num_steps)
         return [self.node(rho) for rho in _geometric(self.rho(1.0), self.rho(self.last_time), num_steps)]
 
 
 class DiscreteVP(VariancePreserving):
-    """The schedule of a network that was trained at the times 0 to T - 1, as those of diffusers.
+    """The schedule of a network that was trained at the times 0 to T - 1, as in diffusers.
 
     Args:
-        alphas_cumprod: products of ``1 - beta``, shape (T,), falling, in (0, 1).
+        alphas_cumprod: products of ``1 - beta``, shape (T,), decreasing, in (0, 1).
         spacing: times of the nodes: ``"leading"``, ``"trailing"`` and ``"linspace"`` are those of diffusers'
-            DDIMScheduler; ``"log_rho"`` is even in the logarithm of the noise-to-signal ratio, and ends at its least.
+            DDIMScheduler; ``"log_rho"`` is evenly spaced in the logarithm of the noise-to-signal ratio, down to its
+            minimum.
         steps_offset: added to the times of ``"leading"``, at least 0.
-        end_at_zero: whether the last step goes to data without noise, or to the noise of time 0.
+        end_at_zero: whether the last step ends at data without noise, or at the noise of time 0.
 
     Raises:
         ValueError: for arguments out of range.
@@ -165,13 +166,13 @@ class DiscreteVP(VariancePreserving):
     def from_betas(
         cls, first: float = 1e-4, last: float = 0.02, num_times: int = 1000, *, scaled: bool = False
     ) -> DiscreteVP:
-        """Return the schedule with ``beta``, or its square root if ``scaled``, even between two values."""
+        """Return the schedule with ``beta``, or its square root if ``scaled``, evenly spaced between two values."""
         power = 2.0 if scaled else 1.0
         betas = torch.linspace(first ** (1 / power), last ** (1 / power), num_times, dtype=torch.float64) ** power
         return cls((1 - betas).cumprod(0))
 
     def time(self, rho: float) -> float:
-        """Return the time at ``rho``, linear in log rho between whole times; at their ends, the first and the last."""
+        """Return the time at ``rho``, linear in log rho between whole times and clamped to the first and the last."""
         last = len(self.rhos) - 1
         if rho <= self.rhos[0]:
             return 0.0
@@ -183,7 +184,7 @@ class DiscreteVP(VariancePreserving):
         return float(above - 1) if high == low else above - 1 + (log - low) / (high - low)
 
     def grid(self, num_steps: int) -> list[Node]:
-        """Return the nodes; one fewer where the last step would have no length."""
+        """Return the nodes; one fewer if the last step would have length zero."""
         check_steps(num_steps)
         if self.spacing == "log_rho":
             return [self.node(rho) for rho in _geometric(self.rhos[-1], self.rhos[0], num_steps)]
@@ -208,9 +209,9 @@ class FlowMatching:
     The ODE ``dx/ds`` is that prediction and has no stiff part, so ``y = x`` and ``rho = s``.
 
     Args:
-        shift: moves the nodes towards noise, above 0; 1 leaves them even. Each is shifted once.
+        shift: moves the nodes toward noise, above 0; 1 keeps even spacing. Each node is shifted once.
         mu: exponent of diffusers' dynamic shift, instead of ``shift``; None for none.
-        time_scale: the network is told ``time_scale * s``, above 0.
+        time_scale: the network's time input is ``time_scale * s``; above 0.
 
     Raises:
         ValueError: for arguments out of range.

@@ -1,4 +1,4 @@
-"""What a fine-tuning moves: all weights of the network, LoRA on some of its layers, and averages of either."""
+"""The trained parameters of a fine-tuning: all weights of the network, or LoRA on some layers, and their averages."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Optimize = Literal["noise", "prompt_embeds", "weights", "lora"]
 
 
 def add_lora(network: nn.Module, rank: int, targets: Sequence[str]) -> list[str]:
-    """Put low-rank adapters beside layers of a network, freeze all else, and return the names of those layers.
+    """Add low-rank adapters to layers of a network, freeze all else, and return the names of these layers.
 
     Args:
         network: changed in place.
-        rank: of the adapters, at least 1.
+        rank: rank of the adapters, at least 1.
         targets: ends of layers' names, such as ``"to_q"``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Fixed feedback in place of transposed weights: from the network's output to every block, or from layer to layer."""
+"""Fixed feedback instead of transposed weights: from the network's output to every block, or from layer to layer."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class DirectFeedback:
         network: the network.
         parts: its blocks; the graph is cut at the end of each.
         matrices: the feedback.
-        seed: of the fit.
+        seed: seed of the fit.
     """
 
     def __init__(self, rule: str, network: nn.Module, parts: Cut, matrices: FixedMatrices, seed: int) -> None:
@@ -204,7 +204,7 @@ class LayerwiseFeedback:
         network: the network.
         parts: its blocks; outside of them, errors pass through fixed matrices layer by layer.
         matrices: the feedback.
-        seed: of the fit.
+        seed: seed of the fit.
     """
 
     def __init__(self, rule: str, network: nn.Module, parts: Cut, matrices: FixedMatrices, seed: int) -> None:

@@ -24,12 +24,12 @@ from lightning_bpfree.training.training_rule import BACKPROP_COST
 
 
 class DirectFeedbackAlignment(NetworkRule):
-    """Trains every block of a network by the error at the network's output, which fixed random matrices bring to it.
+    """Trains every block of a network with the error at the network's output, sent through fixed random matrices.
 
     The error is the exact derivative of the user's loss with respect to the network's output. It is multiplied by the
-    matrix of each block, and backprop carries the product to the parameters inside the block. Layers behind the last
-    block, and parameters beside the network, get their exact gradient. No weight is used backward between blocks, and
-    no block waits for the error of the next.
+    matrix of each block, and backprop carries the product to the parameters inside the block. Layers after the last
+    block, and parameters outside of the network, get their exact gradient. No weight is used backward between blocks,
+    and no block waits for the error of the next.
 
     The estimate is biased: it is not the gradient of the loss. It works because weights align with the feedback.
 
@@ -39,13 +39,13 @@ class DirectFeedbackAlignment(NetworkRule):
         network: name of the submodule that maps inputs to outputs; None for the only child with parameters, ``""`` for
             the LightningModule itself.
         feedback: ``"direct"``: from the network's output to the end of every block. ``"layerwise"``: from block to
-            block, through a fixed matrix in place of the weight of the first layer of each block (feedback alignment).
+            block, through a fixed matrix instead of the weight of the first layer of each block (feedback alignment).
         scale: factor on the feedback, > 0; 1 draws it as torch initializes the weights that it replaces.
         matrices: function that returns the feedback for a name and a shape, called once per fit. ``"direct"``:
             the block's name and ``(values of its output, values of the network's output)``, of one sample (or of one
             position, where both are sequences). ``"layerwise"``: the layer's name and the shape of its weight.
         learning_rates: factors on the optimizer's learning rate, one per block; None for 1.
-        **settings: see :class:`TrainingRule`. ``seed`` draws the feedback too, which stays for the whole fit.
+        **settings: see :class:`TrainingRule`. ``seed`` also determines the feedback, which is fixed for the whole fit.
 
     Raises:
         ValueError: for arguments out of range.

@@ -1,4 +1,4 @@
-"""Evolution strategies: a population of perturbed modules, and the search gradient that its fitness gives."""
+"""Evolution strategies: a population of perturbed modules, and the search gradient from its fitness."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from lightning_bpfree.training.training_rule import TrainingRule
 
 
 class EvolutionStrategy(TrainingRule):
-    """Trains by the fitness of a population of perturbed modules, forward passes only.
+    """Trains with the fitness of a population of perturbed modules, using only forward passes.
 
     Each mini-batch is a generation: all members see the same samples and the same random numbers (dropout). The
     algorithm turns their fitness into a search gradient, which the user's optimizer descends. ``SGD(lr=1)`` gives the
     classical update of SNES, Sep-CMA-ES and DES; OpenAI-ES and PGPE are usually run with Adam. Nothing needs a
     derivative: the objective may be a reward or an accuracy.
 
-    Cost: ``1 + population_size`` forward passes a generation; the extra one is the mean's, which is logged.
+    Cost: ``1 + population_size`` forward passes per generation; the extra one evaluates the mean, for logging.
 
     Args:
         algorithm: ``"openai_es"``, ``"pgpe"``, ``"snes"``, ``"sep_cma_es"``, ``"des"``, or an object of one of these
@@ -45,14 +45,14 @@ class EvolutionStrategy(TrainingRule):
         population_size: number of members ``N``, at least 2; even if mirrored.
         mirrored: whether members come in pairs of opposite noise; None for the algorithm's default (True for OpenAI-ES
             and PGPE).
-        rank: of the noise of weights; None for full rank. At low rank a member costs little more than inference on its
+        rank: rank of the weight noise; None for full rank. At low rank a member costs little more than inference on its
             samples, because all members share the products with the weights. Needs ``"openai_es"``.
         objective: key in the mapping that the training step returns; None for its loss. Lightning and other callbacks
             get as ``"loss"`` the value that is minimized: the objective, negated if it is maximized.
         maximize: whether the objective is a reward rather than a loss.
         weight_decay: lambda >= 0; adds ``lambda * parameters`` to the search gradient. With ``SGD(lr=1)`` the mean
             shrinks by this share in each generation.
-        noise: ``"table"`` (slices of one table of normal numbers, fast) or ``"independent"`` (drawn again).
+        noise: ``"table"`` (slices of one table of normal numbers, fast) or ``"independent"`` (new draws).
         chunk_size: members in one vectorized pass; 1 for a loop; ``"auto"`` chooses by the module's structure,
             ``"fastest"`` times both.
         params: shell-style patterns of the parameters to train; None for all.
@@ -140,14 +140,14 @@ class EvolutionStrategy(TrainingRule):
     # --- what a companion may ask, such as LotteryTicket ---
 
     def restrict(self, masks: Mapping[str, Tensor] | None) -> None:
-        """Search only where the masks are True, from the next batch on; :meth:`restart` where they have changed.
+        """Search only where the masks are True, from the next batch on; :meth:`restart` the search if they changed.
 
         Args:
-            masks: name -> boolean tensor of the parameter's shape; parameters without a mask are searched whole. None
-                lifts all masks.
+            masks: name -> boolean tensor of the parameter's shape; parameters without a mask are searched completely.
+                None removes all masks.
 
         Raises:
-            ValueError: for noise of low rank, which cannot be masked, or a mask of no parameter.
+            ValueError: for low-rank noise, which cannot be masked, or a mask that matches no parameter.
         """
         if masks is not None and self._slots is not None:
             unknown = sorted(set(masks) - {slot.name for slot in [*self._slots, *self._slots.rest]})
@@ -165,7 +165,7 @@ class EvolutionStrategy(TrainingRule):
         self._told_flat = False
 
     def restart(self) -> None:
-        """Forget what the algorithm has learned: fresh standard deviations."""
+        """Reset the algorithm's learned state, including the standard deviations."""
         self.algorithm.restart()
         self._passes.restart()
         self._coordinates = None
@@ -173,7 +173,7 @@ class EvolutionStrategy(TrainingRule):
     def std(self) -> Params | None:
         """Return the standard deviations by name, zero where a mask is False.
 
-        None where one number serves all, and before the first fit.
+        None if all share one number, and before the first fit.
         """
         if not self.algorithm.per_coordinate or self._slots is None:
             return None
@@ -185,7 +185,7 @@ class EvolutionStrategy(TrainingRule):
     # --- a generation ---
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
-        """Refuse a sigma that is lost in rounding."""
+        """Refuse a sigma below the rounding error."""
         self.computes_in(computed_in(trainer, module))
         self._passes.restart()
         self._slots, self._coordinates = slots, None
@@ -195,7 +195,7 @@ class EvolutionStrategy(TrainingRule):
             )
 
     def computes_in(self, dtype: torch.dtype) -> None:
-        """Refuse a sigma that is lost in rounding, for example under autocast inside the training step."""
+        """Refuse a sigma below the rounding error, for example under autocast inside the training step."""
         if dtype == torch.float64:
             dtype = torch.float32  # in which fitness is compared, so that ranks agree on it
         if self.algorithm.sigma < smallest_sigma(dtype):

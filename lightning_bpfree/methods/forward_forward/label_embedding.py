@@ -13,7 +13,7 @@ class LabelEmbedding(nn.Module):
 
     Args:
         num_classes: number of labels.
-        shape: of an input, without the batch.
+        shape: shape of an input, without the batch.
 
     Examples:
         >>> embedding = LabelEmbedding(10, (1, 8, 8))

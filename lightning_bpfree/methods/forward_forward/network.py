@@ -1,4 +1,4 @@
-"""The forward pass of a network that is trained by goodness: label in, score of every label out."""
+"""The forward pass of a network that is trained by goodness, which returns the score of every label."""
 
 from __future__ import annotations
 
@@ -157,10 +157,10 @@ class GoodnessNetwork(ForwardOverride):
 
         Args:
             inputs: with labels in them.
-            labels: of the rows, for an embedding; None for the neutral label.
+            labels: labels of the rows, for an embedding; None for the neutral label.
             call: further arguments of the network.
             leave: what becomes of a block's output.
-            stop_behind: leave the pass behind this block, and return None.
+            stop_behind: stop the pass after this block, and return None.
             entered: sees what enters a block before it is cut off.
         """
         waits = False  # for the output of a token embedding
@@ -204,13 +204,13 @@ class GoodnessNetwork(ForwardOverride):
         return output
 
     def own_parameters(self) -> list[Tensor]:
-        """Return what the rule trains beside the network: the label embedding, once it has been made."""
+        """Return what the rule trains in addition to the network: the label embedding, once it exists."""
         if self.label_embedding is None or EMBEDDING not in self.label_embedding.own:
             return []
         return list(self.label_embedding.own[EMBEDDING].parameters())
 
     def cost(self) -> float:
-        """Return what a training step costs in forward passes, by the sizes of the weights."""
+        """Return the cost of a training step in forward passes, from the sizes of the weights."""
         sizes = [[part.weight.numel() for part in _weighted(block.modules)] for block in self.parts.blocks]
         total = sum(map(sum, sizes)) or 1
         # Two samples forward, and as much for gradients of weights; gradients of activities only within blocks.

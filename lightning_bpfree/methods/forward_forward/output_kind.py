@@ -1,4 +1,4 @@
-"""In what form a network returns its scores, for forward passes that end before it does."""
+"""The form in which a network returns its scores, for forward passes that stop before its end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_bpfree.core.replay.tensor_copies import Buffers
 
 
 class OutputKinds:
-    """Examples of what a network returns, without numbers, one for each way of calling it.
+    """Examples of a network's outputs, without numbers, one for each way of calling it.
 
     An example comes from one forward pass that leaves no trace.
 
@@ -38,7 +38,7 @@ class OutputKinds:
 
         Args:
             original: the network's own forward pass.
-            inputs: of this call.
+            inputs: inputs of this call.
             call: its further arguments.
             scores: shape ``(B, num_classes)``.
 

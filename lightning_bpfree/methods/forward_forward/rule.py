@@ -43,30 +43,30 @@ from lightning_bpfree.training.network_rule import NetworkRule
 
 
 class ForwardForward(NetworkRule):
-    """Trains every block of a network by a loss of its own: high goodness on data, low goodness on wrong data.
+    """Trains every block of a network with its own loss: high goodness on data, low goodness on wrong data.
 
-    A positive sample is an input with its true label in it, a negative one has a wrong label. A block's goodness is the
-    sum (or mean) of its squared activities. A block's input is detached from the block before, and has unit length. A
-    block of one layer is Hinton's Forward-Forward. Within a block of several layers, backprop computes the gradients:
-    this is the Integrated Forward-Forward algorithm.
+    A positive sample is an input with its true label embedded, a negative one has a wrong label. A block's goodness is
+    the sum (or mean) of its squared activities. A block's input is detached from the previous block, and normalized to
+    unit length. With one layer per block, this is Hinton's Forward-Forward. Within a block of several layers, backprop
+    computes the gradients: this is the Integrated Forward-Forward algorithm.
 
     The loss of the user's training step does not train the blocks. While the rule is active, and after the fit, calling
     the network returns scores of shape ``(B, num_classes)``, so that the user's steps and metrics work unchanged; see
-    ``prediction``. The last layer, which made the scores, is used by ``prediction="readout"`` only.
+    ``prediction``. The last layer, which computed the scores, is used only by ``prediction="readout"``.
 
     Args:
-        blocks: how to cut the network into blocks: a number of layers a block, their numbers, patterns of module names,
-            or a function; see :func:`lightning_bpfree.core.blocks.cut`.
+        blocks: how to cut the network into blocks: a number of layers per block, a list of numbers, patterns of module
+            names, or a function; see :func:`lightning_bpfree.core.blocks.cut`.
         network: name of the submodule that maps inputs to scores; None for the only child with parameters, ``""`` for
             the LightningModule itself.
-        prediction: what the network returns. ``"goodness"``: of every label, the goodness of the input with that label,
-            summed over blocks; costs ``num_classes`` forward passes, folded into the batch. ``"readout"``: the output
-            of the last layer on the last block's normalized activities under a neutral label, in one pass; the user's
-            loss trains that layer alone.
+        prediction: what the network returns. ``"goodness"``: for every label, the goodness of the input with that
+            label, summed over blocks; costs ``num_classes`` forward passes, folded into the batch. ``"readout"``: the
+            output of the last layer on the last block's normalized activities under a neutral label, in one pass; the
+            user's loss trains only that layer.
         goodness: ``"sum"`` or ``"mean"`` of squares.
         threshold: mean square activity that separates positive from negative samples, > 0; Hinton: 1, Tang: 1.5.
-        temperature: of the logistic function of the goodness, > 0, in units of the goodness.
-        length: to which a block's input is scaled: ``"rms"`` (mean square 1), ``"unit"`` or ``"none"``.
+        temperature: temperature of the logistic function of the goodness, > 0, in units of the goodness.
+        length: length to which a block's input is scaled: ``"rms"`` (mean square 1), ``"unit"`` or ``"none"``.
         negatives: ``"wrong_label"`` (uniform over the others), ``"hard"`` (a wrong label that the current
             model finds likely; with ``prediction="goodness"`` at the cost of ``num_classes`` more passes), ``"hybrid"``
             (images mixed of two, without labels), or a function ``(inputs, labels)`` that returns wrong labels or
@@ -75,8 +75,8 @@ class ForwardForward(NetworkRule):
             learned pattern added to the first block's input; kept with the rule), ``"none"`` (unsupervised; needs
             ``negatives="hybrid"`` or a function), or a function ``(inputs, labels or None)`` returning inputs.
         first_block: first block whose goodness counts in predictions; Hinton leaves out the first layer (1).
-        schedule: ``"simultaneous"``: all blocks learn from every batch. ``"greedy"``: one after the other.
-        epochs_per_block: of the greedy schedule; None divides ``max_epochs`` evenly.
+        schedule: ``"simultaneous"``: all blocks learn from every batch. ``"greedy"``: one after another.
+        epochs_per_block: epochs per block in the greedy schedule; None divides ``max_epochs`` evenly.
         learning_rates: factors on the optimizer's learning rate, one per block; None for 1.
         peer_normalization: strength of the pull of every unit's mean activity toward its layer's, >= 0; Hinton: 0.03.
         embedding_lr: learning rate (Adam) of ``label="embedding"``.
@@ -167,7 +167,7 @@ class ForwardForward(NetworkRule):
     # --- the network's forward pass ---
 
     def made_of(self) -> Any:
-        """Return the settings that the network's forward pass follows from."""
+        """Return the settings that determine the network's forward pass."""
         return self._settings, super().made_of()
 
     def find_parts(self, name: str, network: nn.Module) -> Cut:
@@ -177,7 +177,7 @@ class ForwardForward(NetworkRule):
         return parts
 
     def override(self, network: nn.Module, parts: Cut) -> GoodnessNetwork:
-        """Return a network that gives scores by goodness or readout."""
+        """Return a network that computes scores by goodness or readout."""
         if self.record.seed is None:
             self.record.seed = self.seed
         return GoodnessNetwork(network, parts, self._settings, self._own, self.record)

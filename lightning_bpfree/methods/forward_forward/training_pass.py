@@ -1,4 +1,4 @@
-"""One mini-batch of Forward-Forward: positive and negative samples through the blocks, one gradient a block."""
+"""One mini-batch of Forward-Forward: positive and negative samples through the blocks, one gradient per block."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PeerNormalization:
     """Running mean activity of every unit of a block's last layer, and the pull toward the layer's mean.
 
     Args:
-        strength: of the pull, >= 0.
+        strength: strength of the pull, >= 0.
         decay: of the running mean.
     """
 
@@ -82,10 +82,10 @@ class GoodnessPass:
 
     Args:
         step: the mini-batch.
-        settings: what is positive and negative, and how goodness is judged.
+        settings: the choice of positive and negative samples, and the goodness.
         trained_blocks: indices of the blocks that learn in this step.
         peers: peer normalization, or None.
-        rank: of this process; ranks draw different negatives.
+        rank: rank of this process; ranks draw different negatives.
     """
 
     def __init__(

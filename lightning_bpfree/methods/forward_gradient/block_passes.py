@@ -1,4 +1,4 @@
-"""Evaluations of one step that perturb what the blocks of its network compute."""
+"""Evaluations of one step that perturb the outputs of its network's blocks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def local_slopes(
         direction: a tensor a parameter.
         groups: names of the parameters that are perturbed together.
         losses: gives the loss of block ``j`` at its output, a scalar.
-        alone: whether every group needs a pass of its own, since several lie in one block.
+        alone: whether every group needs its own pass, since several are in one block.
     """
     home = {slot.name: j for j, slots in enumerate(parts.slots) for slot in slots}
 

@@ -26,13 +26,13 @@ _POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 class Summary(nn.Module):
     """Summarizes a block's output in one vector per sample, for any size of map and any number of tokens.
 
-    - vectors ``(B, D)`` stay as they are;
+    - vectors ``(B, D)`` do not change;
     - tokens ``(B, T, D)`` give their mean, ``(B, D)``;
     - maps ``(B, C, ...)`` with one to three places are averaged over a grid of 2 cells a side (1 where a side has one
       place), ``(B, C * cells)``; with one place only if ``channels_first``, for their shape is that of tokens.
 
     Args:
-        shape: of one sample, without the batch.
+        shape: shape of one sample, without the batch.
         channels_first: whether ``(B, X, Y)`` is a map of ``X`` channels.
 
     Raises:
@@ -72,7 +72,7 @@ def linear_head(shape: Shape, num_classes: int, *, channels_first: bool = False)
     """Return a linear classifier on the summary of a block's output.
 
     Args:
-        shape: of one sample of the block's output, without the batch; see :class:`Summary`.
+        shape: shape of one sample of the block's output, without the batch; see :class:`Summary`.
         num_classes: width of its output.
         channels_first: see :class:`Summary`.
 
@@ -90,7 +90,7 @@ def mlp_head(
     """Return a perceptron with hidden layers of ``width`` units on the summary of a block's output.
 
     Args:
-        shape: of one sample, without the batch; see :class:`Summary`.
+        shape: shape of one sample, without the batch; see :class:`Summary`.
         num_classes: width of its output.
         width: units of a hidden layer, at least 1.
         depth: number of hidden layers (linear, LayerNorm, ReLU), at least 1.

@@ -33,14 +33,14 @@ class LocalLoss:
             of the shape of one sample of a block's output. Heads run in evaluation mode, without dropout. They must not
             couple samples.
         blocks: how to cut the network, see :func:`lightning_bpfree.core.blocks.cut`: a number of layers per block, a
-            list of numbers, of patterns of module names, or a function. Layers behind the last block get their exact
-            gradient.
+            list of numbers, a list of patterns of module names, or a function. Layers after the last block get their
+            exact gradient.
         network: name of the network inside the LightningModule, ``""`` for the module itself; None takes the only
             child with parameters.
-        update: ``"train"``: heads learn by the exact gradient of their own loss; ``"reset"``: new random heads for
-            every batch, never trained (the NTK guess); ``"freeze"``: random heads that stay as they are.
-        optimizer: of the heads, ``"adam"`` or ``"sgd"`` (momentum 0.9).
-        lr: of the heads, > 0.
+        update: ``"train"``: heads learn with the exact gradient of their own loss; ``"reset"``: new random heads for
+            every batch, never trained (the NTK guess); ``"freeze"``: random heads that never change.
+        optimizer: optimizer of the heads, ``"adam"`` or ``"sgd"`` (momentum 0.9).
+        lr: learning rate of the heads, > 0.
         num_classes: number of classes, at least 2; None takes the width of the network's output.
         labels: returns the labels of a batch, int64 of shape ``(B,)``; None expects a pair (inputs, labels).
 
@@ -82,9 +82,9 @@ class LocalLoss:
         """Return a new head for a block.
 
         Args:
-            shape: of one sample of the block's output.
+            shape: shape of one sample of the block's output.
             num_classes: width of the head's output.
-            block: the block; with a convolution over one dimension its ``(X, Y)`` is ``X`` channels of ``Y`` places.
+            block: the block; with a 1D convolution, its ``(X, Y)`` means ``X`` channels at ``Y`` positions.
         """
         if callable(self.heads):
             return self.heads(shape, num_classes)

@@ -1,4 +1,4 @@
-"""Forward gradients over a network in blocks: guesses, targets, and the projection of one on the other."""
+"""Forward gradients over a network in blocks: guesses, targets, and the projection of targets onto guesses."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def unit(tensors: Sequence[Tensor], each_sample: bool = False) -> list[Tensor]:
 
 
 class ProjectionSettings(NamedTuple):
-    """What a :class:`BlockProjection` is to estimate.
+    """The settings of a :class:`BlockProjection`.
 
     Args:
         space: whether parameters or block outputs are perturbed.
@@ -83,7 +83,7 @@ class BlockProjection:
         heads: of the guess and of a local target.
         num_classes: width of the heads' outputs.
         seed: the rule's own; heads start from it.
-        rank: of this process; ranks draw random activations of their own.
+        rank: rank of this process; each rank draws its own random activations.
     """
 
     def __init__(

@@ -56,7 +56,7 @@ def forward_gradient(
 ) -> tuple[Tensor, Params]:
     """Return the loss and an unbiased estimate of its gradient, without a backward pass.
 
-    The pure form of :class:`ForwardGradient`, for plain loops and Fabric; the arguments are the same.
+    The functional form of :class:`ForwardGradient`, with the same arguments, for plain loops and Fabric.
 
     Examples:
         >>> loss, grads = forward_gradient(
@@ -81,12 +81,12 @@ def _chunks(ks: Sequence[int], size: int) -> list[Sequence[int]]:
 
 
 class ForwardGradient(TrainingRule):
-    """Trains by forward gradients: one forward pass of dual numbers per direction, no backward pass, no stored graph.
+    """Trains with forward gradients: one forward pass of dual numbers per direction, no backward pass, no graph.
 
     The estimate ``mean_k (g . v_k) v_k`` over random directions ``v_k`` is unbiased for the gradient ``g``. Its error
     grows with the number of trained parameters ``d``: the cosine to the gradient is about ``sqrt(K / (K + d + 1))``.
 
-    Cost: about 3 forward passes per direction one by one (the cost of a whole backprop step), or 2 per direction in a
+    Cost: about 3 forward passes per direction in a loop (the cost of a whole backprop step), or 2 per direction in a
     vectorized chunk, which holds ``chunk_size`` copies of parameters and activations.
 
     Attention falls back to its math kernel, and LSTMs on the CPU do not use oneDNN, since the fast kernels have no
@@ -96,23 +96,23 @@ class ForwardGradient(TrainingRule):
         num_directions: ``K``, at least 1.
         directions: ``"gaussian"`` or ``"rademacher"`` (random signs; variance d - 1 instead of d + 1).
         orthogonal: orthonormalize the ``K`` directions; cosine ``sqrt(K / d)``, and exact for ``K = d``.
-        normalize: put the directions on the sphere of radius sqrt(d): variance d - 1.
+        normalize: scale the directions to length sqrt(d): variance d - 1.
         chunk_size: directions per vectorized pass; 1 is a loop. ``"auto"`` takes up to 8, or the loop for modules with
             convolutions or recurrent layers, where it is faster. ``"fastest"`` times both at the first batch and
             keeps the faster one, also across a resume; two runs may then differ in rounding, so it is treated as
             ``"auto"`` under ``Trainer(deterministic=True)``.
         guess: a :class:`LocalLoss` whose gradient is the direction, instead of random ones: the estimate is then the
-            projection ``(<g, q> / |q|^2) q`` of the target on the guess; zero for a guess of zero.
+            projection ``(<g, q> / |q|^2) q`` of the target onto the guess; zero for a guess of zero.
         target: ``"global"``, the gradient of the user's loss; ``"local"``, that of the guess's own local losses (or of
-            linear heads, beside random directions); or that of other local losses, a :class:`LocalLoss`.
-        space: of guess and projection. ``"weights"``: the parameters of the blocks. ``"activations"``: what leaves the
-            blocks, sample by sample; backprop then carries the estimate to the parameters inside each block.
-        scope: what is projected together, by one dual pass: ``"network"``, a ``"block"`` or a ``"tensor"`` of
-            parameters. None: a block, or the whole network where it is not cut.
-        blocks: how the network is cut, see :func:`lightning_bpfree.core.blocks.cut`; leave it out beside a LocalLoss,
-            which has its own. What runs behind the last block gets its exact gradient.
+            linear heads, with random directions); or that of other local losses, a :class:`LocalLoss`.
+        space: space of guess and projection. ``"weights"``: the parameters of the blocks. ``"activations"``: the
+            outputs of the blocks, per sample; backprop then carries the estimate to the parameters inside each block.
+        scope: what one dual pass projects together: ``"network"``, a ``"block"`` or a ``"tensor"`` of parameters. None:
+            a block, or the whole network if it is not cut.
+        blocks: how the network is cut, see :func:`lightning_bpfree.core.blocks.cut`; omit it with a LocalLoss, which
+            has its own. Layers after the last block get their exact gradient.
         network: the network in the module, see :class:`LocalLoss`.
-        labels: takes the labels out of a batch, see :class:`LocalLoss`.
+        labels: extracts the labels from a batch, see :class:`LocalLoss`.
         params: shell-style patterns of the parameters to train; None for all.
         **settings: see :class:`TrainingRule`.
 
@@ -173,7 +173,7 @@ class ForwardGradient(TrainingRule):
         self.resolve()
 
     def resolve(self) -> None:
-        """Set up blocks and guesses from the arguments; heads keep what they learned."""
+        """Set up blocks and guesses from the arguments; heads keep their learned parameters."""
         super().resolve()
         before = self._local_guesses
         self._local_guesses = made = local_guesses(
@@ -227,7 +227,7 @@ class ForwardGradient(TrainingRule):
         self._chunk_found = 1
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
-        """Refuse what fails, or gives wrong results without an error, under forward-mode AD."""
+        """Refuse modules that fail, or silently give wrong results, under forward-mode AD."""
         compiled = compiled_parts(module)
         if compiled or getattr(module, "_compiler_ctx", None) is not None:
             raise MisconfigurationException(
@@ -248,7 +248,7 @@ class ForwardGradient(TrainingRule):
             )
 
     def estimate(self, step: Step) -> Estimate:
-        """Return the loss and the combination of directions by their slopes, or the projection on the guess."""
+        """Return the loss and the combination of directions by their slopes, or the projection onto the guess."""
         try:
             with refusing(type(self).__name__), supported_kernels(step.module):
                 return (
@@ -316,7 +316,7 @@ class ForwardGradient(TrainingRule):
         )
 
     def on_batch_settled(self, succeeded: bool) -> None:
-        """Keep what heads learned from the batch, or drop it."""
+        """Keep the heads' gradients of the batch, or drop them."""
         if self._local_guesses is not None:
             self._local_guesses.settle(succeeded)
 

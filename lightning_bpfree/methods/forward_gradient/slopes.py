@@ -36,7 +36,7 @@ def chosen_chunk(step: Step, params: Params, directions: Directions, fastest: bo
 
     Args:
         step: the step.
-        params: what is trained.
+        params: the trained parameters.
         directions: all of a batch.
         fastest: whether to time both ways, unless algorithms have to be deterministic.
     """

@@ -199,7 +199,7 @@ class Architecture(nn.Module):
         self._installed = []
 
     def manage(self, managed: bool = True) -> None:
-        """Let crops follow the masks when :func:`refresh` says so, or in layers with sizes of their own at once."""
+        """Update crops from the masks when :func:`refresh` is called, or immediately in layers with their own sizes."""
         learned = {id(axis) for axis in self.axes}
         for module in self.network.modules():
             for axis in module.axes if isinstance(module, ContinuousConv | FrequencyCrop) else ():
@@ -221,7 +221,7 @@ class Architecture(nn.Module):
         return {name: axis.crop / axis.crops[-1] for name, axis in self.named.items()}
 
     def missing(self) -> list[Dimension]:
-        """Return the kinds of sizes that were asked for by name, and that the network does not have."""
+        """Return the kinds of sizes that were requested by name but that the network does not have."""
         there = {axis.dimension for axis in self.axes}
         return [dimension for dimension in self.dims or () if dimension not in there]
 

@@ -1,4 +1,4 @@
-"""Budgets: what a network may cost, absolute or relative to a reference, and whether it can be met."""
+"""Budgets: the allowed cost of a network, absolute or relative to a reference, and whether it can be met."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ def make_budget(
     """Return the budget of a network; before its layers are cropped.
 
     Args:
-        trainer: whose ranks agree on what is measured.
+        trainer: the Trainer, whose ranks agree on measurements.
         architecture: the sizes.
-        measure: what is counted.
+        measure: the kind of cost.
         budget: absolute, or relative to the reference.
         relative: whether it is relative.
         reference: a network; None for the network itself, uncropped.
 
     Raises:
-        MisconfigurationException: for a budget that the network cannot meet; it says the smallest and the largest.
+        MisconfigurationException: for a budget that the network cannot meet; it gives the smallest and the largest.
     """
     builder = CostBuilder(architecture)
     cost = builder.params() if measure == "params" else builder.macs()

@@ -45,51 +45,52 @@ _FAR = 0.1  # from the budget, relative: what is worth a line when the sizes are
 
 
 class LearnableArchitecture(Callback):
-    """Learns the sizes of a network with its weights, by the gradient of its loss, within a budget.
+    """Learns the sizes of a network together with its weights, by the gradient of its loss, within a budget.
 
-    Every size is a mask with one parameter. Units, blocks, taps and frequencies whose mask is below 0.1 are cropped:
-    the smaller network is what is computed. A term in the loss leads the cost to the budget; after ``fix_at`` of the
-    fit, the sizes are brought to it within ``tolerance`` by about one factor and held, and the weights train on.
+    Every size is a mask with one parameter. Units, blocks, taps and frequencies whose mask is below 0.1 are cropped, so
+    that only the smaller network is computed. A term in the loss moves the cost to the budget. After ``fix_at`` of the
+    fit, the sizes are scaled by about one factor to the budget within ``tolerance`` and fixed; training of the weights
+    continues.
 
-    - ``width``: units of linear layers and convolutions with their norms, tied where a residual stream ties them;
-      hidden units of MLPs, and heads of attention. Masks are applied where units are read, behind norm and activation.
-    - ``depth``: residual blocks of a list; the last ones are left out first.
-    - ``kernel``: taps of :class:`ContinuousConv`, and of ordinary convolutions of odd size whose padding keeps sides.
+    - ``width``: units of linear layers and convolutions with their norms, tied along residual streams; hidden units of
+      MLPs, and heads of attention. Masks are applied where units are read, after norm and activation.
+    - ``depth``: residual blocks of a list; the last ones are removed first.
+    - ``kernel``: taps of :class:`ContinuousConv`, and of ordinary convolutions with odd size and same padding.
     - ``resolution``: sizes of :class:`FrequencyCrop`, as in :class:`CCNN`.
 
-    The network is found out about by evaluations of one example at the start. Parameters keep their shapes and names,
-    so that optimizers, schedulers and checkpoints stay as they are; the sizes have an optimizer of their own (SGD) and
-    are saved with the callback. After the fit the network computes with its sizes until :meth:`undo`, and
-    :meth:`export` gives a plain one. Works under plain Lightning, ``Backprop``, ``ForwardGradient`` and
+    The structure of the network is traced with evaluations of one example at the start. Parameters keep their shapes
+    and names, so that optimizers, schedulers and checkpoints do not change; the sizes have their own optimizer (SGD)
+    and are saved with the callback. After the fit the network computes with its sizes until :meth:`undo`, and
+    :meth:`export` returns a plain one. Works with plain Lightning, ``Backprop``, ``ForwardGradient`` and
     ``ZerothOrder``.
 
     Logs ``bpfree/architecture/cost_over_budget`` and ``bpfree/architecture/<size>`` every ``log_every_n_steps``.
 
     Args:
         budget: share of the reference's cost, or with ``relative=False`` the cost itself; above 0.
-        dims: sizes to learn, of ``"width"``, ``"depth"``, ``"kernel"``, ``"resolution"``; None: all that there are.
+        dims: sizes to learn, of ``"width"``, ``"depth"``, ``"kernel"``, ``"resolution"``; None for all available.
         cost: ``"macs"`` (multiply-accumulates of one sample), ``"params"``, or ``"latency"`` (measured seconds of one
             sample on the device of the fit).
         relative: whether the budget is relative to a reference.
         reference: network whose cost counts as 1; None for the network itself before it is cropped.
-        network: name of the part of the module that is the network; None for the module itself, or for its only child
-            with parameters if the module has no ``forward``.
-        example_inputs: one example of the network's inputs: a tensor, a tuple, or a dict of keywords; None takes
+        network: name of the submodule that is the network; None for the module itself, or for its only child with
+            parameters if the module has no ``forward``.
+        example_inputs: one example of the network's inputs: a tensor, a tuple, or a dict of keywords; None uses
             ``example_input_array`` of the module, or the first training batch.
         exclude: patterns of names of layers and blocks that keep their sizes.
-        weight: of the squared relative deviation from the budget, beside the loss; above 0.
-        lr: learning rate of the sizes at the start (SGD, gradient clipped to norm 1), above 0; it falls to 0 by the
-            time that they are fixed.
+        weight: weight of the squared relative deviation from the budget in the loss; above 0.
+        lr: initial learning rate of the sizes (SGD, gradient clipped to norm 1), above 0; it falls to 0 by the time
+            that they are fixed.
         fix_at: share of the fit's steps after which sizes are fixed, in [0, 1].
         tolerance: relative deviation from the budget that is allowed when sizes are fixed, above 0.
-        update_every: optimizer steps between two changes of the crops, >= 1; masks follow at each step.
-        strict: whether layers whose width cannot be learned are an error; False leaves them as they are and names them.
+        update_every: optimizer steps between two changes of the crops, >= 1; masks change at each step.
+        strict: whether layers whose width cannot be learned are an error; False leaves them unchanged and lists them.
         pictures: whether to draw the architecture over training, which needs matplotlib.
-        dirpath: where the picture goes; None takes ``architecture`` in the Trainer's ``default_root_dir``.
+        dirpath: folder for the picture; None uses ``architecture`` in the Trainer's ``default_root_dir``.
 
     Raises:
         ValueError: for arguments out of range.
-        MisconfigurationException: in ``setup``, for what cannot work; the message says what to change.
+        MisconfigurationException: in ``setup``, for unsupported settings; the message says what to change.
 
     Examples:
         >>> callback = LearnableArchitecture(budget=0.5, dims=("width", "depth"))
@@ -174,28 +175,28 @@ class LearnableArchitecture(Callback):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The present crop of each size, by name."""
+        """The current crop of each size, by name."""
         return self.architecture.sizes()
 
     @property
     def cost_over_budget(self) -> float:
-        """The cost of the network as it is computed now, over the budget."""
+        """The network's current cost, divided by the budget."""
         return self.search.over_budget
 
     def settings(self) -> dict[str, Any]:
-        """Return the arguments, as plain values that loggers take."""
+        """Return the arguments as plain values for loggers."""
         return settings_of(self, Callback)
 
     def export(self) -> ExportedNetwork:
-        """Return a plain network of the present sizes, with masks multiplied into its weights.
+        """Return a plain network of the current sizes, with masks multiplied into its weights.
 
         Raises:
-            RuntimeError: before the first fit, or if the plain network does not compute what the masked one does.
+            RuntimeError: before the first fit, or if the outputs of the plain and the masked network differ.
         """
         return export(self.architecture)
 
     def undo(self) -> None:
-        """Give the network its full sizes back, with the weights of now; it computes something else then."""
+        """Restore the network's full sizes, with its current weights; this changes its output."""
         if self._architecture is not None:
             self._architecture.remove()
             self._architecture.manage(managed=False)
@@ -208,7 +209,7 @@ class LearnableArchitecture(Callback):
     # --- one fit ---
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot work, find the sizes, and crop the layers; before optimizers are made."""
+        """Refuse unsupported settings, find the sizes, and crop the layers, before optimizers are created."""
         check_attributes(self)  # which may have been set since
         check_whole_parameters("LearnableArchitecture", trainer, "strategy='ddp'")
         check_companions(trainer, self)
@@ -277,12 +278,12 @@ class LearnableArchitecture(Callback):
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on with the random streams of a checkpoint, and with its sizes."""
+        """Restore the random streams and sizes of a checkpoint."""
         self._streams.watch(pl_module.device)
         self._streams.on_fit_start(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take note of the length of the fit, and write the settings into the loggers."""
+        """Record the length of the fit, and log the settings."""
         self._total = float(trainer.estimated_stepping_batches)
         if not self.search.history:
             self.search.note(trainer.global_step)
@@ -291,11 +292,11 @@ class LearnableArchitecture(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Go on with the random streams of a checkpoint within an epoch."""
+        """Restore the random streams of a checkpoint inside an epoch."""
         self._streams.on_train_batch_start(trainer, batch_idx)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Add the budget's gradient, and move the sizes; once a step, whatever the number of micro-batches."""
+        """Add the budget's gradient, and update the sizes, once per step for any number of micro-batches."""
         search = self.search
         if not search.fixed and search.steps >= self.fix_at * self._total:
             self._fix()
@@ -325,7 +326,7 @@ class LearnableArchitecture(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the sizes for the picture, and log them where the Trainer logs."""
+        """Record the sizes for the picture, and log them when the Trainer logs."""
         search = self.search
         every = max(1, int(self._total) // 200) if self._total != float("inf") else 50
         if trainer.global_step % every == 0 and search.history[-1]["step"] != trainer.global_step:
@@ -337,7 +338,7 @@ class LearnableArchitecture(Callback):
             pl_module.log_dict(values, on_step=True, on_epoch=False)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure again, where the budget is in seconds."""
+        """Measure again if the budget is in seconds."""
         budget = self._budget
         if budget is None or budget.seconds is None or self.search.fixed:
             return
@@ -350,7 +351,7 @@ class LearnableArchitecture(Callback):
         self.search.target = min(max(target, low), cost.at(architecture.axes, smallest=False))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Fix the sizes if the fit ended before that, and draw the architecture over training."""
+        """Fix the sizes if they are not fixed yet, and draw the architecture over training."""
         search = self.search
         if not search.fixed:
             if self._total != float("inf") and trainer.global_step < self.fix_at * self._total:
@@ -367,11 +368,11 @@ class LearnableArchitecture(Callback):
             show(picture, "architecture", trainer.global_step, folder=folder, loggers=trainer.loggers)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the module its own ``configure_optimizers`` back."""
+        """Restore the module's own ``configure_optimizers``."""
         self._restore()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the module its own ``configure_optimizers`` back: Lightning calls no teardown after an exception."""
+        """Restore the module's own ``configure_optimizers``: Lightning calls no teardown after an exception."""
         self._restore()
 
     def _restore(self) -> None:
@@ -387,7 +388,7 @@ class LearnableArchitecture(Callback):
         return {"search": search, "streams": self._streams.to_plain()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the sizes of a checkpoint."""
+        """Restore the sizes of a checkpoint."""
         self._streams.take(state_dict.get("streams", []))
         if state_dict.get("search"):
             self.search.load_state_dict(state_dict["search"])

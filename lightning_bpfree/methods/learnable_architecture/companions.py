@@ -1,4 +1,4 @@
-"""Other callbacks beside ``LearnableArchitecture``: those that it refuses, and why."""
+"""Callbacks that ``LearnableArchitecture`` refuses to be combined with, and why."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _REFUSED = {
 
 
 def check_companions(trainer: pl.Trainer, own: Callback) -> None:
-    """Raise MisconfigurationException for callbacks that cannot work beside this one.
+    """Raise MisconfigurationException for callbacks that are incompatible with this one.
 
     Args:
         trainer: the Trainer.

@@ -1,4 +1,4 @@
-"""A plain network of the learned sizes: no masks, no hooks, and what is needed to load it elsewhere."""
+"""A plain network of the learned sizes, without masks and hooks, and everything needed to load it elsewhere."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _without_blocks(architecture: Architecture, plain: nn.Module) -> dict[str, l
 
 
 def _replace_continuous(architecture: Architecture, plain: nn.Module) -> dict[str, Any]:
-    """Put plain layers in the place of continuous convolutions and Fourier crops, and return what they are."""
+    """Replace continuous convolutions and Fourier crops by plain layers, and return these."""
     new: dict[str, nn.Module] = {}
     for name, module in plain.named_modules():
         if isinstance(module, ContinuousConv):

@@ -1,4 +1,4 @@
-"""The architecture over training, as a picture."""
+"""A picture of the architecture over training."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Search:
         architecture: the sizes.
         cost: of the network, in the unit of the target.
         target: the budget.
-        weight: of the budget's term beside the loss.
+        weight: weight of the budget's term in the loss.
         lr: learning rate of SGD for the sizes. Adam would move a size that costs little as fast as one that costs much,
             and momentum would carry the cost far beyond the budget.
         tolerance: relative, within which the cost is brought where the sizes are fixed.
@@ -151,7 +151,7 @@ def seconds(network: nn.Module, call: ExampleCall, repeats: int = 5) -> float:
     """Return the time of one evaluation of an example, the shortest of several.
 
     Args:
-        network: what is evaluated.
+        network: the network to evaluate.
         call: of it.
         repeats: at least 1.
     """

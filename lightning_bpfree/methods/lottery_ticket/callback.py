@@ -1,4 +1,4 @@
-"""Iterative pruning with rewinding: the levels of a lottery ticket within one fit, under any training rule."""
+"""Iterative pruning with rewinding: all levels of a lottery ticket in one fit, with any training rule."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from lightning_bpfree.training.training_rule import TrainingRule
 class LotteryTicket(Callback):
     """Finds sparse trainable initializations: trains, prunes the weights with the lowest scores, rewinds, trains again.
 
-    One fit holds all levels. Level ``i``, from 0, trains epochs ``i * epochs_per_level`` and following. Before the next
-    level, the trained weights are scored, all but the best are pruned, and the rest is rewound to the first
+    One fit runs all levels. Level ``i``, from 0, trains the epochs from ``i * epochs_per_level`` on. Before the next
+    level, the trained weights are scored, all but the best are pruned, and the rest are rewound to the first
     initialization bit for bit, buffers included. ``configure_optimizers`` creates new optimizers and schedulers, and
     the training rule restarts its search. Pruned weights are exactly zero in every batch and checkpoint, and biases
-    (all parameters of fewer than two dimensions) are never pruned. Works with every rule of this package, and without a
-    rule.
+    (all parameters with fewer than two dimensions) are never pruned. Works with every rule of this package, and without
+    a rule.
 
-    Every finished level leaves a :class:`Ticket` in ``dirpath``: ``level_00.pt``, ``level_01.pt`` and so on.
+    Every finished level saves a :class:`Ticket` in ``dirpath``: ``level_00.pt``, ``level_01.pt`` and so on.
     Checkpoints hold the first initialization, and resume exactly, also between two levels.
 
-    The methods of Lange & Sprekeler (2023) by arguments: SNR tickets ``score="snr"``; magnitude tickets
-    ``score="magnitude"``; ``random-reinit`` ``score="random", weights="fresh"`` (its masks are drawn again at every
-    level); ``mask-reinit`` ``score="magnitude", weights="fresh"``; ``final-ticket_permute`` ``weights="permuted"``;
+    These arguments select the methods of Lange & Sprekeler (2023): SNR tickets ``score="snr"``; magnitude tickets
+    ``score="magnitude"``; ``random-reinit`` ``score="random", weights="fresh"`` (its masks are redrawn at every level);
+    ``mask-reinit`` ``score="magnitude", weights="fresh"``; ``final-ticket_permute`` ``weights="permuted"``;
     ``final_permute-ticket_permute`` the same with ``permute_masks=True``; SNIP ``score="snip"``.
 
     A schedule in ``configure_optimizers`` should span one level; ``trainer.estimated_stepping_batches`` counts all
@@ -50,24 +50,25 @@ class LotteryTicket(Callback):
     fit.
 
     Args:
-        score: ``"snr"``: weight over its deviation in the rule's search, which must keep one for every weight;
-            ``"magnitude"``; ``"random"``; ``"snip"``: |w dL/dw| of the first initialization over the training set, one
-            pass by backprop at the start of the fit.
+        score: ``"snr"``: weight divided by its deviation in the rule's search, which must have one for every weight;
+            ``"magnitude"``; ``"random"``; ``"snip"``: |w dL/dw| at the first initialization over the training set, one
+            backprop pass at the start of the fit.
         levels: number of levels, >= 1, including the dense one.
         keep: share of the previous level's weights that a level keeps, in (0, 1).
-        sparsities: the share of pruned weights of every level, in [0, 1) and never falling; replaces levels and keep.
-        epochs_per_level: >= 1. The Trainer's ``max_epochs`` must cover all levels; the last one trains on.
+        sparsities: the share of pruned weights at every level, in [0, 1) and never decreasing; replaces ``levels`` and
+            ``keep``.
+        epochs_per_level: >= 1. The Trainer's ``max_epochs`` must cover all levels; extra epochs train the last level.
         scope: ``"global"``: the lowest scores over all layers together; ``"layer"``: the same share of every layer.
         weights: ``"init"``: rewind; ``"fresh"``: initialize again at every level, by ``reset_parameters()`` of the
             module if it has that method, or of its parts; ``"permuted"``: the surviving weights of the first
             initialization in random order within each tensor.
-        permute_masks: put every mask in random order within its tensor.
+        permute_masks: permute every mask randomly within its tensor.
         params: shell-style patterns of the parameters that may be pruned; None for all that the rule trains.
         exclude: patterns of parameters that stay dense; None for none.
-        init_from: a ticket, or its file: the first level trains it, and later levels prune it further. Sparsities count
-            from dense, and by default go on from the ticket's.
-        dirpath: folder for the tickets; None takes ``tickets`` in the Trainer's ``default_root_dir``.
-        seed: of random masks, fresh weights and permutations; None takes torch's initial seed of rank 0.
+        init_from: a ticket, or its file: the first level trains it, and later levels prune it further. Sparsities are
+            relative to the dense network, and by default continue from the ticket's.
+        dirpath: folder for the tickets; None uses ``tickets`` in the Trainer's ``default_root_dir``.
+        seed: seed of random masks, fresh weights and permutations; None uses torch's initial seed of rank 0.
 
     Raises:
         ValueError: for arguments out of range.
@@ -127,22 +128,22 @@ class LotteryTicket(Callback):
 
     @property
     def plan(self) -> Plan:
-        """Which level trains in which epochs, and how sparse; without the ticket of ``init_from``."""
+        """The epochs and sparsity of every level; without the ticket of ``init_from``."""
         return self._given().plan
 
     @property
     def level(self) -> int:
-        """The level in training, or the last one that was."""
+        """The current level, or the last one after training."""
         return self._levels.level
 
     @property
     def masks(self) -> Masks | None:
-        """The masks of the level in training; None while it is dense."""
+        """The masks of the current level; None while it is dense."""
         return self._levels.masks
 
     @property
     def results(self) -> list[dict[str, Any]]:
-        """One dict a finished level: ``level``, ``kept``, ``total``, ``weights_left``, ``sparsity``, ``metrics``."""
+        """One dict per finished level: ``level``, ``kept``, ``total``, ``weights_left``, ``sparsity``, ``metrics``."""
         return self._levels.results
 
     @property
@@ -151,7 +152,7 @@ class LotteryTicket(Callback):
         return [Ticket.load(self._levels.path(result["level"])) for result in self.results]
 
     def settings(self) -> dict[str, Any]:
-        """Return the arguments, as plain values that loggers take."""
+        """Return the arguments as plain values for loggers."""
         given = self._given()
         return given.settings(given.plan if self.init_from is None else self._levels.plan)
 
@@ -177,7 +178,7 @@ class LotteryTicket(Callback):
             check_has_deviations(self._levels.rule)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the first initialization, or take that of a ticket; called before a sanity check of validation."""
+        """Save the first initialization, or load a ticket's; called before the validation sanity check."""
         self._streams.watch(pl_module.device)
         self._streams.on_fit_start(trainer)
         self._levels.open(trainer, pl_module)
@@ -185,7 +186,7 @@ class LotteryTicket(Callback):
             check_redrawable(pl_module, self._levels.trained(pl_module))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin with the first level, or go on with that of a checkpoint, once all callbacks have their state."""
+        """Start the first level, or resume that of a checkpoint, after all callbacks have restored their state."""
         self._levels.begin(trainer, pl_module)
         self._collect(pl_module)
         rule = self._levels.rule
@@ -194,20 +195,20 @@ class LotteryTicket(Callback):
         log_settings(trainer, pl_module, {"bpfree": {**entry, "ticket": self.settings()}})
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on to the next level where it is due; by now all saw the trained weights of the last one."""
+        """Start the next level if due; by now, all callbacks have seen the trained weights of the last one."""
         self._levels.advance(trainer, pl_module)
         self._collect(pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Go on to the next level after a resume behind the last batch of an epoch: Lightning starts no epoch then."""
+        """Start the next level after a resume at the end of an epoch, where Lightning starts no new epoch."""
         self._streams.on_train_batch_start(trainer, batch_idx)
         if batch_idx == 0 and self._levels.advance(trainer, pl_module):
             self._collect(pl_module)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Keep the gradients of pruned weights out of norms, clipping and moments."""
+        """Exclude the gradients of pruned weights from norms, clipping and moments."""
         grads = {name: slot.parameter.grad for name, slot in self._slots.items()}
         self._zero({name: grad for name, grad in grads.items() if grad is not None and not grad.is_sparse})
 
@@ -223,7 +224,7 @@ class LotteryTicket(Callback):
             self._deviations_seen = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log level and weights left."""
+        """Log the level and the share of weights left."""
         if trainer.barebones:
             return
         left = 1.0 if self.masks is None else self.masks.weights_left
@@ -231,7 +232,7 @@ class LotteryTicket(Callback):
         pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=trainer.world_size > 1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finish the last level, whose weights stay as they are trained."""
+        """Finish the last level, which keeps its trained weights."""
         if self.level < self._levels.plan.levels - 1:
             rank_zero_warn(
                 f"LotteryTicket: the fit ends in level {self.level} of {self._levels.plan.levels}, counted from 0. To "
@@ -240,7 +241,7 @@ class LotteryTicket(Callback):
         self._levels.finish(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put exact zeros back once more: other callbacks may have set the weights when training ended."""
+        """Restore exact zeros again: other callbacks may have set the weights at the end of training."""
         self._zero({name: slot.parameter for name, slot in self._slots.items()})
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -272,7 +273,7 @@ class LotteryTicket(Callback):
         return {**state, "streams": self._streams.to_plain()} if state else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back the state of a checkpoint."""
+        """Restore the state of a checkpoint."""
         self._levels.load_state_dict(state_dict)
         self._streams.take(state_dict.get("streams", []))
 

@@ -1,4 +1,4 @@
-"""Other callbacks beside ``LotteryTicket``: those that it refuses, and those that start again at every level."""
+"""Callbacks in combination with ``LotteryTicket``: those that it refuses, and those that restart at every level."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_companions(trainer: pl.Trainer) -> None:
 
 
 def check_launcher(trainer: pl.Trainer) -> None:
-    """Raise MisconfigurationException where what a run finds stays behind in processes that end with it."""
+    """Raise MisconfigurationException if results of a run would be lost in processes that end with it."""
     launcher = type(trainer.strategy.launcher).__name__
     if launcher == "_MultiProcessingLauncher":
         raise MisconfigurationException(

@@ -1,4 +1,4 @@
-"""Linear mode connectivity: whether the loss rises on the straight line between two sets of weights."""
+"""Linear mode connectivity: whether the loss increases on the straight line between two sets of weights."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Barrier(NamedTuple):
     """The loss between two ends, and by how much it exceeds them.
 
     Args:
-        alphas: shares of the first end, from 0 to 1.
+        alphas: weights of the first end, from 0 to 1.
         values: the loss at ``alpha a + (1 - alpha) b``.
         barrier: the largest excess over the straight line between the losses of the ends; 0 if there is none.
-        barrier_from_mean: the largest loss minus the mean of those of the ends (Frankle et al. 2020).
+        barrier_from_mean: the largest loss minus the mean loss of the ends (Frankle et al. 2020).
     """
 
     alphas: list[float]
@@ -59,14 +59,14 @@ def loss_barrier(
 ) -> Barrier:
     """Return the loss along the straight line from ``b`` to ``a``.
 
-    Networks with running statistics need care: those of either end fit no point between. :func:`module_loss` takes
-    ``batch_statistics=True`` for them.
+    For networks with running statistics, use ``batch_statistics=True`` in :func:`module_loss`: the statistics of either
+    end are wrong for points in between.
 
     Args:
-        evaluate: the loss (or an error, whatever is small when good) as a function of named tensors.
+        evaluate: the loss (or an error; smaller must be better) as a function of named tensors.
         a: the parameters of one end; for evolution strategies, the mean.
-        b: those of the other.
-        num_points: how many points are measured, ends included, at least 3.
+        b: the parameters of the other end.
+        num_points: number of points to measure, ends included, at least 3.
 
     Raises:
         ValueError: for fewer points, or different names.
@@ -96,14 +96,14 @@ def module_loss(
 ) -> Callable[[Params], float]:
     """Return the mean of ``loss(module, batch)`` over batches, as a function of the module's parameters.
 
-    The module keeps its own parameters, buffers and mode. In evaluation mode BatchNorm takes the running statistics
-    that the module holds, whatever the parameters.
+    The module keeps its own parameters, buffers and mode. In evaluation mode, BatchNorm uses the module's running
+    statistics for all parameters.
 
     Args:
-        module: computes with the parameters that the returned function is given.
-        batches: gone through again at each call, all of the same weight: a list, or a loader without shuffling.
-        loss: a scalar of one batch.
-        batch_statistics: evaluate in training mode, so that BatchNorm takes the statistics of the batch; for modules
+        module: the module; it computes with the parameters passed to the returned function.
+        batches: iterated at each call, with equal weight per batch: a list, or a loader without shuffling.
+        loss: returns a scalar for one batch.
+        batch_statistics: evaluate in training mode, so that BatchNorm uses the statistics of the batch; for modules
             without dropout.
 
     Examples:

@@ -1,4 +1,4 @@
-"""The levels of a lottery ticket: what is pruned, what the weights go back to, and what is kept of each level."""
+"""The levels of a lottery ticket: pruning, rewinding, and the saved results of each level."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Levels:
         self.plan = self.plan.behind(ticket.masks, given.keep, given.sparsities, given.score)
 
     def begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Set masks and weights of the first level, unless a checkpoint has brought those of its own."""
+        """Set masks and weights of the first level, unless a checkpoint has restored its own."""
         if not self._resumed:
             if trainer.current_epoch > 0:
                 raise MisconfigurationException(
@@ -121,7 +121,7 @@ class Levels:
     # --- levels ---
 
     def advance(self, trainer: pl.Trainer, module: pl.LightningModule) -> bool:
-        """Go on to the next level if the epoch is its; return whether it was."""
+        """Start the next level if it is due in this epoch; return whether it was."""
         if self.plan.level_at(trainer.current_epoch) <= self.level:
             return False
         std = self.finish(trainer, module)
@@ -146,7 +146,7 @@ class Levels:
             self.rule.restrict(None)
 
     def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> Params | None:
-        """Keep what the level has come to; return the deviations of the weights, if the rule has any."""
+        """Save the results of the level; return the deviations of the weights, if the rule has any."""
         std = self.std()
         masks = Masks.dense({n: self._init[n] for n in self.names}) if self.masks is None else self.masks
         metrics = self.metrics(trainer)

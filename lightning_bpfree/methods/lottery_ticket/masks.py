@@ -1,4 +1,4 @@
-"""Boolean masks over named parameters: which weights survive, and tensors of the survivors alone."""
+"""Boolean masks over named parameters: which weights survive, and tensors of only the survivors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Restricts(Protocol):
         Called at the start of every fit, after a resume too, and whenever masks change; then :meth:`restart` follows.
 
         Raises:
-            ValueError: if the rule cannot search under masks, as it is set.
+            ValueError: if the rule cannot search under masks with its settings.
         """
 
     def restart(self) -> None:
@@ -37,13 +37,13 @@ class Restricts(Protocol):
 
 
 class Masks(Mapping[str, Tensor]):
-    """Which entries of named tensors survive; never inferred from ``w != 0``, for a weight may be zero by chance.
+    """Which entries of named tensors survive; never inferred from ``w != 0``, since a weight may be zero by chance.
 
     Args:
         masks: boolean tensors by parameter name, shaped like the parameters; True survives.
 
     Raises:
-        ValueError: for no mask at all, or one that is not boolean.
+        ValueError: without any mask, or for one that is not boolean.
 
     Examples:
         >>> masks = Masks({"w": torch.tensor([[True, False], [True, True]])})
@@ -131,14 +131,14 @@ class Masks(Mapping[str, Tensor]):
         return self._indices[name]
 
     def apply_(self, params: Mapping[str, Tensor], *, missing_ok: bool = False) -> None:
-        """Set the pruned entries of ``params`` to zero, in place; names without a mask stay as they are.
+        """Set the pruned entries of ``params`` to zero, in place; tensors without a mask do not change.
 
         Args:
-            params: named tensors, shaped like the masks.
-            missing_ok: let ``params`` lack some of the names.
+            params: named tensors with the shapes of the masks.
+            missing_ok: allow missing names in ``params``.
 
         Raises:
-            ValueError: for missing names, and for other shapes.
+            ValueError: for missing names or different shapes.
         """
         missing = [name for name in self._masks if name not in params]
         if missing and not missing_ok:
@@ -151,7 +151,7 @@ class Masks(Mapping[str, Tensor]):
                 params[name].masked_fill_(self._pruned[name], 0)  # a product would keep NaN, infinity and -0
 
     def permuted(self, seed: int) -> Masks:
-        """Return masks with the entries of each tensor in random order; counts stay, and global streams too."""
+        """Return masks with the entries of each tensor in random order; counts and global streams do not change."""
         permuted = {}
         for i, (name, mask) in enumerate(self._masks.items()):
             generator = torch.Generator().manual_seed(mix(seed, i))  # on the CPU: the same on every kind of device
@@ -160,7 +160,7 @@ class Masks(Mapping[str, Tensor]):
         return Masks(permuted)
 
     def to(self, device: torch.device | str) -> Masks:
-        """Return the masks on ``device``; themselves if they are there."""
+        """Return the masks on ``device``; the same object if they are there already."""
         moved = {name: mask.to(device) for name, mask in self._masks.items()}
         return self if all(moved[name] is mask for name, mask in self._masks.items()) else Masks(moved)
 

@@ -1,4 +1,4 @@
-"""The arguments of ``LotteryTicket``: what is allowed, and which level trains when."""
+"""The arguments of ``LotteryTicket``: their checks, and the epochs of each level."""
 
 from __future__ import annotations
 

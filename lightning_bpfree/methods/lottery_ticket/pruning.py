@@ -20,12 +20,12 @@ Scope = Literal["global", "layer"]
 def snr(mean: Mapping[str, Tensor], std: Mapping[str, Tensor]) -> Params:
     """Return the signal-to-noise ratio ``|mean| / std`` of every weight of a search distribution.
 
-    A search that adapts a deviation to every weight makes it small where the loss is curved, so that the score is about
-    ``|mean| sqrt(curvature)``.
+    A search that adapts a deviation for every weight makes it small where the curvature is high, so that the score is
+    about ``|mean| sqrt(curvature)``.
 
     Args:
         mean: named tensors.
-        std: standard deviations, > 0, at least for the names of ``mean`` and of their shapes.
+        std: standard deviations, > 0, at least for the names of ``mean``, with the same shapes.
 
     Examples:
         >>> snr({"w": torch.tensor([-2.0, 3.0])}, {"w": torch.tensor([1.0, 3.0])})["w"]
@@ -68,11 +68,11 @@ def random_scores(like: Mapping[str, Tensor], seed: int) -> Params:
 
 @checked
 def snip(params: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Params:
-    """Return ``|w dL/dw|``: the change of the loss without the weight, to first order.
+    """Return ``|w dL/dw|``: the first-order change of the loss if the weight is removed.
 
     Args:
         params: named tensors.
-        gradients: of the loss, at least for the names of ``params``.
+        gradients: gradients of the loss, at least for the names of ``params``.
 
     Examples:
         >>> snip({"w": torch.tensor([-2.0, 3.0])}, {"w": torch.tensor([0.5, 0.1])})["w"]
@@ -102,20 +102,20 @@ def num_kept(total: NonNegativeInt, sparsity: FractionBelowOne) -> int:
 def top_masks(
     scores: Mapping[str, Tensor], sparsity: FractionBelowOne, previous: Masks | None = None, scope: Scope = "global"
 ) -> Masks:
-    """Return masks in which the weights of the highest scores survive.
+    """Return masks in which the weights with the highest scores survive.
 
-    Counts are exact, and the result is a function of the scores alone: of equal scores, the first survive.
+    Counts are exact, and the result depends on the scores alone: of equal scores, the first survive.
 
     Args:
-        scores: named tensors of numbers that are not NaN.
-        sparsity: the share of weights that are pruned, pruned ones of earlier levels included, in [0, 1).
-        previous: weights pruned there stay pruned.
-        scope: ``"global"``: ``round(total (1 - sparsity))`` survive over all tensors together; ``"layer"``: that many
-            of each tensor's own.
+        scores: named tensors without NaN.
+        sparsity: the share of weights that are pruned, including those of earlier levels, in [0, 1).
+        previous: earlier masks; weights that they prune stay pruned.
+        scope: ``"global"``: ``round(total (1 - sparsity))`` survive over all tensors together; ``"layer"``: the same
+            within each tensor.
 
     Raises:
-        ValueError: for a sparsity out of range or below that of ``previous``, a score that is NaN, and where a tensor
-            would be pruned whole.
+        ValueError: for a sparsity out of range or below that of ``previous``, a NaN score, or a tensor that would be
+            pruned completely.
 
     Examples:
         >>> scores = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 4.0])}

@@ -1,4 +1,4 @@
-"""Setting a module back to its first initialization, or to a fresh one, in the middle of a fit."""
+"""Resets of a module to its first initialization, or to a new one, during a fit."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def redraw(module: pl.LightningModule, names: Collection[str], seed: int) -> Non
     Args:
         module: with a method ``reset_parameters``, or with submodules that have one.
         names: which parameters.
-        seed: of the initialization.
+        seed: seed of the initialization.
     """
     slots = list(ParameterSlots(module))
     others = [(slot.parameter, slot.parameter.detach().clone()) for slot in slots if slot.name not in names]
@@ -109,7 +109,7 @@ def fresh_optimizers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from global random streams that start at ``seed``, and put them back afterwards."""
+    """Draw from global random streams that start at ``seed``, and restore them afterward."""
     streams = RandomStreams([device])
     before = streams.save()
     streams.seed(seed)

@@ -1,4 +1,4 @@
-"""A lottery ticket: an initialization and a mask, with what training made of them."""
+"""A lottery ticket: an initialization and a mask, with the results of training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FORMAT = "lightning_bpfree.Ticket/1"
 class Ticket:
     """A sparse trainable initialization: load it into a module, and train it by any rule.
 
-    Tensors lie on the CPU. Names are those of ``module.named_parameters()``; tied weights have one.
+    Tensors are on the CPU. Names are those of ``module.named_parameters()``; tied weights have one name.
 
     Args:
         masks: which weights survive; parameters without a mask are dense.
@@ -35,10 +35,10 @@ class Ticket:
         buffers: the buffers at the very first initialization.
         mean_buffers: the buffers at the end of the level.
         metrics: numbers at the end of the level.
-        info: plain values that say where the ticket comes from, such as rule, score and seed.
+        info: plain values that describe the ticket's origin, such as rule, score and seed.
 
     Raises:
-        ValueError: if a mask fits no parameter of ``init``.
+        ValueError: if a mask matches no parameter of ``init``.
 
     Examples:
         >>> net = nn.Linear(2, 1, bias=False)
@@ -74,7 +74,7 @@ class Ticket:
 
     @checked
     def save(self, path: str | Path) -> None:
-        """Write the ticket to a file, of plain dicts and tensors; a file is there whole or not at all."""
+        """Write the ticket atomically to a file of plain dicts and tensors."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {entry.name: getattr(self, entry.name) for entry in fields(self)}
@@ -88,7 +88,7 @@ class Ticket:
         """Read a ticket; nothing in the file is executed.
 
         Raises:
-            ValueError: for a file that holds something else.
+            ValueError: if the file does not contain a ticket.
         """
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
@@ -100,7 +100,7 @@ class Ticket:
         """Set the parameters and buffers of ``module`` in place, bit for bit, and the pruned weights to zero.
 
         Args:
-            module: with the parameters that the ticket names, and no others.
+            module: a module with exactly the parameters of the ticket.
             weights: ``"init"`` for the first initialization, ``"mean"`` for the trained weights.
 
         Raises:
@@ -127,10 +127,10 @@ class Ticket:
     def to_torch_pruning(self, module: nn.Module) -> None:
         """Prune ``module`` in the format of ``torch.nn.utils.prune``: ``weight`` becomes ``weight_orig`` and a mask.
 
-        The module computes with its own weights and the ticket's masks: as before, if :meth:`apply_to` came first.
+        The module computes with its own weights and the ticket's masks; after :meth:`apply_to`, its output is the same.
 
         Args:
-            module: with all parameters that the masks name.
+            module: a module with all parameters that the masks name.
 
         Raises:
             ValueError: if names or shapes differ.
@@ -154,12 +154,12 @@ class Ticket:
     @classmethod
     @checked
     def from_torch_pruning(cls, module: nn.Module, init: Mapping[str, Tensor] | None = None, **content: Any) -> Ticket:
-        """Return the ticket in a module that ``torch.nn.utils.prune`` has pruned.
+        """Return the ticket of a module that ``torch.nn.utils.prune`` has pruned.
 
         Args:
-            module: with ``weight_orig`` and ``weight_mask`` in place of some weights.
+            module: a module with ``weight_orig`` and ``weight_mask`` instead of some weights.
             init: all parameters at the first initialization, by plain name (``"0.weight"``); the module's weights are
-                then the trained ones. None takes the module's weights for the initialization.
+                then the trained ones. None uses the module's weights as the initialization.
             **content: further fields of the ticket, such as ``level``, ``metrics`` and ``info``.
 
         Raises:
@@ -189,7 +189,7 @@ class Ticket:
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> Params:
-    """Return detached copies on the CPU, which nobody else holds."""
+    """Return detached copies on the CPU that share no memory."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""A reversible block as a node of autograd's graph, taken back before or beside the gradients of the block above."""
+"""A reversible block as an autograd node, inverted before or in parallel to the gradients of the block above."""
 
 from __future__ import annotations
 

@@ -43,30 +43,30 @@ Stack = ReversibleSequential | ReversibleLayers
 class ReversibleRecompute(Callback):
     """Makes stacks of layers reversible, and recomputes their activations in the backward pass instead of storing them.
 
-    Gradients are those of plain autograd up to rounding: the training rule does not change, only how activations are
-    recovered. With ``stacks`` given, layers of known transformers are converted in ``setup``, which **changes the
-    function of the model** and warns of it; :func:`~lightning_bpfree.convert_to_reversible` says how. Without, stacks
-    that are reversible already are found and get the schedule. Names of parameters stay, so checkpoints load with and
-    without; but a model that was trained reversibly computes what it has learned only while it is reversible, so the
-    conversion stays after the fit, until :meth:`undo`.
+    Gradients equal those of plain autograd up to rounding: the training rule does not change, only how activations are
+    recovered. With ``stacks``, layers of known transformers are converted in ``setup``, which **changes the function of
+    the model** and warns about it; see :func:`~lightning_bpfree.convert_to_reversible`. Without ``stacks``, the
+    schedule applies to existing reversible stacks. Parameter names do not change, so checkpoints load with and without
+    the conversion. A model that was trained reversibly needs the conversion for correct outputs, so it stays after the
+    fit, until :meth:`undo`.
 
     Logs, every ``log_every_n_steps`` optimizer steps, ``bpfree/samples_per_second`` (over all ranks, data loading
-    included), ``bpfree/peak_memory`` in MiB (allocated on a CUDA device; of the process on the CPU) and, where it was
+    included), ``bpfree/peak_memory`` in MiB (allocated on a CUDA device; of the process on the CPU) and, if it was
     measured, ``bpfree/reconstruction_error``. On devices without CUDA, ``"parallel"`` computes the same bits on one
     stream.
 
     Args:
         stacks: names of lists of layers, such as ``"model.encoder.layers"``; ``"all"`` for every list of known layers;
-            None to convert nothing, and to use what is reversible already.
+            None to convert nothing, and use existing reversible stacks.
         schedule: ``"autograd"``, ``"checkpoint"``, ``"sequential"`` or ``"parallel"`` (PaReprop).
         rewire: for post-norm layers, ``"pre_norm"`` or ``"scaled"``.
         scale: factors of the skips, above 0; None for the default of ``rewire``.
         fusion: how two streams become one; None for the default of ``rewire``.
         buffer_every: keep the inputs of every n-th block, at least 1; ``"auto"``: chosen by the scales; None for none.
-        max_error: largest relative error of recovered inputs, above 0, beyond which training stops with an error.
+        max_error: largest allowed relative error of recovered inputs, above 0; a larger one stops training.
         check_every: measure that error in every n-th pass, at least 1.
-        store_last: number of blocks at the top of each stack that keep their activations, at least 0; less time for
-            more memory.
+        store_last: number of blocks at the top of each stack that keep their activations, at least 0; saves time at the
+            cost of memory.
 
     Raises:
         ValueError: for arguments out of range.
@@ -132,7 +132,7 @@ class ReversibleRecompute(Callback):
             )
 
     def settings(self) -> dict[str, Any]:
-        """Return the arguments, as plain values that loggers take."""
+        """Return the arguments as plain values for loggers."""
         stacks = self.stacks if isinstance(self.stacks, str | None) else ", ".join(self.stacks)
         plain = {name: v if isinstance(v, int | float | str | None) else str(v) for name, v in self._options.items()}
         return {"stacks": stacks, "schedule": self.schedule, **plain}
@@ -140,7 +140,7 @@ class ReversibleRecompute(Callback):
     # --- conversion ---
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Convert, before optimizers are made and processes wrap the module; at every stage, as it is the model."""
+        """Convert the model at every stage, before optimizers are created and strategies wrap the module."""
         check_attributes(self)  # which may have been set since
         self._check()
         check_whole_parameters("ReversibleRecompute", trainer, "strategy='ddp'")
@@ -178,7 +178,7 @@ class ReversibleRecompute(Callback):
         rank_zero_info(f"ReversibleRecompute: schedule={self.schedule!r} for {', '.join(wanted)}.")
 
     def undo(self) -> None:
-        """Restore the lists of layers, with their present weights, and the previous schedules of stacks."""
+        """Restore the lists of layers, with their current weights, and the previous schedules of stacks."""
         for stack, schedule in self._found:
             stack.schedule = schedule
         if self.conversion is not None:
@@ -188,23 +188,23 @@ class ReversibleRecompute(Callback):
     # --- what it costs ---
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore the random streams of a checkpoint, before the data loaders draw their order."""
+        """Restore the random streams of a checkpoint, before the data loaders draw their sample order."""
         self._streams.watch(pl_module.device)
         self._streams.on_fit_start(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the settings into the loggers."""
+        """Log the settings."""
         self._window, self._logged_at = Throughput(), trainer.global_step
         log_settings(trainer, pl_module, {"bpfree_recompute": self.settings()})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to measure again: validation is not training."""
+        """Restart the measurement, since validation is not training."""
         self._window = Throughput()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin to measure, if a measurement has ended."""
+        """Start measuring, if the previous measurement has ended."""
         self._streams.on_train_batch_start(trainer, batch_idx)
         if self._window.started is None:
             self._window.open(trainer.strategy.root_device)
@@ -212,7 +212,7 @@ class ReversibleRecompute(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the samples; log where the Trainer logs."""
+        """Count the samples; log when the Trainer logs."""
         self._window.samples += _size(batch)
         every = log_every_n_steps(trainer)
         # Optimizer steps rather than batches, as loggers count: what is logged at another step does not reach them.

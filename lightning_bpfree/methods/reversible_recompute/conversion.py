@@ -1,4 +1,4 @@
-"""Making the transformer layers of an existing model reversible, and undoing it."""
+"""Conversion of an existing model's transformer layers to reversible ones, and back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Scale = PositiveFloat | tuple[PositiveFloat, PositiveFloat]
 
 
 class FunctionChangedWarning(UserWarning):
-    """A module computes another function than before, with the same weights."""
+    """A module computes a different function than before, with the same weights."""
 
 
 @checked
@@ -44,34 +44,34 @@ def convert_to_reversible(
     """Make the layers of a model reversible, in place.
 
     Every stack, an ``nn.ModuleList`` or ``nn.Sequential`` of transformer layers, is replaced by
-    :class:`ReversibleLayers` of the same layers: weights and the names of parameters stay, so old checkpoints load.
-    **The function changes**: two streams run where one did, so a trained model must be fine-tuned or retrained.
+    :class:`ReversibleLayers` of the same layers: weights and parameter names do not change, so old checkpoints load.
+    **The function changes**: two streams replace one, so a trained model must be fine-tuned or retrained.
 
     Known layers: ``torch.nn.TransformerEncoderLayer``; transformers' ViT, Swin, Hiera, RoBERTa and BERT, GPT-2, and
-    Llama with others of its structure, such as Mistral and Qwen; timm's ViT and Swin blocks. They are recognized by
+    Llama and models with its structure, such as Mistral and Qwen; timm's ViT and Swin blocks. They are recognized by
     their structure, and the branches of the first layer are compared with the layer's own output at the first call.
 
     Args:
-        model: the model; a LightningModule is one.
+        model: the model, for example a LightningModule.
         stacks: names of the stacks, such as ``"encoder.layers"``; ``"all"`` for all stacks of known layers.
         schedule: ``"autograd"``, ``"checkpoint"``, ``"sequential"`` or ``"parallel"``.
-        rewire: what is done with post-norm layers, whose output is a normalization instead of a sum: ``"pre_norm"``
-            puts the normalizations before the branches (train from scratch); ``"scaled"`` keeps each sublayer whole as
-            a branch and scales the skips (near the trained function for small scales).
-        scale: factors of the skips; a number for both. None: 0.1 for ``"scaled"``, else 1. Recovered inputs lose digits
-            by ``1 / (s1 s2)`` a block.
+        rewire: how to convert post-norm layers, whose output is a normalization instead of a sum: ``"pre_norm"`` puts
+            the normalizations before the branches (train from scratch); ``"scaled"`` keeps each whole sublayer as a
+            branch and scales the skips (close to the trained function for small scales).
+        scale: factors of the skips; a number for both. None: 0.1 for ``"scaled"``, else 1. The error of recovered
+            inputs grows by ``1 / (s1 s2)`` per block.
         fusion: how two streams become one: a mode of ``StreamFusion`` that keeps the width. None: ``"second"`` for
             ``"scaled"``, else ``"mean"``.
         branches: ``(f, g)`` for layers of no known family: functions of a layer, its input and keyword arguments, with
-            their normalization inside and without a skip.
+            the normalization inside and without the skip.
         buffer_every: keep the inputs of every n-th block; ``"auto"``: chosen by the scales; None for none.
-        max_error: largest relative error of recovered inputs; None: 0.01 where skips are scaled, else any.
+        max_error: largest allowed relative error of recovered inputs; None: 0.01 if skips are scaled, else any.
         check_every: measure it in every n-th pass, at least 1.
         store_last: number of blocks at the top that keep their activations, at least 0.
         warn: whether to warn that the function changes.
 
     Returns:
-        What was replaced, and a way back.
+        The replaced stacks, with a way to undo the conversion.
 
     Raises:
         ValueError: if a name is unknown, holds layers of no known family or of several, post-norm layers lack

@@ -1,4 +1,4 @@
-"""Report of a conversion: the layers that were replaced, and the way back."""
+"""Report of a conversion: the replaced layers, and how to undo it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Conversion:
         self._flags: list[tuple[nn.Module, str, Any]] = []
 
     def undo(self) -> None:
-        """Put the lists of layers back; the layers keep the weights that they have by now."""
+        """Restore the lists of layers; the layers keep their current weights."""
         for owner, name, original in reversed(self._places):
             setattr(owner, name, original)
         for owner, name, value in reversed(self._flags):
@@ -65,7 +65,7 @@ class Conversion:
         self._places, self._flags, self.stacks = [], [], []
 
     def replace(self, path: str, places: Sequence[tuple[nn.Module, str]], stack: ReversibleLayers) -> None:
-        """Put the stack in the place of the list ``path``, at all modules that hold it."""
+        """Replace the list ``path`` by the stack, in all modules that hold it."""
         self.stacks.append(stack)
         self.report.append(_entry(path, stack))
         for owner, name in places:

@@ -100,7 +100,7 @@ def _in_place(name: str, label: str) -> str:
 
 
 def accepted(branch: Branch) -> tuple[str, ...] | None:
-    """Return the keyword arguments that ``branch`` takes beside its input; None for all."""
+    """Return the keyword arguments of ``branch`` apart from its input; None for all."""
     if isinstance(branch, functools.partial):
         return _names(branch.func, len(branch.args) + 1)
     if isinstance(branch, nn.Module):
@@ -123,12 +123,11 @@ class ReversibleBlock(nn.Module):
     """Two streams coupled by two branches: ``y1 = s1 x1 + f(x2)``, ``y2 = s2 x2 + g(y1)``.
 
     Args:
-        f: module from (..., C) to the same shape, with its normalization inside and without a skip; in a transformer
+        f: module from (..., C) to the same shape, with its normalization inside and without a skip; in a transformer,
             the attention.
-        g: likewise; in a transformer the feed-forward part.
+        g: the same; in a transformer, the feed-forward part.
         scale: factors ``(s1, s2)`` of the skips, above 0. Away from 1, errors of the inverse grow as ``1 / (s1 s2)``
-            per
-            block: use ``buffer_every`` and ``max_error`` of :class:`ReversibleSequential` then.
+            per block: use ``buffer_every`` and ``max_error`` of :class:`ReversibleSequential` then.
 
     Raises:
         ValueError: if a scale is not above 0.
@@ -164,11 +163,11 @@ class ReversibleBlock(nn.Module):
         return self.coupling().forward(x1, x2, context)
 
     def inverse(self, y1: Tensor, y2: Tensor, **context: Any) -> tuple[Tensor, Tensor]:
-        """Return the inputs that give these outputs, up to rounding; stochastic branches must draw the same numbers."""
+        """Return the inputs of these outputs, up to rounding; stochastic branches must draw the same numbers."""
         coupling = self.coupling()
         x2 = part(y2, coupling.second(y1, context), self.scale[1])
         return part(y1, coupling.first(x2, context), self.scale[0]), x2
 
     def extra_repr(self) -> str:
-        """Return the scales where they are not 1."""
+        """Return the scales that are not 1."""
         return "" if self.scale == (1.0, 1.0) else f"scale={self.scale}"

@@ -1,4 +1,4 @@
-"""The layers of an existing model as a reversible stack, in the place of the list that held them."""
+"""The layers of an existing model as a reversible stack, which replaces their list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weights and buffers that a module computes with at one time, so that it can compute with them again."""
+"""Snapshots of a module's weights and buffers, so that it can compute with them again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_bpfree.methods.reversible_recompute.refused import RefusedStackEr
 
 
 class Inventory:
-    """The parameters and buffers of a module, as they are now, and its mode.
+    """The current parameters and buffers of a module, and its mode.
 
     Args:
         owner: the module.

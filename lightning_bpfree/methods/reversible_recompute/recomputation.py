@@ -32,7 +32,7 @@ class ReconstructionError(RuntimeError):
 
 
 class Recomputation:
-    """Runs couplings one after the other, by a schedule.
+    """Runs couplings in sequence, according to a schedule.
 
     Args:
         schedule: ``"autograd"``: all activations are stored; ``"checkpoint"``: the streams between blocks are stored,

@@ -1,4 +1,4 @@
-"""What a reversible stack cannot do, as the error that Lightning raises for configurations."""
+"""Refusals of a reversible stack, as Lightning's error for invalid configurations."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
 class RefusedStackError(MisconfigurationException, ValueError, RuntimeError):
-    """A reversible stack cannot recompute what runs in it, or what it is given; the message names the cure."""
+    """A reversible stack cannot recompute its layers, or its inputs; the message says how to fix it."""

@@ -14,12 +14,12 @@ from lightning_bpfree.methods.reversible_recompute.stream_fusion import Enter, F
 
 
 class ReversibleSequential(nn.Module):
-    """Blocks of two coupled streams, one after the other, whose inputs are recomputed from their outputs.
+    """A sequence of blocks of two coupled streams, whose inputs are recomputed from their outputs.
 
-    The gradients are those of plain autograd up to rounding, whatever the schedule: dropout and stochastic depth draw
-    the same numbers again, autocast computes in the same types (streams stay in float32), running statistics move once,
-    and the caller's random streams end where plain training would leave them. Saved activations do not grow with depth
-    under ``"sequential"`` and ``"parallel"``; a step takes one more forward pass of the stack.
+    The gradients equal those of plain autograd up to rounding, for every schedule: dropout and stochastic depth draw
+    the same numbers again, autocast computes in the same types (streams stay in float32), running statistics are
+    updated once, and the caller's random streams end as in plain training. Saved activations do not grow with depth for
+    ``"sequential"`` and ``"parallel"``; a step takes one more forward pass of the stack.
 
     Args:
         blocks: :class:`ReversibleBlock`, at least one.
@@ -29,9 +29,10 @@ class ReversibleSequential(nn.Module):
             ``"mean"`` after ``"duplicate"`` and ``"concat"`` after ``"split"``.
         dim: dimension of the channels.
         buffer_every: keep the inputs of every n-th block, at least 1; None for none.
-        max_error: largest relative error of recovered inputs that is let through, above 0; None for any.
+        max_error: largest allowed relative error of recovered inputs, above 0; None for any.
         check_every: measure that error in every n-th pass, at least 1.
-        store_last: number of blocks at the top that keep their activations, at least 0; less time for more memory.
+        store_last: number of blocks at the top that keep their activations, at least 0; saves time at the cost of
+            memory.
 
     Raises:
         ValueError: for arguments out of range.
@@ -39,7 +40,7 @@ class ReversibleSequential(nn.Module):
     Shape:
         - Input: one tensor, or two of one shape; keyword arguments go to the branches whose ``forward`` names them.
           Their tensors may need gradients.
-        - Output: one tensor for one, two for two.
+        - Output: one tensor for one input, two for two.
 
     Examples:
         >>> import torch
@@ -86,7 +87,7 @@ class ReversibleSequential(nn.Module):
 
     @property
     def schedule(self) -> Schedule:
-        """How activations are recovered; may be set at any time."""
+        """How activations are recovered; can be set at any time."""
         return self.recomputation.schedule
 
     @schedule.setter
@@ -95,7 +96,7 @@ class ReversibleSequential(nn.Module):
 
     @property
     def reconstruction_error(self) -> float | None:
-        """The largest relative error of recovered inputs that was last measured; None if none was."""
+        """The largest relative error of recovered inputs in the last measurement; None if not measured."""
         return self.recomputation.error
 
     def __len__(self) -> int:
@@ -122,7 +123,7 @@ class ReversibleSequential(nn.Module):
         return [block.coupling(f"block {index}") for index, block in enumerate(self)]
 
     def forward(self, x: Tensor, x2: Tensor | None = None, **context: Any) -> Any:
-        """Return the fused output of one input, or both streams of two."""
+        """Return the fused output for one input, or both streams for two."""
         couplings = self.couplings()
         _check_names(couplings, context)
         x1, second = enter(x, self.enter, self.dim) if x2 is None else (x, x2)

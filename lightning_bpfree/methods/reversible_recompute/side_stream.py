@@ -64,7 +64,7 @@ class SideStream:
             self._events[event] = self._streams[index % 2].record_event()
 
     def give(self, index: int, tensors: Iterable[Tensor | None]) -> None:
-        """Let the caller's stream go on only when that of block ``index`` has made ``tensors``."""
+        """Make the caller's stream wait until the stream of block ``index`` has computed ``tensors``."""
         if self._streams is None or self._streams[index % 2] is self._streams[0]:
             return
         self._streams[0].wait_event(self._streams[index % 2].record_event())

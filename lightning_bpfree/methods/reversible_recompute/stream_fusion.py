@@ -1,4 +1,4 @@
-"""From one stream to two, and back."""
+"""Conversion of one stream into two, and back."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def enter(x: Tensor, how: Enter, dim: int = -1) -> tuple[Tensor, Tensor]:
 
 
 class StreamFusion(nn.Module):
-    """One tensor of the two streams of a reversible stack.
+    """Fuses the two streams of a reversible stack into one tensor.
 
     Args:
-        mode: ``"mean"``, ``"add"``, ``"max"``, ``"min"``: elementwise, C channels stay C; ``"second"``: the second
-            stream alone; ``"concat"``: 2C channels; ``"concat_linear"``: both streams side by side through a
-            feed-forward network (2C, 2C with GELU, C), which has parameters.
+        mode: ``"mean"``, ``"add"``, ``"max"``, ``"min"``: elementwise, C channels stay C; ``"second"``: only the second
+            stream; ``"concat"``: 2C channels; ``"concat_linear"``: both streams, concatenated, through a feed-forward
+            network (2C, 2C with GELU, C), which has parameters.
         channels: C, for ``"concat_linear"``.
         dim: the dimension of the channels; the last one for ``"concat_linear"``.
 

@@ -1,4 +1,4 @@
-"""The backward pass of a reversible stack: inputs come back from outputs, block by block."""
+"""The backward pass of a reversible stack: inputs are recovered from outputs, block by block."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What one evaluation of a branch leaves behind; no activation.
+    """The data kept from one evaluation of a branch, without activations.
 
     Args:
         draws: the random streams before it; None if it drew nothing.
@@ -56,7 +56,7 @@ class Evaluation(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What a forward pass leaves behind of one block.
+    """The data kept from one block's forward pass.
 
     Args:
         coupling: the block.
@@ -70,7 +70,7 @@ class Block(NamedTuple):
 
 
 class Pass:
-    """One backward pass: what a block leaves for the one below it."""
+    """One backward pass: the data that a block passes to the one below it."""
 
     def __init__(self, y1: Tensor, y2: Tensor, parallel: bool) -> None:
         self.above: tuple[Tensor, ...] | Pair | None = (y1, y2)
@@ -109,7 +109,7 @@ class Tape:
         self._versions = list(map(version, self._tensors))
 
     def inputs(self, index: int) -> list[Tensor]:
-        """Return what gets gradients from a block beside the streams: sources of the context, and its parameters."""
+        """Return what gets gradients from a block besides the streams: sources of the context, and its parameters."""
         return [*(self.context[key] for key in self.sources), *self.blocks[index].inventory.trainable]
 
     # --- forward ---

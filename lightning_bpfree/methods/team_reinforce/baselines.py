@@ -37,7 +37,7 @@ class Baselines:
         Args:
             work: the pass, before any of its values is changed.
             rewards: shape ``(M, B)``.
-            seed: of the critics' start.
+            seed: seed of the critics' start.
         """
         layers = len(work.layers)
         if self.kind == "leave_one_out":
@@ -77,13 +77,13 @@ def _critic(width: int) -> nn.Module:
 
 @checked
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """Return each reward minus the mean of the other samples' of the same input.
+    """Return each reward minus the mean reward of the other samples of the same input.
 
-    The baseline of a sample does not depend on it, so that REINFORCE stays unbiased; the advantages of an input sum to
-    0, so that the samples of an input are each other's negative phase.
+    The baseline of a sample does not depend on the sample, so that REINFORCE stays unbiased. The advantages of an input
+    sum to 0, so that its samples act as each other's negative phase.
 
     Args:
-        rewards: shape ``(M, B)``, of ``M >= 2`` samples of each of ``B`` inputs.
+        rewards: shape ``(M, B)``, for ``M >= 2`` samples of each of ``B`` inputs.
 
     Raises:
         ValueError: for a single sample.

@@ -1,4 +1,4 @@
-"""Credit assignment: from a reward to a gradient for every layer of a team of stochastic units."""
+"""Credit assignment: the gradient of every layer of a team of stochastic units, from a reward."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Credit(ABC):
         Args:
             work: the pass that the reward is for.
             advantages: of every layer, the output included, ``(rows,)``.
-            parameters: what is trained.
+            parameters: the trained parameters.
             by_output: derivative of the rewards by the output, if that is not drawn.
         """
 
@@ -116,16 +116,17 @@ class TopDown(Credit):
 
 
 class WeightMax(TopDown):
-    """A hidden unit is rewarded by how much its outgoing weights grow: Weight Maximization.
+    """Weight Maximization: a hidden unit is rewarded for the growth of its outgoing weights.
 
-    The reward of unit ``i`` is ``sum_j W_ji dW_ji`` over its outgoing weights and their present updates: ``h_i`` times
-    the derivative of the layer above by it. Exact if the expected reward is affine in every unit, **biased** otherwise,
-    with far less variance than :class:`GlobalReward`. (The published rule has a factor 2 a layer, left out here.)
+    The reward of unit ``i`` is ``sum_j W_ji dW_ji`` over its outgoing weights and their current updates: ``h_i`` times
+    the derivative of the layer above with respect to it. It is exact if the expected reward is affine in every unit and
+    **biased** otherwise, with far less variance than :class:`GlobalReward`. (The published rule has a factor 2 per
+    layer, which is omitted here.)
 
     Args:
-        exact: reward a unit by the reward times one minus the ratio of the probabilities of what the next layer drew
-            without and with the unit, which is unbiased. Needs one ``nn.Linear`` between layers; costs a number for
-            each sample and weight.
+        exact: reward a unit with the reward times ``1 - p0 / p1``, where ``p1`` and ``p0`` are the probabilities of the
+            next layer's draw with and without the unit. This is unbiased. Needs one ``nn.Linear`` between layers;
+            costs one number per sample and weight.
 
     References:
         S. Chung, "Learning by Competition of Self-Interested Reinforcement Learning Agents", 2020, arXiv 2010.09770.
@@ -137,7 +138,7 @@ class WeightMax(TopDown):
         self.exact = exact
 
     def check(self, units: Sequence[StochasticUnit], output: StochasticUnit | None) -> None:
-        """Refuse the exact form where the output draws nothing."""
+        """Refuse the exact form if the output draws nothing."""
         if self.exact and output is None:
             raise RefusedError(
                 "credit=WeightMax(exact=True): it needs probabilities of actions, but output=None draws "
@@ -168,10 +169,10 @@ def without(above: Layer, value: Tensor) -> Tensor:
 
 
 class StraightThrough(TopDown):
-    """Backprop that takes the draw for its mean: the straight-through estimator. **Biased**, and no local rule.
+    """The straight-through estimator: backprop that treats a draw as its mean. **Biased**, and not a local rule.
 
     Args:
-        derivative: what a draw counts as differentiated by its potential: ``"mean"``, the slope of the mean
+        derivative: the derivative of a draw with respect to its potential: ``"mean"``, the slope of the mean
             (``p (1 - p)``), or ``"identity"``, 1.
 
     References:
@@ -189,7 +190,7 @@ class StraightThrough(TopDown):
             raise ValueError("credit='ste': draws of Gaussian units have a derivative; use credit='pathwise'.")
 
     def signal(self, layer: Layer, said: Tensor, above: Layer, reward: Tensor) -> Tensor:
-        """Return what backprop says of the values, times the slope."""
+        """Return backprop's derivative of the values, times the slope."""
         return said if self.derivative == "identity" else said * layer.unit.derivative(layer.potential.detach())
 
 
@@ -202,5 +203,5 @@ class Pathwise(TopDown):
             raise ValueError("credit='pathwise': draws of discrete units have no derivative; use credit='ste'.")
 
     def signal(self, layer: Layer, said: Tensor, above: Layer, reward: Tensor) -> Tensor:
-        """Return what backprop says of the values, times the slope of the mean."""
+        """Return backprop's derivative of the values, times the slope of the mean."""
         return said * layer.unit.derivative(layer.potential.detach())

@@ -1,4 +1,4 @@
-"""Eligibility traces: what every weight did lately in every environment, waiting for a temporal-difference error."""
+"""Eligibility traces: recent scores of every weight in every environment, for the temporal-difference error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Traces:
         Args:
             work: the pass.
             advantage: temporal-difference errors, ``(rows,)``.
-            parameters: what is trained.
+            parameters: the trained parameters.
             credit: by the whole reward, MAP propagation or Weight Maximization.
             done: which environments start again after this step, ``(rows,)``.
         """

@@ -1,4 +1,4 @@
-"""Evaluation of a team by its means and by its draws, whichever of the two its network returns."""
+"""Evaluation of a team by its means and by its draws, independent of which one its network returns."""
 
 from __future__ import annotations
 

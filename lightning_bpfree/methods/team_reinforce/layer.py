@@ -1,4 +1,4 @@
-"""One layer of units in one forward pass, and what goes into the network and comes out of it."""
+"""One layer of units in one forward pass, and the inputs and outputs of the network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Layer:
     """One layer of units in one forward pass.
 
     Args:
-        name: of the module in whose place the units are; with a number from its second call on.
+        name: name of the module in whose place the units are; with a number from its second call on.
         unit: what the units are.
         potential: what enters them, ``(rows, ...)``, with the graph of the segment below and no more.
         value: what they gave, cut off from the graph.
@@ -53,7 +53,7 @@ def as_input(layer: Layer, value: Tensor) -> Tensor:
 
 
 def averaged(output: Tensor, copies: int, unit: StochasticUnit | None) -> Tensor:
-    """Return what the network's callers see: the mean action over ``copies`` batches one behind the other.
+    """Return the output for the network's callers: the mean action over ``copies`` concatenated batches.
 
     For a softmax these are scores: the logarithm of the mean probability, and the logits as they are for one copy.
     """

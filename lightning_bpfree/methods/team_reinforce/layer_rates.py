@@ -1,4 +1,4 @@
-"""Learning rates of a team's layers, found when the layers have run."""
+"""Learning rates of a team's layers, which are identified when they run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MAP propagation: hidden values climb before they learn."""
+"""MAP propagation: hidden values ascend their log probability before the update."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lightning_bpfree.methods.team_reinforce.units.stochastic import Gaussian, S
 class MapPropagation(Credit):
     """MAP propagation: before REINFORCE, hidden values move to their most probable values given the action.
 
-    With the action fixed, all hidden layers ascend the log probability of all draws at once, by the terms of their own
-    and of the next layer. At the maximum the update is that of backprop through the reparameterized network.
+    With the action fixed, all hidden layers ascend the log probability of all draws at once, using the terms of their
+    own and of the next layer. At the maximum, the update equals backprop through the reparameterized network.
 
     Args:
-        steps: of the ascent, >= 0; 0 is REINFORCE.
-        step_size: times the variance of each layer, > 0; the paper: 0.5.
-        gate: for one real output and a known target: the output learns by the delta rule, and hidden layers by their
-            deviation times the ratio of the target's deviation from the mean and the draw's (regression).
-        guard: least size of the draw's deviation that the gate divides by, in standard deviations.
+        steps: steps of the ascent, >= 0; 0 is REINFORCE.
+        step_size: step size, multiplied by the variance of each layer, > 0; the paper: 0.5.
+        gate: for one real output and a known target (regression): the output learns by the delta rule, and hidden
+            layers by their deviation times the ratio of the target's to the draw's deviation from the mean.
+        guard: lower bound on the draw's deviation that the gate divides by, in standard deviations.
 
     Raises:
         ValueError: for arguments out of range.
@@ -56,7 +56,7 @@ class MapPropagation(Credit):
         return 1.0 + 2.0 * self.steps
 
     def check(self, units: Sequence[StochasticUnit], output: StochasticUnit | None) -> None:
-        """Refuse hidden units without a density to climb, and an output without an action."""
+        """Refuse hidden units without a density, and an output without an action."""
         if not all(isinstance(unit, Gaussian) for unit in units):
             raise ValueError("credit='map_propagation': hidden values ascend a density; use unit='gaussian'.")
         if output is None:
@@ -67,7 +67,7 @@ class MapPropagation(Credit):
             raise ValueError("credit=MapPropagation(gate=True): the gate is for regression, output='gaussian'.")
 
     def ascend(self, work: TeamPass) -> None:
-        """Move the hidden values of a pass."""
+        """Move the hidden values of a pass by the ascent."""
         values = [layer.value.detach() for layer in work.layers[:-1]]
         if self.steps and work.is_chain:
             with torch.autocast(values[0].device.type, enabled=False):
@@ -87,7 +87,7 @@ class MapPropagation(Credit):
     def gradients(
         self, work: TeamPass, advantages: Sequence[Tensor], parameters: Sequence[Tensor], by_output: Tensor | None
     ) -> Gradients:
-        """Return REINFORCE's gradients at the values that the ascent leads to."""
+        """Return REINFORCE's gradients at the values after the ascent."""
         self.ascend(work)
         *hidden, last = work.layers
         target = self._target(work) if self.gate else last.value
@@ -145,8 +145,8 @@ def ascent_direction(layers: Sequence[Any], values: Sequence[Tensor]) -> list[Te
     """Return the derivative of the log probability of all layers by each of ``values``.
 
     Args:
-        layers: of units, and the output; their potentials follow from ``values``, by a graph.
-        values: of the layers of units, leaves that require a gradient.
+        layers: layers of units, and the output; their potentials follow from ``values``, by a graph.
+        values: values of the layers of units, leaves that require a gradient.
     """
     given = [*values, layers[-1].value]
     terms = [layer.unit.log_prob(layer.potential, value).sum() for layer, value in zip(layers, given, strict=True)]

@@ -24,7 +24,7 @@ TrainingPass = Callable[["TeamNetwork", Tensor, Call], Any]
 
 
 class Acts(Protocol):
-    """What acts in a team, and how it is read out; see :class:`TeamSettings`, which is one."""
+    """The units and the output of a team, and how it is evaluated; :class:`TeamSettings` implements it."""
 
     @property
     def units(self) -> Sequence[StochasticUnit]:
@@ -32,7 +32,7 @@ class Acts(Protocol):
 
     @property
     def output(self) -> StochasticUnit | None:
-        """What acts; None if nothing is drawn."""
+        """The unit that draws the action; None if nothing is drawn."""
 
     @property
     def exploration(self) -> Exploration:
@@ -52,7 +52,7 @@ class UnitLayerOverride(ForwardOverride):
 
     Args:
         team: the network it belongs to.
-        name: of the activation in the network.
+        name: name of the activation in the network.
         module: the activation.
     """
 
@@ -111,7 +111,7 @@ class TeamNetwork(ForwardOverride):
     # --- in the network's place ---
 
     def set_rule(self, rule: str) -> None:
-        """Name the rule that computes in this way, here and in the place of the activations."""
+        """Set the name of the rule, here and in the replaced activations."""
         super().set_rule(rule)
         for site in self.sites:
             site.set_rule(rule)
@@ -147,7 +147,7 @@ class TeamNetwork(ForwardOverride):
         return returned
 
     def as_output(self, returned: Any, scores: Tensor, copies: int) -> Any:
-        """Return what the network returned for copies of a batch one behind the other, for the batch itself.
+        """Return the network's output for a batch, from its output for concatenated copies of the batch.
 
         Args:
             returned: by the network.

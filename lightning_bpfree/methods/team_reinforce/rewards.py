@@ -112,7 +112,7 @@ def _returned(step: Step, key: str) -> Tensor:
 
 
 def take_action(step: Step, work: TeamPass) -> None:
-    """Let the action that the training step chose, and returned, be the one that is learned from.
+    """Use the action that the training step chose and returned as the action to learn from.
 
     Raises:
         MisconfigurationException: if there is none, or it does not fit the output.

@@ -1,4 +1,4 @@
-"""Teams of REINFORCE agents: every unit of a network is an agent, and all are told one reward."""
+"""Teams of REINFORCE agents: every unit of a network is an agent, and all receive the same reward."""
 
 from __future__ import annotations
 
@@ -47,50 +47,52 @@ from lightning_bpfree.training.network_rule import NetworkRule
 
 
 class TeamReinforce(NetworkRule):
-    """Trains a network as a team of agents that act at random and learn from one reward for each sample.
+    """Trains a network as a team of stochastic agents that learn from one reward per sample.
 
-    Activations of an unmodified network become stochastic units, and an action is drawn from what the network returns.
-    A layer learns from its input, its draw, the mean of it, and the reward: no derivative crosses layers (except with
-    ``credit="ste"`` and ``"pathwise"``, which are backprop and serve as baselines).
+    Activations of an unmodified network become stochastic units, and an action is drawn from the network's output. A
+    layer learns from its input, its draw, the mean of the draw, and the reward: no derivative crosses layers (except
+    with ``credit="ste"`` and ``"pathwise"``, which are backprop and serve as baselines).
 
     **The reward trains the network; the loss of the user's training step is only logged.** The loss does train
     parameters outside of the network, such as a critic's. While the rule is active, and after the fit, the network
-    computes with stochastic units; in evaluation it returns what ``evaluation`` says, ``(B, C)``.
+    computes with stochastic units; in evaluation, it returns scores ``(B, C)`` according to ``evaluation``.
 
-    What is biased, by design: ``credit="weight_max"`` (unless exact) and ``"ste"``; ``exploration="boltzmann"`` without
-    negative phase in layers above the first, unless the baseline is ``"per_layer"`` or the machine spans the whole
-    network; ``exploration="recurrent"`` without negative phase.
+    These settings are biased by design: ``credit="weight_max"`` (unless exact) and ``"ste"``;
+    ``exploration="boltzmann"`` without negative phase in layers above the first, unless the baseline is ``"per_layer"``
+    or the machine spans the whole network; ``exploration="recurrent"`` without negative phase.
 
     Args:
         units: which activations: shell-style patterns of names (``"net.*.act"``), types (``nn.ReLU``) or their names;
             None for the network's own stochastic units, or else all activations of a known type.
         network: name of the submodule that maps inputs to scores; None for the only child with parameters, ``""`` for
             the LightningModule itself.
-        unit: what they become: ``"bernoulli"`` (0 and 1), ``"sign"`` (-1 and 1), ``"gaussian"``, or a unit such as
-            ``Gaussian(variance=0.3)``; a list for one a layer.
-        output: what acts on the network's output: ``"softmax"`` (a class), a unit such as ``Gaussian(0.1, "linear")``,
-            or None: nothing is drawn, and the last layer learns by the derivative of the reward.
+        unit: the kind of unit: ``"bernoulli"`` (0 and 1), ``"sign"`` (-1 and 1), ``"gaussian"``, or a unit such as
+            ``Gaussian(variance=0.3)``; a list for one per layer.
+        output: how the action is drawn from the network's output: ``"softmax"`` (a class), a unit such as
+            ``Gaussian(0.1, "linear")``, or None: nothing is drawn, and the last layer learns by the derivative of the
+            reward.
         exploration: ``"independent"``; ``"boltzmann"`` (symmetric lateral weights, Gibbs sweeps) or ``"recurrent"``
             (micro-steps), with lateral weights that belong to the rule; or ``Boltzmann(...)``, ``Recurrent(...)``.
         credit: ``"reward"`` (REINFORCE), ``"weight_max"``, ``"map_propagation"`` (Gaussian units), ``"ste"`` (discrete
             units) or ``"pathwise"`` (Gaussian units); or ``WeightMax(...)``, ``MapPropagation(...)``, ....
-        num_samples: draws of each input, ``M``; they are folded into the batch.
+        num_samples: draws per input, ``M``; they are folded into the batch.
         baseline: ``"leave_one_out"`` (the other draws of the input; ``num_samples >= 2``), ``"critic"`` (a small
-            network that reads the input), ``"per_layer"`` (one that reads each layer's input) or ``"none"``.
-        negative_phase: subtract the mean of what lateral weights learn, by a second draw.
+            network that reads the input), ``"per_layer"`` (a critic for each layer's input) or ``"none"``.
+        negative_phase: subtract the mean update of lateral weights, estimated with a second draw.
         reward: ``"class"``: 1 if the drawn class is the label, else -1. ``"loss"``: minus the cross-entropy of each
             row, with ``output=None``. ``"module"``: the module's method ``reward(batch, action)``. ``"step"``: the
             training step returns ``{"loss", "action", "reward"}`` (and ``"done"``) itself. Or a function ``(batch,
-            action)``. One number a row: row ``m * B + b`` of the action is draw ``m`` of sample ``b``.
-        trace_decay: keep eligibility traces, each row of the batch an environment that continues, that decay by this a
-            step (gamma times lambda); None for none. With ``reward="step"``, rewards are temporal-difference errors.
-        lateral_lr: learning rate (Adam) of lateral weights; it matters, and is best below the network's.
+            action)``. It gives one number per row: row ``m * B + b`` of the action is draw ``m`` of sample ``b``.
+        trace_decay: decay of eligibility traces per step (gamma times lambda); None for no traces. Each row of the
+            batch is then an environment that continues. With ``reward="step"``, rewards are temporal-difference errors.
+        lateral_lr: learning rate (Adam) of lateral weights; results are sensitive to it, and it is best below the
+            network's.
         critic_lr: learning rate (Adam) of critics.
-        learning_rates: factors on the optimizer's learning rate, one for each layer of units and the output's; or one
-            number, the ratio between successive layers (0.1: 1, 0.1, 0.01, ...).
-        evaluation: ``"mean"``: units give their means (mean field); ``"samples"``: the average over draws.
-        eval_samples: how many draws that averages.
-        labels: takes the labels out of a batch that is not a pair (inputs, labels).
+        learning_rates: factors on the optimizer's learning rate, one for each layer of units and one for the output's;
+            or one number, the ratio between successive layers (0.1: 1, 0.1, 0.01, ...).
+        evaluation: ``"mean"``: units return their means (mean field); ``"samples"``: the average over draws.
+        eval_samples: number of draws in that average.
+        labels: extracts the labels from a batch that is not a pair (inputs, labels).
         **settings: see :class:`TrainingRule`.
 
     Raises:
@@ -156,7 +158,7 @@ class TeamReinforce(NetworkRule):
         self.resolve()
 
     def resolve(self) -> None:
-        """Make the settings of the team; lateral weights, critics and traces stay."""
+        """Build the settings of the team; lateral weights, critics and traces are kept."""
         super().resolve()
         arguments = TeamArguments(**{name: getattr(self, name) for name in TeamArguments._fields})
         if arguments != self._arguments:
@@ -190,7 +192,7 @@ class TeamReinforce(NetworkRule):
         return self._team, self.units
 
     def start_over(self) -> None:
-        """Begin with new lateral weights, critics and traces."""
+        """Start with new lateral weights, critics and traces."""
         self._lateral = AuxiliaryModules("adam", self.lateral_lr)
         self._baselines = Baselines(self.baseline, self.critic_lr)
         self._traces = None if self.trace_decay is None else Traces(self.trace_decay)
@@ -200,13 +202,13 @@ class TeamReinforce(NetworkRule):
         return {"lateral": self._lateral, "critics": self._baselines.own}
 
     def on_batch_settled(self, succeeded: bool) -> None:
-        """Keep what was learned beside the network, or drop it."""
+        """Keep or drop the updates of lateral weights, critics and traces."""
         super().on_batch_settled(succeeded)
         if self._traces is not None:
             self._traces.settle(succeeded)
 
     def learning_rate_factors(self) -> LayerRates | None:
-        """Return the factors of the layers, which are found when these run."""
+        """Return the factors of the layers, which are identified when they run."""
         return None if self.learning_rates is None else LayerRates(self.learning_rates)
 
     @property
@@ -227,7 +229,7 @@ class TeamReinforce(NetworkRule):
             self._chance = ChanceCheck()
 
     def estimate(self, step: Step) -> Estimate:
-        """Return the user's loss, and the gradient of the mean reward with its sign changed."""
+        """Return the user's loss, and the negative gradient of the mean reward."""
         assert self._network is not None
         settings, network, credit = self._team, self._network, self._team.credit
         generator = torch.Generator(step.module.device).manual_seed(mix(step.seed, self._rank))  # type: ignore[arg-type]
@@ -264,7 +266,7 @@ class TeamReinforce(NetworkRule):
         return Estimate(loss.detach(), self._descending(step, loss, found), metrics)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn if the team has learned nothing in its first epoch."""
+        """Warn if the team learned nothing in its first epoch."""
         super().on_train_epoch_end(trainer, pl_module)
         self._chance.report()
 
@@ -300,7 +302,7 @@ class TeamReinforce(NetworkRule):
     # --- evaluation ---
 
     def predict_as_trained(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Let every evaluation draw the same, and log the results of means and of draws."""
+        """Make draws reproducible in every evaluation, and log the results of means and of draws."""
         super().predict_as_trained(trainer, module)
         if self._network is not None and self._network.installed:
             self._network.generator = None
@@ -338,7 +340,7 @@ class TeamReinforce(NetworkRule):
         return {**super().rule_state(), "traces": traces}
 
     def load_rule_state(self, state: dict[str, Any]) -> None:
-        """Take lateral weights, critics and traces back."""
+        """Restore lateral weights, critics and traces."""
         self.resolve()
         super().load_rule_state(state)
         if self._traces is not None:

@@ -1,4 +1,4 @@
-"""Signals on potentials, and what they amount to in the parameters of the segments below."""
+"""Signals on potentials, and the resulting gradients of the parameters in the segments below."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Sums:
     """Gradients of parameters, collected segment by segment.
 
     Args:
-        parameters: what is trained.
+        parameters: the trained parameters.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -34,12 +34,12 @@ class Sums:
         self.gradients: Gradients = [None] * len(self.parameters)
 
     def add(self, layer: Layer, signal: Tensor, values: Sequence[Tensor]) -> Gradients:
-        """Add what a signal on a layer's potentials amounts to, and return its derivative by ``values``.
+        """Add the gradients of a signal on a layer's potentials, and return its derivative with respect to ``values``.
 
         Args:
             layer: the layer.
             signal: shaped like its potentials.
-            values: of layers below, in their order; what is asked for.
+            values: values of layers below, in their order; what is asked for.
         """
         if not layer.potential.requires_grad:
             return [None] * len(values)

@@ -38,7 +38,7 @@ _LR = 1e-3  # the learning rates by default
 
 
 class TeamArguments(NamedTuple):
-    """The arguments of ``TeamReinforce`` that say what a team is; see there."""
+    """The arguments of ``TeamReinforce`` that define a team; see there."""
 
     unit: UnitName | StochasticUnit | Sequence[UnitName | StochasticUnit]
     output: OutputName | StochasticUnit | None
@@ -56,11 +56,11 @@ class TeamArguments(NamedTuple):
 
 
 class TeamSettings(NamedTuple):
-    """What a team is.
+    """The definition of a team.
 
     Args:
         units: one for all layers, or one a layer.
-        output: what acts; None if nothing is drawn.
+        output: the unit that draws the action; None if nothing is drawn.
         exploration: how layers draw.
         credit: how a reward becomes a gradient.
         evaluation: ``"mean"`` or ``"samples"``.

@@ -1,4 +1,4 @@
-"""One training pass of a team: every layer draws, the output acts, and what is needed to learn from it is kept."""
+"""One training pass of a team: every layer draws, the output acts, and the data for the update is kept."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class TeamPass:
         """Give the layers of units other values, and the potentials above them what follows from these.
 
         Args:
-            values: of every layer of units, without the output's.
+            values: values of every layer of units, without the output's.
         """
         hidden, below = self.layers[:-1], [None, *values]
         self.layers[-1].drawn = None  # what was done stays, but its score follows from the values below

@@ -1,4 +1,4 @@
-"""Zeroth-order training: random finite differences of the loss, forward passes only."""
+"""Zeroth-order training: random finite differences of the loss, with only forward passes."""
 
 from __future__ import annotations
 
@@ -64,16 +64,16 @@ def zeroth_order_gradient(
 
 
 class ZerothOrder(TrainingRule):
-    """Trains by random finite differences of the loss (Stein's identity, SPSA, MeZO, BAFFLE's estimator).
+    """Trains with random finite differences of the loss (Stein's identity, SPSA, MeZO, BAFFLE's estimator).
 
     The estimate ``mean_k c_k v_k``, with ``c_k`` the difference quotient of the loss along the random direction
-    ``v_k``, is unbiased for the gradient of the loss smoothed over N(0, sigma^2). No derivative is taken, so the
+    ``v_k``, is unbiased for the gradient of the loss smoothed over N(0, sigma^2). No derivative is needed, so the
     training step may return an accuracy, or call NumPy or a simulator. No activation is stored: at any depth, peak
     memory is that of inference plus one copy of the batch and two of the trained parameters (the perturbed ones and the
     estimate).
 
-    Cost: ``1 + 2 K`` forward passes a batch (central) or ``1 + K`` (forward). The error of the estimate grows with the
-    number of trained parameters ``d``: the cosine to the gradient is about ``sqrt(K / (K + d + 1))``.
+    Cost: ``1 + 2 K`` forward passes per batch (central) or ``1 + K`` (forward). The error of the estimate grows with
+    the number of trained parameters ``d``: the cosine to the gradient is about ``sqrt(K / (K + d + 1))``.
 
     Args:
         num_directions: ``K``, at least 1.
@@ -128,11 +128,11 @@ class ZerothOrder(TrainingRule):
         )
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, slots: ParameterSlots) -> None:
-        """Choose sigma by the precision of the computation, and refuse one that is lost in rounding."""
+        """Choose sigma for the precision of the computation, and refuse one below the rounding error."""
         self._choose_sigma(computed_in(trainer, module))
 
     def computes_in(self, dtype: torch.dtype) -> None:
-        """Choose sigma by the precision found, for example of autocast inside the training step."""
+        """Choose sigma for the detected precision, for example of autocast inside the training step."""
         before = self._sigma_used
         self._choose_sigma(dtype)
         if self._sigma_used != before:

@@ -1,1 +1,1 @@
-"""What a training costs: time and memory."""
+"""The cost of training: time and memory."""

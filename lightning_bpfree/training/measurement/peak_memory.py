@@ -1,4 +1,4 @@
-"""The peak of memory of a training."""
+"""Peak memory of training."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ MIB = 2**20
 
 
 class PeakMemory:
-    """Measures from :meth:`start` to :meth:`peak`.
+    """Measures peak memory from :meth:`start` to :meth:`peak`.
 
-    On a CUDA device: the most memory that torch has allocated. On the CPU: how far the resident memory of this process
-    rose above its level at the start; up to 30 MiB of that are code that is loaded at its first use. Use a process that
-    has trained nothing before: freed memory may stay with the process, and its reuse does not show.
+    On a CUDA device: the peak memory that torch has allocated. On the CPU: the rise of this process's resident memory
+    above its level at the start; up to 30 MiB of that is code loaded at its first use. Use a process that has not
+    trained before: freed memory may stay with the process, and reuse of it is not measured.
 
     Args:
-        device: on which the module computes.
+        device: the device on which the module computes.
 
     Examples:
         >>> memory = PeakMemory(torch.device("cpu"))
@@ -35,16 +35,16 @@ class PeakMemory:
 
     @property
     def kind(self) -> str:
-        """What kind of memory the number counts."""
+        """The kind of memory that is measured."""
         return "allocated on the GPU" if self.device.type == "cuda" else "of the process, above its level before"
 
     def start(self) -> None:
-        """Start to measure."""
+        """Start measuring."""
         reset_peak(self.device)
         self._before = 0.0 if self.device.type == "cuda" else peak_mib(self.device)
 
     def peak(self) -> float | None:
-        """Return the peak since the start in MiB; None if the system does not report it."""
+        """Return the peak since the start, in MiB; None if the system does not report it."""
         now = peak_mib(self.device)
         return None if now is None or self._before is None else now - self._before
 
@@ -60,9 +60,9 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_mib(device: torch.device) -> float | None:
-    """Return the most memory since the peak was reset, in MiB; None if the system does not report it.
+    """Return the peak memory since the last reset, in MiB; None if the system does not report it.
 
-    Of a CUDA device: what torch has allocated. On the CPU: the resident size of this process.
+    On a CUDA device: memory allocated by torch. On the CPU: the resident size of this process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB

@@ -10,7 +10,7 @@ from lightning_bpfree.training.measurement.peak_memory import peak_mib, reset_pe
 
 
 class Throughput:
-    """Measures time and memory of some training batches in a row.
+    """Measures time and memory of consecutive training batches.
 
     Examples:
         >>> meter, cpu = Throughput(), torch.device("cpu")
@@ -25,13 +25,13 @@ class Throughput:
         self.samples = 0
 
     def open(self, device: torch.device) -> None:
-        """Start now."""
+        """Start measuring."""
         _wait(device)
         reset_peak(device)
         self.started, self.samples = time.perf_counter(), 0
 
     def close(self, device: torch.device, ranks: int) -> dict[str, float]:
-        """End now, and return what to log: samples per second over all ranks, and the peak in MiB where it is known."""
+        """Stop, and return metrics to log: samples per second over all ranks, and the peak in MiB if known."""
         _wait(device)
         assert self.started is not None, "close before open"
         values = {"bpfree/samples_per_second": ranks * self.samples / (time.perf_counter() - self.started)}

@@ -1,1 +1,1 @@
-"""From what members say to what the ensemble says."""
+"""Combination of members' outputs into those of the ensemble."""

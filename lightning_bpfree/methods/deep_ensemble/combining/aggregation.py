@@ -1,4 +1,4 @@
-"""What an ensemble says, made of what its members say: pure functions of stacked member outputs.
+"""Combination of members' outputs into those of the ensemble: pure functions of stacked member outputs.
 
 Member probabilities have the shape ``(M, B, C)``: members, samples, classes.
 """
@@ -45,10 +45,10 @@ def mean_probability(probabilities: Tensor, weights: Sequence[Fraction] | Tensor
 
     Args:
         probabilities: ``(M, B, C)``, each row sums to 1.
-        weights: ``(M,)``, at least 0, summing to 1; None for equal ones.
+        weights: ``(M,)``, at least 0, summing to 1; None for equal weights.
 
     Raises:
-        ValueError: for weights that do not sum to 1, or of another number.
+        ValueError: for weights that do not sum to 1, or whose number is not M.
 
     Examples:
         >>> members = torch.tensor([[[0.75, 0.25]], [[0.25, 0.75]]])
@@ -79,14 +79,14 @@ def vote_shares(probabilities: Tensor, weights: Sequence[Fraction] | Tensor | No
 
 @checked
 def majority_vote(probabilities: Tensor, weights: Sequence[Fraction] | Tensor | None = None) -> Tensor:
-    """Return the class with most votes, int64 of shape ``(B,)``; a tie goes to the larger mean probability.
+    """Return the class with the most votes, int64 of shape ``(B,)``; a tie goes to the larger mean probability.
 
     Args:
         probabilities: ``(M, B, C)``; a member votes for its most probable class.
-        weights: of the votes, ``(M,)``, summing to 1; None for equal ones.
+        weights: weights of the votes, ``(M,)``, summing to 1; None for equal weights.
 
     Raises:
-        ValueError: for weights that do not sum to 1, or of another number.
+        ValueError: for weights that do not sum to 1, or whose number is not M.
 
     Examples:
         >>> majority_vote(torch.tensor([[[0.9, 0.1]], [[0.4, 0.6]]]))  # one vote each; means 0.65 and 0.35
@@ -120,13 +120,13 @@ def vote_probabilities(probabilities: Tensor, weights: Sequence[Fraction] | Tens
 def mean_and_variance(
     values: Tensor, variances: Tensor | None = None, weights: Sequence[Fraction] | Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of the mixture of the members' predictions, each of a member's shape.
+    """Return mean and variance of the mixture of the members' predictions, each with the shape of one prediction.
 
     Args:
         values: the members' predictions (means), ``(M, ...)``.
         variances: the members' own predictive variances, ``(M, ...)``; None for none: the result is then the variance
             between members, divided by M.
-        weights: ``(M,)``, summing to 1; None for equal ones.
+        weights: ``(M,)``, summing to 1; None for equal weights.
 
     Examples:
         >>> mean_and_variance(torch.tensor([[1.0], [3.0]]))
@@ -169,7 +169,7 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 @checked
 def mutual_information(probabilities: Tensor) -> Tensor:
-    """Return the entropy of the mean less the mean entropy, ``(B,)``, in nats: what members do not agree on.
+    """Return the entropy of the mean minus the mean entropy, ``(B,)``, in nats: the disagreement of the members.
 
     Examples:
         >>> mutual_information(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))

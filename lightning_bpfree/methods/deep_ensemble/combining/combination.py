@@ -1,4 +1,4 @@
-"""From what the members' networks return to what the ensemble's returns, in the same form."""
+"""Conversion of the outputs of the members' networks to that of the ensemble, in the same form."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Task = Literal["classification", "binary", "regression"]
 
 
 class Combination:
-    """Combines the outputs of members into one of the same form, so that code behind the network notices nothing.
+    """Combines the outputs of members into one of the same form, so that code after the network needs no changes.
 
     Logits become the logarithm of the combined probabilities: softmax, cross-entropy and argmax of it are those of the
     ensemble. Of a network that returns several tensors, the prediction is the entry ``"logits"`` of a mapping, or the
@@ -30,7 +30,7 @@ class Combination:
     Args:
         combine: ``"mean"``, ``"vote"`` or ``"stack"`` (the mean, with weights that are fitted).
         task: what the prediction is: logits of classes, one logit a sample, or values.
-        weights: of the members; None for equal ones.
+        weights: weights of the members; None for equal weights.
         probabilities: whether the network returns probabilities rather than logits.
         class_dim: dimension of a prediction that counts classes.
     """
@@ -51,7 +51,7 @@ class Combination:
         """Return the ensemble's output.
 
         Args:
-            outputs: of the members' networks.
+            outputs: outputs of the members' networks.
 
         Raises:
             ValueError: where they differ in shape, or are none of the task.

@@ -1,4 +1,4 @@
-"""What the network of an ensemble answers: the outputs of all members, combined."""
+"""The answers of an ensemble's network: the combined outputs of all members."""
 
 from __future__ import annotations
 

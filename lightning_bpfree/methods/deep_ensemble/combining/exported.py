@@ -17,12 +17,12 @@ from lightning_bpfree.methods.deep_ensemble.combining.combination import Combina
 class EnsembleModule(nn.Module):
     """The members of an ensemble and their combination, without a Trainer and without this package's callback.
 
-    Calling it returns what one member returns, of the whole ensemble. ``members`` holds the members' networks, each
+    Calling it returns the ensemble's output in the form of a member's. ``members`` holds the members' networks, each
     with its own weights and activations.
 
     Args:
         members: the networks, one or more.
-        combination: of their outputs.
+        combination: combines their outputs.
 
     Examples:
         >>> ensemble = EnsembleModule([nn.Linear(3, 2), nn.Linear(3, 2)], Combination())
@@ -51,7 +51,7 @@ class EnsembleModule(nn.Module):
         return torch.stack([tree_flatten(output)[0][place] for output in outputs])
 
     def uncertainty(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return how far members are apart: their disagreement ``(B, ...)``, or variance where they predict values."""
+        """Return the members' disagreement ``(B, ...)``, or their variance if they predict values."""
         predictions = self.predictions(*args, **kwargs)
         if self.combination.task == "regression":
             return predictions.var(0, correction=0)

@@ -1,4 +1,4 @@
-"""The network in a user's evaluation step: found where the step enters it, and answered for by the ensemble."""
+"""The network in a user's evaluation step: detection by its call, and replacement of its output by the ensemble's."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class EnsembleNetwork:
     Args:
         module: the LightningModule.
         answer: called with the forward pass of one member, its arguments, and the part's name; returns the output.
-        name: of the part that is the network; None finds it: the outermost module that a step calls.
+        name: name of the part that is the network; None finds it: the outermost module that a step calls.
 
     Raises:
         MisconfigurationException: if the module has no part of that name.

@@ -1,4 +1,4 @@
-"""What an evaluation logs of an ensemble beside the user's own metrics: the members, their spread, calibration."""
+"""Metrics of an ensemble in evaluation, in addition to the user's: members, their disagreement, calibration."""
 
 from __future__ import annotations
 

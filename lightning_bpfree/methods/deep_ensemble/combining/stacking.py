@@ -1,4 +1,4 @@
-"""Stacking: weights of the members, fitted to predictions on data that did not train them."""
+"""Stacking: weights of the members, fitted to predictions on data that they were not trained on."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _STEPS = 500  # of the fixed-point iteration; both problems are convex and their
 
 @checked
 def stacking_weights(outputs: Tensor, targets: Tensor, *, regression: bool = False) -> Tensor:
-    """Return weights ``(M,)``, at least 0 and summing to 1, with which the ensemble's mean predicts ``targets`` best.
+    """Return the weights ``(M,)``, at least 0 and summing to 1, whose weighted mean predicts ``targets`` best.
 
     Classification maximizes the likelihood of the weighted mean probability (a concave problem, solved by expectation
     maximization of the mixture's weights); regression minimizes the squared error of the weighted mean.
 
     Args:
         outputs: the members' probabilities ``(M, N, C)``, or with ``regression`` their values ``(M, N, ...)``, on
-            samples that did not train them.
+            samples that they were not trained on.
         targets: int64 ``(N,)``, or with ``regression`` values ``(N, ...)``.
-        regression: which of the two.
+        regression: whether the outputs are values.
 
     Examples:
         >>> right, wrong = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([[0.1, 0.9], [0.8, 0.2]])
@@ -75,17 +75,17 @@ def _onto_simplex(point: Tensor) -> Tensor:
 def cross_fitted(
     outputs: Tensor, targets: Tensor, folds: AtLeastTwo = 5, seed: int = 0, *, regression: bool = False
 ) -> Tensor:
-    """Return the stacked predictions ``(N, ...)`` of every sample, by weights that have not seen it.
+    """Return the stacked predictions ``(N, ...)`` of every sample, with weights that were not fitted to it.
 
-    The samples are dealt into folds at random; each fold is predicted with :func:`stacking_weights` of all others. Its
+    The samples are split into folds at random; each fold is predicted with :func:`stacking_weights` of all others. The
     score estimates that of the weights fitted to all samples.
 
     Args:
         outputs: ``(M, N, ...)`` as in :func:`stacking_weights`.
         targets: ``(N, ...)``.
-        folds: how many, from 2 to N.
-        seed: of the dealing.
-        regression: which of the two.
+        folds: number of folds, from 2 to N.
+        seed: seed of the split.
+        regression: whether the outputs are values.
 
     Raises:
         ValueError: for a number of folds out of range.

@@ -1,4 +1,4 @@
-"""torchmetrics objects within torch.func.vmap: they count the members one after the other."""
+"""torchmetrics objects within torch.func.vmap: they are updated with one member after another."""
 
 from __future__ import annotations
 

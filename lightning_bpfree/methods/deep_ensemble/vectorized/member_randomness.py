@@ -1,4 +1,4 @@
-"""Random numbers within torch.func.vmap, of each member's own stream."""
+"""Random numbers within torch.func.vmap, from each member's own stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leaving torch.func.vmap for a moment, to treat members one by one or in groups."""
+"""Temporary exit from torch.func.vmap, to process members one by one or in groups."""
 
 from __future__ import annotations
 

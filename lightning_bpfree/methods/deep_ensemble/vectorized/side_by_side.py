@@ -1,4 +1,4 @@
-"""Training steps of all members side by side: one vmapped evaluation over stacked parameters."""
+"""Training steps of all members at once: one vmapped evaluation over stacked parameters."""
 
 from __future__ import annotations
 

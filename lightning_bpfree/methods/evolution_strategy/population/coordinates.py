@@ -1,4 +1,4 @@
-"""Named parameters as one flat vector, and back; with masks, the vector holds the survivors only."""
+"""Named parameters as one flat vector, and back; with masks, the vector holds only the survivors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Populations whose noise is of low rank: a member costs little more than inference on its samples."""
+"""Populations with low-rank noise: a member costs little more than inference on its samples."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class LowRankPopulation(Population):
     Args:
         params: the mean, named tensors.
         size: number of members.
-        seed: of the noise.
+        seed: seed of the noise.
         std: standard deviation, one number: noise scaled coordinate by coordinate would not be of low rank.
-        rank: of a weight's noise, at least 1.
+        rank: rank of a weight's noise, at least 1.
         mirrored: whether members come in pairs.
         noise: see :class:`Noise`.
 

@@ -1,4 +1,4 @@
-"""Gaussian noise for populations: slices of one table, or draws of each direction's own."""
+"""Gaussian noise for populations: slices of one table, or independent draws for each direction."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ class Population(ABC):
     Args:
         size: number of members, at least 2; even if mirrored.
         mirrored: whether members come in pairs.
-        noise: the vectors behind the directions.
-        coordinates: what is searched.
+        noise: the vectors of the directions.
+        coordinates: the searched coordinates.
 
     Raises:
         ValueError: if the size does not fit.
@@ -71,7 +71,7 @@ class Population(ABC):
         """
 
     def in_turn(self, members: Sequence[int]) -> Iterator[Params]:
-        """Yield the members one by one; each holds until the next is asked for, for they may share memory."""
+        """Yield the members one by one; each is valid until the next is requested, since they may share memory."""
         return (self.member(i) for i in members)
 
     def unflatten(self, flat: Tensor) -> Params:
@@ -100,7 +100,7 @@ class FullRankPopulation(Population):
     Args:
         params: the mean, named tensors.
         size: number of members.
-        seed: of the noise.
+        seed: seed of the noise.
         std: standard deviation, one number or a vector of shape ``(dim,)``.
         mirrored: whether members come in pairs.
         masks: see :class:`Coordinates`; noise is drawn for survivors only.

@@ -1,1 +1,1 @@
-"""Search distributions that learn from the fitness of a population: one file an algorithm, one interface."""
+"""Search distributions that learn from the fitness of a population: one file per algorithm, one interface."""

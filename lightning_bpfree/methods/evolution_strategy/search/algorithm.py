@@ -144,9 +144,9 @@ class SearchAlgorithm(ABC):
         Args:
             params: the mean, named tensors.
             size: number of members.
-            seed: of the noise; another one for each generation.
+            seed: seed of the noise; another one for each generation.
             mirrored: whether members come in pairs of opposite noise; None for the algorithm's default.
-            rank: of the noise of weights; None for full rank. Needs an algorithm with one standard deviation.
+            rank: rank of the noise of weights; None for full rank. Needs an algorithm with one standard deviation.
             masks: name -> boolean tensor, False where a coordinate is pruned: zero, and not searched.
             noise: ``"table"`` or ``"independent"``, see :class:`Noise`.
 

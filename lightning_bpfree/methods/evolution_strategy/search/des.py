@@ -11,14 +11,14 @@ from lightning_bpfree.methods.evolution_strategy.search.fitness_shaping import r
 
 
 class DES(SearchAlgorithm):
-    """Moves mean and standard deviations towards those of the better members, weighted by a softmax of their ranks.
+    """Moves mean and standard deviations toward those of the better members, weighted by a softmax of their ranks.
 
     ``SGD(lr=1)`` gives the classical update of the mean.
 
     Args:
-        sigma: standard deviation at the start, > 0.
+        sigma: initial standard deviation, > 0.
         temperature: steepness of the weights over ranks, > 0.
-        sigma_lr: share of the way to the better members' deviation in one step, in (0, 1].
+        sigma_lr: fraction of the distance to the better members' deviation that one step covers, in (0, 1].
         sigma_decay: factor on the deviations after each step, in (0, 1].
         sigma_min: lower bound of the deviations, >= 0.
 
@@ -53,9 +53,9 @@ class DES(SearchAlgorithm):
         return Weights(weights, weights)
 
     def gradient(self, first: Tensor) -> Tensor:
-        """Return the difference of the mean and the weighted mean of the members."""
+        """Return the difference between the mean and the weighted mean of the members."""
         return -self.std * first
 
     def adapt(self, std: Tensor, first: Tensor, second: Tensor, told: float) -> Tensor:
-        """Go a share of the way to the weighted deviation of the members from the mean."""
+        """Move toward the weighted deviation of the members from the mean by ``sigma_lr`` of the distance."""
         return torch.lerp(std, torch.sqrt(std.square() * second + 1e-6), self.sigma_lr)

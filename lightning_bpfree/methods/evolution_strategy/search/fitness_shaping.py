@@ -1,4 +1,4 @@
-"""From the fitness of a population to weights of its members; smaller is better."""
+"""Fitness shaping: member weights from the fitness of a population; smaller is better."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def shaped(fitness: Tensor, shaping: Shaping) -> Tensor:
     Args:
         fitness: shape ``(N,)``.
         shaping: ``"centered_rank"``: ranks, evenly spaced over [-1/2, 1/2]: invariant to monotone maps of the fitness.
-            ``"z_score"``: mean 0, standard deviation 1. ``"raw"``: as it is.
+            ``"z_score"``: mean 0, standard deviation 1. ``"raw"``: unchanged.
 
     Raises:
         ValueError: for an unknown shaping.

@@ -59,9 +59,9 @@ class OpenAIES(SearchAlgorithm):
         return self.shaping == "centered_rank"
 
     def weights(self, fitness: Tensor) -> Weights:
-        """Return shaped fitness over N."""
+        """Return shaped fitness divided by N."""
         return Weights(shaped(fitness, self.shaping) / len(fitness))
 
     def gradient(self, first: Tensor) -> Tensor:
-        """Return the mean of shaped fitness times noise, over sigma."""
+        """Return the mean of shaped fitness times noise, divided by sigma."""
         return first / float(self.std)

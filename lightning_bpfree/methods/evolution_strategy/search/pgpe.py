@@ -19,7 +19,7 @@ from lightning_bpfree.methods.evolution_strategy.search.fitness_shaping import S
 
 
 class PGPE(SearchAlgorithm):
-    """Descends the likelihood gradients of mean and of standard deviation, each scaled by the variance.
+    """Descends the likelihood gradients of the mean and the standard deviation, each scaled by the variance.
 
     With ``e = std z``, the gradient of the mean is the mean over members of ``f e``, that of the deviation the mean of
     ``(f - mean f) (e^2 - std^2) / std``: deviations shrink where the fitness is curved. The optimizer is Adam in the
@@ -67,7 +67,7 @@ class PGPE(SearchAlgorithm):
         return self.shaping == "centered_rank"
 
     def weights(self, fitness: Tensor) -> Weights:
-        """Return shaped fitness over N, and the same less its mean."""
+        """Return shaped fitness divided by N, and the same minus its mean."""
         scores = shaped(fitness, self.shaping) / len(fitness)
         return Weights(scores, scores - scores.mean())
 

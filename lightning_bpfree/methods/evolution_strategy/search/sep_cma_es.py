@@ -51,7 +51,7 @@ class SepCMAES(SearchAlgorithm):
         super().__init__(sigma, sigma_decay, sigma_min)
 
     def restart(self) -> None:
-        """Forget paths and covariance."""
+        """Reset paths and covariance."""
         super().restart()
         self._path_sigma: Tensor | None = None
         self._path_c: Tensor | None = None
@@ -68,7 +68,7 @@ class SepCMAES(SearchAlgorithm):
         return torch.cat([positive / positive.sum(), torch.zeros(num - elite, dtype=torch.float64)])
 
     def gradient(self, first: Tensor) -> Tensor:
-        """Return the difference of the mean and the weighted mean of the elite."""
+        """Return the difference between the mean and the weighted mean of the elite."""
         return -self.std * first
 
     def adapt(self, std: Tensor, first: Tensor, second: Tensor, told: float) -> Tensor:

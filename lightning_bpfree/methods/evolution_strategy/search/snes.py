@@ -19,8 +19,8 @@ class SNES(SearchAlgorithm):
 
     Args:
         sigma: standard deviation at the start, > 0.
-        temperature: None for the classical utilities, ``max(0, ln(N/2 + 1) - ln rank)`` scaled to add up to 1, less
-            1/N. A number T > 0 takes a softmax of ``-T`` times the centered rank instead, without the 1/N.
+        temperature: None for the classical utilities, ``max(0, ln(N/2 + 1) - ln rank)`` scaled to sum to 1, minus 1/N.
+            A number T > 0 uses a softmax of ``-T`` times the centered rank instead, without the 1/N.
         sigma_lr: learning rate of the logarithm of the deviations; None for ``(3 + ln d) / (5 sqrt d)``.
         sigma_decay: factor on the deviations after each step, in (0, 1].
         sigma_min: lower bound of the deviations, >= 0.

@@ -52,22 +52,22 @@ class CCNNBlock(nn.Module):
 class CCNN(nn.Module):
     """A network of continuous convolutions for sequences (B, C, L) or images (B, C, H, W).
 
-    Behind the first layer and behind each block, the resolution can be learned (a low-pass in the Fourier domain).
-    For ``LearnableArchitecture``, which learns its sizes; as a plain network, kernel sizes and resolutions are trained
-    with the weights.
+    After the first layer and after each block, the resolution can be learned (a low-pass in the Fourier domain). It is
+    meant for ``LearnableArchitecture``, which learns its sizes. As a plain network, it trains kernel sizes and
+    resolutions with the weights.
 
     Args:
-        in_shape: channels, then one or two sides, which are even if there are ``crops``.
-        outputs: classes; with ``dense``, channels of the output at every position.
+        in_shape: channels, then one or two sides, which must be even with ``crops``.
+        outputs: number of classes; with ``dense``, channels of the output at every position.
         width: channels of the residual stream, at least 1.
         blocks: at least 1.
-        max_kernel: taps of a kernel on each axis where nothing is cropped, odd; None: the largest odd side, at most 33.
-        hidden: channels within blocks; None: ``width``.
-        kernel_hidden: width of the small networks that make the kernels.
-        omega: frequency scale of these, above 0; a hyperparameter of the task.
-        spread: standard deviation of the kernels' masks at the start, on [-1, 1].
+        max_kernel: taps of an uncropped kernel on each axis, odd; None for the largest odd side, at most 33.
+        hidden: channels within blocks; None for ``width``.
+        kernel_hidden: width of the small networks that compute the kernels.
+        omega: their frequency scale, above 0; a hyperparameter of the task.
+        spread: initial standard deviation of the kernels' masks, on [-1, 1].
         dropout: probability, in [0, 1).
-        dense: whether there is an output at every position, at the input's resolution, rather than one for all.
+        dense: whether to return an output at every position, at the input's resolution, instead of one per input.
         crops: whether resolutions can be learned.
 
     Raises:

@@ -24,20 +24,20 @@ class ContinuousConv(nn.Module):
     """Depthwise convolution, stride 1, same size, whose kernels are functions of position under a Gaussian mask.
 
     A small network maps coordinates to kernel values, so that a kernel can have any size. The mask's standard deviation
-    is learned on each axis. Where the mask is below 0.1 the kernel is cropped, before the small network is evaluated.
+    is learned on each axis. The kernel is cropped where the mask is below 0.1, before the small network is evaluated.
 
-    The output layer of the small network is scaled by ``1 / sqrt(taps)`` at construction, with the taps that the first
-    mask keeps, so that no forward pass is needed before the weights are final.
+    The output layer of the small network is scaled by ``1 / sqrt(taps)`` at construction, with the taps that the
+    initial mask keeps, so that no forward pass is needed before the weights are final.
 
     Args:
-        channels: of input and output, at least 1.
-        max_kernel: taps on each axis where nothing is cropped, odd.
-        dims: axes, 1 for sequences, 2 for images.
+        channels: channels of input and output, at least 1.
+        max_kernel: taps of the uncropped kernel on each axis, odd.
+        dims: number of axes, 1 for sequences, 2 for images.
         hidden: width of the small network, at least 1.
         omega: frequency scale of the small network, above 0; a hyperparameter of the task.
-        spread: standard deviation of the mask at the start, on [-1, 1], in (0, 2.5].
-        causal: for sequences: whether an output depends on earlier inputs only.
-        bias: whether there is one for each channel.
+        spread: initial standard deviation of the mask, on [-1, 1], in (0, 2.5].
+        causal: for sequences: whether an output depends only on current and earlier inputs.
+        bias: whether there is a bias for each channel.
 
     Raises:
         ValueError: for an even ``max_kernel``, or causal images.
@@ -82,14 +82,15 @@ class ContinuousConv(nn.Module):
 
     @property
     def kernel_axes(self) -> list[KernelAxis]:
-        """The learnable sizes, one for each axis of the kernel."""
+        """The learnable sizes, one per axis of the kernel."""
         return [axis for axis in self.axes if isinstance(axis, KernelAxis)]
 
     def kernel(self, scale: PositiveInt = 1) -> Tensor:
         """Return the masked, cropped kernel: shape (channels, 1, *taps).
 
         Args:
-            scale: for inputs of so many times the resolution: as many times more taps, each by so much smaller.
+            scale: factor on the resolution of the inputs; the kernel has about as many times more taps per axis, with
+                values divided by the same factor per axis.
         """
         axes = self.kernel_axes
         points, mask = [], None
@@ -117,7 +118,7 @@ class ContinuousConv(nn.Module):
         return convolved(x, kernel.to(x.dtype), self.bias, self.causal)
 
     def hold(self, holds: bool) -> None:
-        """Keep the kernel of the next forward pass for those that follow, as an exported layer does; or let it go."""
+        """Keep the kernel of the next forward pass for later ones, as an exported layer does, or release it."""
         self._holds, self._sampled = holds, None
 
 

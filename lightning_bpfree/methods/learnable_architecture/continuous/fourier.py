@@ -1,4 +1,4 @@
-"""Resizing of signals in the Fourier domain: a low-pass mask, an exact crop of the spectrum, the right amplitude."""
+"""Resizing of signals in the Fourier domain: a low-pass mask, an exact crop of the spectrum, preserved amplitudes."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def resize_axis(x: Tensor, dim: int, size: int, mask: Tensor | None = None) -> T
 def fourier_resize(x: Tensor, size: PositiveInts) -> Tensor:
     """Return signals resized to ``size`` along their last axes, by cropping or zero-padding the spectrum.
 
-    Amplitudes stay: a constant remains that constant. Frequencies that the new size cannot hold are left out, and so is
-    the highest one of a smaller result, whose phase a real signal cannot hold.
+    Amplitudes are preserved: a constant signal stays the same constant. Frequencies that the new size cannot represent
+    are dropped, and so is the highest one of a smaller result, whose phase a real signal cannot represent.
 
     Args:
         x: shape (..., *sides), with even sides.

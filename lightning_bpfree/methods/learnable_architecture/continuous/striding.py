@@ -17,16 +17,16 @@ Stride = Annotated[float, Range(ge=1)]
 
 
 class DiffStride(nn.Module):
-    """Downsamples by learned strides: a ramp over frequencies, and a crop of the spectrum to where it is not 0.
+    """Downsamples with learned strides: a ramp mask over frequencies, and a crop of the spectrum to its nonzero part.
 
-    In place of a pooling layer, or behind a convolution in place of its stride. The output has about
-    ``side / stride + 2 ramp`` samples along each axis, and never more than the input; amplitudes stay. Strides are kept
-    at ``side / (side - ramp)`` and above, so that the ramp has a slope and the stride a gradient.
+    Use it instead of a pooling layer, or after a convolution instead of its stride. The output has about
+    ``side / stride + 2 ramp`` samples along each axis, and never more than the input; amplitudes are preserved. Strides
+    are at least ``side / (side - ramp)``, so that the ramp has a slope and the stride a gradient.
 
     Args:
-        stride: at the start, one for both axes or one for each, at least 1; any real number.
+        stride: initial stride, one for both axes or one for each, at least 1; any real number.
         ramp: frequencies over which the mask falls from 1 to 0, above 0.
-        dims: axes, 1 for sequences (B, C, L), 2 for images (B, C, H, W).
+        dims: number of axes, 1 for sequences (B, C, L), 2 for images (B, C, H, W).
 
     Raises:
         ValueError: for a stride below 1, and in the forward pass for odd sides.
@@ -75,12 +75,12 @@ class DiffStride(nn.Module):
 
 
 class FrequencyCrop(nn.Module):
-    """A learned resolution: a sigmoid low-pass over frequencies, and the crop of the spectrum where it is below 0.1.
+    """A learned resolution: a sigmoid low-pass over frequencies, and a crop of the spectrum where it is below 0.1.
 
-    At the start nothing is cropped, and the highest frequency is multiplied by 0.9.
+    Initially nothing is cropped, and the highest frequency is multiplied by 0.9.
 
     Args:
-        sides: of the input, even; one for sequences (B, C, L), two for images (B, C, H, W).
+        sides: sides of the input, even; one for sequences (B, C, L), two for images (B, C, H, W).
 
     Raises:
         ValueError: for odd sides.
@@ -104,7 +104,7 @@ class FrequencyCrop(nn.Module):
         return [axis for axis in self.axes if isinstance(axis, FrequencyAxis)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the signal at the learned resolution; what is smaller already keeps the frequencies that it has."""
+        """Return the signal at the learned resolution; a smaller signal keeps its frequencies."""
         axes = self.frequency_axes
         for d, axis in enumerate(axes, -len(axes)):
             n = x.shape[d]

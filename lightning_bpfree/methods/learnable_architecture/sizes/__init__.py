@@ -1,1 +1,1 @@
-"""Masks with a size, crops, and what they cost."""
+"""Masks with a learnable size, crops, and their cost."""

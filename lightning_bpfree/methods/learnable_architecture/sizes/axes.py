@@ -1,4 +1,4 @@
-"""Learnable sizes: one parameter, a mask over positions, the number kept now, and a differentiable length."""
+"""Learnable sizes: one parameter, a mask over positions, the current number kept, and a differentiable length."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Axis(nn.Module):
 
 
 def refresh(axes: Iterable[Axis]) -> None:
-    """Let the crops of all axes follow their masks, with one transfer from the device."""
+    """Update the crops of all axes from their masks, with one transfer from the device."""
     with torch.no_grad():
         listed = list(axes)
         if listed:
@@ -225,7 +225,7 @@ class FrequencyAxis(Axis):
     """Resolution in samples: a sigmoid over the frequencies of a signal.
 
     Args:
-        samples: of the signal, even.
+        samples: samples of the signal, even.
         sharpness: slope of the mask.
 
     Examples:

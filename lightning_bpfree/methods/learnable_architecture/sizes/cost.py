@@ -1,4 +1,4 @@
-"""What a network costs, as a differentiable function of its sizes and as a number for its crops."""
+"""The cost of a network, as a differentiable function of its sizes and as a number for its crops."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Kept:
 
     Args:
         axis: the number of blocks.
-        index: of the block.
+        index: index of the block.
     """
 
     axis: Axis

@@ -1,4 +1,4 @@
-"""Cropped layers: for the time of a forward pass, tensors stand in for parameters, cropped and multiplied by masks."""
+"""Cropped layers: during a forward pass, cropped and masked tensors replace the parameters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Gate(NamedTuple):
 
     Args:
         axis: the learnable number of blocks.
-        number: of the block, from 0.
+        number: number of the block, from 0.
     """
 
     axis: UnitAxis
@@ -58,7 +58,7 @@ class CroppedTensor:
 
     Args:
         owner: the module that holds it.
-        name: of the tensor.
+        name: name of the tensor.
     """
 
     def __init__(self, owner: nn.Module, name: str) -> None:
@@ -82,11 +82,11 @@ class CroppedTensor:
         return cast("Tensor", self._home[self.name])
 
     def put(self, tensor: Tensor) -> None:
-        """Let the layer hold another tensor."""
+        """Replace the tensor in the layer."""
         self._home[self.name] = tensor
 
     def cropped(self, tensor: Tensor) -> Tensor:
-        """Return the tensor cropped to what is kept now, multiplied by masks; differentiable."""
+        """Return the tensor cropped to its current size and multiplied by masks; differentiable."""
         dims = dict.fromkeys(cut.dim for cut in self.cuts)
         masks = []
         for dim in dims:
@@ -141,7 +141,7 @@ class CroppedLayer:
 
     Args:
         layer: the layer.
-        tensors: what is cropped, and how.
+        tensors: the cropped tensors, and how they are cropped.
     """
 
     def __init__(self, layer: nn.Module, tensors: Sequence[CroppedTensor]) -> None:
@@ -168,7 +168,7 @@ class CroppedLayer:
         self._handles = []
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        """Put cropped tensors in the place of the layer's own."""
+        """Replace the layer's tensors by cropped ones."""
         self._before = []
         for tensor in self.tensors:
             whole = tensor.get()
@@ -178,7 +178,7 @@ class CroppedLayer:
         self._attributes = set_sizes(module, [t for t in self.tensors if t.taps])
 
     def leave(self, module: nn.Module, args: Any, out: Any) -> None:
-        """Put the layer's own tensors back."""
+        """Restore the layer's own tensors."""
         for tensor, (whole, part) in zip(self.tensors, self._before, strict=False):
             tensor.put(whole)
             if tensor.is_buffer and part.data_ptr() != whole.data_ptr():  # a copy, which the layer has written to

@@ -1,4 +1,4 @@
-"""Differentiable masks over positions: values, the position where they cross a threshold, and how many they keep."""
+"""Differentiable masks over positions: values, threshold crossings, and numbers of kept positions."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Which layers of a network share units, which blocks can be left out, and how both are cropped."""
+"""Which layers of a network share units, which blocks can be removed, and how both are cropped."""

@@ -1,4 +1,4 @@
-"""Residual blocks that a network can do without, and which of their layers write to the residual stream."""
+"""Residual blocks that can be removed from a network, and which of their layers write to the residual stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Block:
     """A block whose output is its input as soon as its last layers are zero.
 
     Args:
-        name: of the module.
+        name: name of the module.
         module: the module.
         last: weights and biases of the layers that write to the residual stream, with the layer's name.
         in_tuple: whether the block returns a tuple with one tensor.
@@ -38,7 +38,7 @@ class Stack:
     """Blocks of one list, of which the last can be left out.
 
     Args:
-        name: of the list.
+        name: name of the list.
         blocks: those that can be left out, in their order.
         least: how many stay: 0 where the list has other blocks as well.
     """

@@ -1,4 +1,4 @@
-"""What the layers of a network cost, by its sizes; and an independent count of a whole network."""
+"""The cost of a network's layers as a function of its sizes; and an independent count of a whole network."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from lightning_bpfree.methods.learnable_architecture.tracing.probe import Exampl
 
 @checked
 def count_macs(network: nn.Module, *args: Any, **kwargs: Any) -> int:
-    """Return the multiply-accumulates of one forward pass, as PyTorch's own counter sees them.
+    """Return the multiply-accumulates of one forward pass, as counted by PyTorch's own counter.
 
-    Matrix products, convolutions and attention are counted; FFTs, norms, activations and the making of continuous
-    kernels, which an exported network does not do, are not.
+    Matrix products, convolutions and attention are counted. FFTs, norms, activations and the computation of continuous
+    kernels, which exported networks skip, are not.
 
     Args:
         network: any module.
-        *args: of its forward pass.
-        **kwargs: of its forward pass.
+        *args: positional arguments of its forward pass.
+        **kwargs: keyword arguments of its forward pass.
 
     Examples:
         >>> count_macs(nn.Linear(4, 3), torch.zeros(2, 4))
@@ -51,8 +51,8 @@ class _Run(NamedTuple):
     """Shapes of one evaluation.
 
     Args:
-        outputs: of each layer, all its calls.
-        inputs: of each layer, all its calls.
+        outputs: outputs of each layer, all its calls.
+        inputs: inputs of each layer, all its calls.
     """
 
     outputs: dict[str, list[torch.Size]]

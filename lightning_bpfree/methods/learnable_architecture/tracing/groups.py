@@ -1,4 +1,4 @@
-"""Groups of layers whose channels are tied: by residual streams, norms, heads of attention, and what reads them."""
+"""Groups of layers whose channels are tied by residual streams, norms, attention heads, and their readers."""
 
 from __future__ import annotations
 

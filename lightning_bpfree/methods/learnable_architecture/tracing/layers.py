@@ -1,4 +1,4 @@
-"""What layers do with channels: which axis of which parameter reads them, makes them or goes along with them."""
+"""Channels in layers: which axis of which parameter reads channels, produces them or is indexed by them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Held(NamedTuple):
 
     Args:
         owner: the module that holds the tensor.
-        name: of the tensor in it.
+        name: name of the tensor in it.
         dim: the axis.
         side: ``"in"`` if its entries belong to channels that are read, ``"out"`` if to those that are made; for layers
             that keep channels apart, ``"in"``.
@@ -40,11 +40,11 @@ class Layer(NamedTuple):
     """A layer as the tracer sees it.
 
     Args:
-        name: of the module.
+        name: name of the module.
         module: the module.
         role: what it does with channels.
         axis: of its inputs and outputs that holds channels.
-        held: what is cropped with the channels.
+        held: tensors that are cropped with the channels.
         reads: channels of its input.
         makes: channels of its output.
         why: for fixed ones, why their channels cannot be cropped.
@@ -73,10 +73,10 @@ _FIXED: dict[type, tuple[int, str]] = {
 
 
 def layer_of(name: str, module: nn.Module) -> Layer | None:
-    """Return how the tracer sees a module; None for what is no layer.
+    """Return the tracer's description of a module; None if it is not a layer.
 
     Args:
-        name: of the module.
+        name: name of the module.
         module: the module.
     """
     for kind, (axis, why) in _FIXED.items():

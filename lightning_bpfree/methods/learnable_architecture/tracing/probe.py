@@ -91,7 +91,7 @@ def seen(
         network: the network.
         call: of it.
         layers: its layers.
-        poison: what is set to NaN.
+        poison: the channels to set to NaN.
         watched: names of further modules whose outputs are looked at.
         ends: names of layers that keep channels apart, at which NaNs end all the same.
     """

@@ -47,7 +47,7 @@ class Family:
         """Return the input of the layer's forward, and all other arguments by name, as branches take them.
 
         Raises:
-            ValueError: if attention weights are asked for.
+            ValueError: if attention weights are requested.
         """
         signature = inspect.signature(type(layer).forward)
         arguments = dict(signature.bind(layer, *args, **kwargs).arguments)

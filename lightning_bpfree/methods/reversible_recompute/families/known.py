@@ -1,4 +1,4 @@
-"""The transformer layers that can be taken apart into the two branches of a reversible block."""
+"""The transformer layers that can be split into the two branches of a reversible block."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TimmBlock(Family):
     parts = ("norm1", "norm2", "mlp", "drop_path1", "drop_path2")
 
     def matches(self, layer: Any) -> bool:
-        """Return whether the layer is a ViT block, or a Swin block with a ``_attn`` of its own."""
+        """Return whether the layer is a ViT block, or a Swin block with its own ``_attn``."""
         return super().matches(layer) and (hasattr(layer, "attn") or hasattr(layer, "_attn"))
 
     def attention(self, layer: Any, x: Tensor, **context: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layers of transformers for images, taken apart into the two branches of a reversible block."""
+"""Layers of image transformers, split into the two branches of a reversible block."""
 
 from __future__ import annotations
 

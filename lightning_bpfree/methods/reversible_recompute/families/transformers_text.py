@@ -1,4 +1,4 @@
-"""Layers of transformers for text, taken apart into the two branches of a reversible block."""
+"""Layers of text transformers, split into the two branches of a reversible block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_bpfree.methods.reversible_recompute.refused import RefusedStackEr
 
 
 class TextFamily(Family):
-    """Layers that may be asked for cross-attention, or be given a cache of keys and values."""
+    """Layers that may support cross-attention, or accept a cache of keys and values."""
 
     def bind(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Return the input and the arguments of self-attention.

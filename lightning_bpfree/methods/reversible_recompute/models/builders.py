@@ -1,4 +1,4 @@
-"""Transformers' ViT, Swin, Hiera and RoBERTa, built new with reversible layers."""
+"""New ViT, Swin, Hiera and RoBERTa models of transformers with reversible layers."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def reversible_vit(config: Any = None, *, fusion: Fusion = "concat", **recompute
 
     Args:
         config: a ``transformers.ViTConfig``, or its keyword arguments in a dict; None for its defaults.
-        fusion: how two streams become one after the last layer: ``"concat"``, the paper's choice: the final
-            normalization and the classifier take twice the channels; or a mode of
-            :class:`~lightning_bpfree.StreamFusion` that keeps them.
+        fusion: how two streams become one after the last layer: ``"concat"``, the paper's choice, for which the final
+            normalization and the classifier have twice the channels; or a mode of
+            :class:`~lightning_bpfree.StreamFusion` that keeps the width.
         **recompute: see :class:`Recompute`.
 
     Returns:
@@ -109,7 +109,7 @@ def reversible_swin(
         config: a ``transformers.SwinConfig``, or its keyword arguments in a dict; None for its defaults.
         fusion: how two streams become one after every stage, the last one included: a mode of
             :class:`~lightning_bpfree.StreamFusion` that keeps the width. ``"mean"`` adds no parameters;
-            ``"concat_linear"`` is nearest to the authors' choice.
+            ``"concat_linear"`` is closest to the authors' choice.
         **recompute: see :class:`Recompute`.
 
     Returns:
@@ -146,7 +146,7 @@ def reversible_hiera(
 ) -> nn.Module:
     """Build Hiera for classification with reversible stacks: a multiscale transformer without convolutions.
 
-    Layers that pool their queries or widen stay ordinary; a stage of one such layer has no reversible stack.
+    Layers that pool queries or increase the width stay ordinary; a stage of one such layer has no reversible stack.
 
     Args:
         config: a ``transformers.HieraConfig``, or its keyword arguments in a dict; None for its defaults.
@@ -241,11 +241,11 @@ def set_schedule(model: nn.Module, schedule: Schedule) -> int:
     """Set how all reversible stacks of a model recover their activations; may be called between two passes.
 
     Args:
-        model: any module; a LightningModule is one.
+        model: any module, for example a LightningModule.
         schedule: ``"autograd"``, ``"checkpoint"``, ``"sequential"`` or ``"parallel"``.
 
     Returns:
-        How many stacks there are.
+        The number of stacks.
 
     Raises:
         ValueError: if there are none, or for an unknown schedule.

@@ -121,16 +121,16 @@ class ReversibleMViT(nn.Module):
         dim: channels of the first stage.
         depths: reversible blocks of every stage, each at least 1; transitions are not counted. The default, with its
             three transitions, has the 16 blocks of Rev-MViT-B.
-        heads: heads of the first stage, which divide ``dim``.
+        heads: heads of the first stage, a divisor of ``dim``.
         patch: side of a patch in pixels.
         mlp_ratio: hidden units of feed-forward branches for every channel, above 0.
         kv_stride: stride of keys and values in the first stage, at least 1.
-        dropout: dropped share after embedding, attention and feed-forward layers, in [0, 1).
-        drop_path: chance of a sample to be dropped from the last block's branches, in [0, 1); grows linearly from 0 at
-            the first block.
-        fusion: how two streams become one between stages, a mode of :class:`StreamFusion`. After ``"concat"`` the
-            transition takes 2C channels and keeps them.
-        last_fusion: the same after the last stage; after ``"concat"`` the final normalization and the head take 2C.
+        dropout: dropout rate after embedding, attention and feed-forward layers, in [0, 1).
+        drop_path: probability that the last block's branches are dropped for a sample, in [0, 1); increases linearly
+            from 0 at the first block.
+        fusion: how two streams become one between stages, a mode of :class:`StreamFusion`. After ``"concat"``, the
+            transition has 2C input channels and keeps them.
+        last_fusion: the same after the last stage; after ``"concat"``, the final normalization and the head have 2C.
         schedule: ``"autograd"``, ``"checkpoint"``, ``"sequential"`` or ``"parallel"``.
         buffer_every: keep the inputs of every n-th block of a stage, at least 1; None for none.
         store_last: number of blocks at the top of every stage that keep their activations, at least 0.
@@ -208,7 +208,7 @@ class ReversibleMViT(nn.Module):
 
     @property
     def schedule(self) -> Schedule:
-        """How the activations of all stages are recovered; may be set at any time."""
+        """How the activations of all stages are recovered; can be set at any time."""
         return self._reversible()[0].schedule
 
     @schedule.setter

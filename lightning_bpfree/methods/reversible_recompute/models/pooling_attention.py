@@ -1,4 +1,4 @@
-"""Attention over an image's tokens whose queries, keys and values are pooled before they meet."""
+"""Attention over an image's tokens with pooled queries, keys and values."""
 
 from __future__ import annotations
 

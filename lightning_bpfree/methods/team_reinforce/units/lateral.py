@@ -1,4 +1,4 @@
-"""Coordinated exploration: units of a layer that draw together, through lateral weights."""
+"""Coordinated exploration: units of a layer with correlated draws, through lateral weights."""
 
 from __future__ import annotations
 
@@ -29,20 +29,21 @@ class LateralWeights(nn.Module):
 
 
 class Boltzmann(Exploration):
-    """A Boltzmann machine in every layer: symmetric lateral weights, drawn by Gibbs sweeps from the independent draw.
+    """A Boltzmann machine in every layer: symmetric lateral weights, and Gibbs sweeps that start at independent draws.
 
     With potentials ``x``, lateral weights ``U`` and values 0 and 1, ``P(h | x)`` is proportional to
-    ``exp((h.x + h.U h / 2) / temperature)``. The units have colors, and weights connect units of different colors
-    only, so that all units of a color draw at once and the sweep is a valid Gibbs sampler.
+    ``exp((h.x + h.U h / 2) / temperature)``. The units have colors, and weights connect only units of different
+    colors, so that all units of a color draw at once and the sweep is a valid Gibbs sampler.
 
-    Without the negative phase, what is learned is reward-modulated Hebb, advantage times the product of two
-    activities: exact if the advantage is a reward minus its mean **given the layer's input**, biased otherwise.
+    Without the negative phase, the update is reward-modulated Hebbian learning, the advantage times the product of two
+    activities. It is exact if the advantage is a reward minus its mean **given the layer's input**, and biased
+    otherwise.
 
     Args:
         sweeps: Gibbs sweeps over all colors, >= 1.
-        colors: number of colors, >= 2: 2 makes the lateral weights bipartite; as many as units, all-to-all.
-        whole_network: one machine over all hidden units and the output, drawn jointly given the input; then a baseline
-            that knows the input alone is enough for every weight. Needs one ``nn.Linear`` between layers of units.
+        colors: number of colors, >= 2; 2 gives bipartite lateral weights, one color per unit gives all-to-all weights.
+        whole_network: one machine over all hidden units and the output, drawn jointly given the input; a baseline that
+            depends only on the input is then enough for every weight. Needs one ``nn.Linear`` between layers of units.
 
     Raises:
         ValueError: for numbers out of range.
@@ -68,7 +69,7 @@ class Boltzmann(Exploration):
         return [slice(a, b) for a, b in pairwise(edges) if b > a]
 
     def connected(self, gradient: Tensor) -> Tensor:
-        """Return a symmetric matrix that is 0 between units of one color: what lateral weights may change by."""
+        """Return a symmetric matrix that is 0 between units of one color: an allowed update of lateral weights."""
         symmetric = (gradient + gradient.T) / 2
         for group in self.groups(len(gradient)):
             symmetric[group, group] = 0.0
@@ -76,7 +77,7 @@ class Boltzmann(Exploration):
 
     @torch.no_grad()
     def chain(self, unit: Bernoulli, potential: Tensor, weight: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return values after the sweeps, from independent ones."""
+        """Return values after the sweeps, starting at independent ones."""
         potential = potential.detach().to(weight.dtype)
         noise = thresholds(unit, (self.sweeps + 1, *potential.shape), potential, generator)
         value = unit.valued((potential > noise[0]).to(weight.dtype))
@@ -106,12 +107,12 @@ class Boltzmann(Exploration):
         return self.drawn(unit, value, other)
 
     def drawn(self, unit: StochasticUnit, value: Tensor, other: Tensor | None, *, lateral: bool = True) -> Drawn:
-        """Return what is learned from a draw.
+        """Return the draw with its score and the update of lateral weights.
 
         Args:
-            unit: what the units are.
+            unit: the kind of the units.
             value: the draw, ``(B, n)``.
-            other: a second one, independent given the input, which is the negative phase; None for none.
+            other: a second draw, independent given the input, for the negative phase; None for none.
             lateral: whether there are lateral weights between the units.
         """
 
@@ -122,7 +123,7 @@ class Boltzmann(Exploration):
         return Drawn(value, score, learned if lateral else None)
 
     def mean(self, unit: StochasticUnit, potential: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return the mean field after as many sweeps."""
+        """Return the mean field after the same number of sweeps."""
         assert isinstance(unit, Bernoulli)
         assert weight is not None
         mean = unit.mean(potential).to(weight.dtype)
@@ -134,18 +135,18 @@ class Boltzmann(Exploration):
 
 
 class Recurrent(Exploration):
-    """A recurrent network in every layer: ``steps`` draws one after the other, each seeing the one before.
+    """A recurrent network in every layer: ``steps`` successive draws, each conditioned on the previous one.
 
-    ``h_t`` is drawn from potentials ``x + U h_(t-1)``, with ``h_0 = 0`` and any square ``U``; the last is passed on.
-    With the negative phase, what is learned is the exact gradient of the log probability of the whole trajectory.
-    Without it (the Hebbian form), it is **biased** for two steps or more, unless the advantage's baseline knows
+    ``h_t`` is drawn from potentials ``x + U h_(t-1)``, with ``h_0 = 0`` and any square ``U``; the last is the output.
+    With the negative phase, the update is the exact gradient of the log probability of the whole trajectory. Without it
+    (the Hebbian form), it is **biased** for two or more steps, unless the advantage's baseline depends on
     ``h_(t-1)``.
 
     Args:
-        steps: draws, >= 1; 1 is the independent draw.
+        steps: number of draws, >= 1; 1 is the independent draw.
 
     Raises:
-        ValueError: for fewer than one.
+        ValueError: for fewer than one step.
 
     Examples:
         >>> Recurrent(1).draw(Bernoulli(), torch.tensor([[50.0, -50.0]]), torch.zeros(2, 2)).value
@@ -169,7 +170,7 @@ class Recurrent(Exploration):
         negative_phase: bool = True,
         generator: torch.Generator | None = None,
     ) -> Drawn:
-        """Draw a trajectory; its last values are passed on."""
+        """Draw a trajectory; its last values are the output."""
         assert isinstance(unit, Bernoulli)
         assert weight is not None
         values, scores, inputs = self._trajectory(unit, potential, weight, negative_phase, generator)
@@ -205,7 +206,7 @@ class Recurrent(Exploration):
         return values, scores, inputs
 
     def mean(self, unit: StochasticUnit, potential: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return the mean of every step given the means of the one before."""
+        """Return the mean of the last step, each step given the mean of the previous one."""
         assert weight is not None
         mean = unit.mean(potential)
         for _ in range(self.steps - 1):

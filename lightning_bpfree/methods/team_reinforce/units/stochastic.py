@@ -1,4 +1,4 @@
-"""Stochastic units: activations that are drawn, with the score of what was drawn in closed form."""
+"""Stochastic units: random activations with a score in closed form."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class Bernoulli(StochasticUnit):
 
     @property
     def scale(self) -> float:
-        """One over the temperature and the distance of the two values: what a value's score is multiplied by."""
+        """The factor of a value's score: one over the product of the temperature and the distance of the two values."""
         return 1 / (self.step * self.temperature)
 
     def probability(self, potential: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class Bernoulli(StochasticUnit):
         return torch.sigmoid(self.logits(potential))
 
     def valued(self, upper: Tensor) -> Tensor:
-        """Return the units' values where ``upper`` tells (in [0, 1]) whether the upper one was drawn."""
+        """Return the units' values, given in ``upper`` (in [0, 1]) whether the upper one was drawn."""
         return upper if self.values == "zero_one" else 2 * upper - 1
 
     def mean(self, potential: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class Bernoulli(StochasticUnit):
         return self.valued(upper), score if self.temperature == 1.0 else score / self.temperature
 
     def score(self, potential: Tensor, value: Tensor) -> Tensor:
-        """Return how far the values are from their means, over the temperature and the distance of the two values."""
+        """Return the values minus their means, divided by the temperature and the distance of the two values."""
         return (value - self.mean(potential)) * self.scale
 
     def log_prob(self, potential: Tensor, value: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class Bernoulli(StochasticUnit):
         return _per_row((value - self.low) / self.step * logits - F.softplus(logits))
 
     def derivative(self, potential: Tensor) -> Tensor:
-        """Return p (1 - p) times the distance of the values, over the temperature."""
+        """Return p (1 - p) times the distance of the values, divided by the temperature."""
         p = self.probability(potential)
         return p * (1 - p) * (self.step / self.temperature)
 
@@ -188,10 +188,10 @@ _MEANS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]
 
 
 class Gaussian(StochasticUnit):
-    """Units of real values, normally distributed about a function of their potential.
+    """Units with real values, normally distributed around a function of their potential.
 
     Args:
-        variance: of every unit, > 0.
+        variance: variance of every unit, > 0.
         mean: function that gives the mean: ``"softplus"``, ``"relu"``, ``"tanh"`` or ``"linear"``.
         temperature: > 0; divides the potentials.
 
@@ -219,13 +219,13 @@ class Gaussian(StochasticUnit):
 
     @torch.no_grad()
     def sample(self, potential: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return mean plus noise."""
+        """Return the mean plus noise."""
         mean = self.mean(potential)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         return mean.add(noise, alpha=self.variance**0.5)
 
     def score(self, potential: Tensor, value: Tensor) -> Tensor:
-        """Return the deviation over the variance, times the slope of the mean."""
+        """Return the deviation divided by the variance, times the slope of the mean."""
         return (value - self.mean(potential)) * self.derivative(potential) / self.variance
 
     def log_prob(self, potential: Tensor, value: Tensor) -> Tensor:
@@ -266,7 +266,7 @@ class Softmax(StochasticUnit):
         return F.one_hot((mean / clocks).argmax(-1), mean.shape[-1]).to(mean.dtype)
 
     def score(self, potential: Tensor, value: Tensor) -> Tensor:
-        """Return one-hot minus probabilities, over the temperature."""
+        """Return one-hot minus probabilities, divided by the temperature."""
         return (value - self.mean(potential)) * self.scale
 
     def log_prob(self, potential: Tensor, value: Tensor) -> Tensor:
@@ -275,7 +275,7 @@ class Softmax(StochasticUnit):
         return _per_row(torch.where(value > 0, value * logs, 0.0))  # others may be ruled out, by minus infinity
 
     def derivative(self, potential: Tensor) -> Tensor:
-        """Return p (1 - p) over the temperature: of each probability by its own logit alone."""
+        """Return p (1 - p) divided by the temperature: each probability's derivative by its own logit alone."""
         p = self.mean(potential)
         return p * (1 - p) / self.temperature
 
