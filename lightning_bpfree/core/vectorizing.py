@@ -19,7 +19,7 @@ ChunkSize = PositiveInt | Literal["auto", "fastest"]
 _LOOPED = (nn.modules.conv._ConvNd, nn.RNNBase)
 
 
-def vectorises_badly(module: nn.Module) -> bool:
+def vectorizes_badly(module: nn.Module) -> bool:
     """Whether a loop is faster (or the only option) when each evaluation has its own weights."""
     return any(isinstance(part, _LOOPED) for part in module.modules())
 

@@ -15,7 +15,7 @@ from lightning_bpfree.cli.tickets import results as tickets_results
 from lightning_bpfree.cli.tickets.results import figures
 
 
-def test_plots_have_labelled_axes() -> None:
+def test_plots_have_labeled_axes() -> None:
     found = dict(figures(by_hand()))
     assert list(found) == ["pruning", "transfer", "connectivity"]
     for name, lines in {"pruning": ["snr", "random"], "transfer": ["magnitude", "snr of ES"]}.items():

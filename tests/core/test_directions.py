@@ -45,7 +45,7 @@ def test_unit_moments(distribution):
         assert set(v.unique().tolist()) == {-1.0, 1.0}
 
 
-def test_signs_are_independent_of_their_neighbours():
+def test_signs_are_independent_of_their_neighbors():
     v = Directions({"w": torch.zeros(200_003)}, 1, 0, "rademacher")[0]["w"]
     for lag in (1, 2, 8, 63, 64):
         assert abs(float((v[lag:] * v[:-lag]).mean())) < 4 / 200_000**0.5

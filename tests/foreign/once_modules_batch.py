@@ -246,17 +246,17 @@ class DrawsFromAnIterator(Once):
 
 
 class DrawsFromASecondLoader(Once):
-    """The usual way to go through unlabelled data beside labeled ones: start again at the end."""
+    """The usual way to go through unlabeled data beside labeled ones: start again at the end."""
 
     def prepare(self):
-        self.unlabelled = torch.utils.data.DataLoader(torch.arange(6.0).double(), batch_size=2, shuffle=True)
-        self.drawn = iter(self.unlabelled)
+        self.unlabeled = torch.utils.data.DataLoader(torch.arange(6.0).double(), batch_size=2, shuffle=True)
+        self.drawn = iter(self.unlabeled)
 
     def training_step(self, batch, batch_idx):
         try:
             more = next(self.drawn)
         except StopIteration:
-            self.drawn = iter(self.unlabelled)
+            self.drawn = iter(self.unlabeled)
             more = next(self.drawn)
         return self.loss(batch[0] * more.mean(), batch[1])
 

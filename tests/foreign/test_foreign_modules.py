@@ -124,15 +124,15 @@ class TwoLoaders(DictBatch):
 
     def training_step(self, batch: dict[str, list[Tensor]], batch_idx: int) -> Tensor:
         x, y = batch["labeled"]
-        (unlabelled,) = batch["unlabelled"]
-        entropy = torch.distributions.Categorical(logits=self.net(unlabelled)).entropy().mean()
+        (unlabeled,) = batch["unlabeled"]
+        entropy = torch.distributions.Categorical(logits=self.net(unlabeled)).entropy().mean()
         return F.cross_entropy(self.net(x), y) + 0.1 * entropy
 
 
 def two_loaders() -> CombinedLoader:
     x, y = vectors()
-    unlabelled = DataLoader(TensorDataset(x.flip(0)), batch_size=4)
-    return CombinedLoader({"labeled": DataLoader(TensorDataset(x, y), batch_size=8), "unlabelled": unlabelled})
+    unlabeled = DataLoader(TensorDataset(x.flip(0)), batch_size=4)
+    return CombinedLoader({"labeled": DataLoader(TensorDataset(x, y), batch_size=8), "unlabeled": unlabeled})
 
 
 class Positional(DictBatch):

@@ -154,7 +154,7 @@ def _grids(entries: Sequence[str], labels: Sequence[str]) -> tuple[Grid, dict[st
     grid: Grid = {}
     own: dict[str, Grid] = {}
     for entry in entries:
-        label, rest = _labelled(entry)
+        label, rest = _labeled(entry)
         if label is not None and label not in labels:
             raise CommandError(f"--tune {entry}: no rule has the label {label!r}; labels are {', '.join(labels)}.")
         key, values = _key_and_values("--tune", rest, "model.init_args.lr=0.01,0.1", entry)
@@ -162,11 +162,11 @@ def _grids(entries: Sequence[str], labels: Sequence[str]) -> tuple[Grid, dict[st
     return grid, own
 
 
-def _labelled(entry: str) -> tuple[str | None, str]:
+def _labeled(entry: str) -> tuple[str | None, str]:
     """Return the label of an entry of ``--tune``, None if it has none, and what stands behind.
 
     Examples:
-        >>> _labelled("zeroth_order:model.init_args.lr=0.1"), _labelled("data.init_args.url=http://host")
+        >>> _labeled("zeroth_order:model.init_args.lr=0.1"), _labeled("data.init_args.url=http://host")
         (('zeroth_order', 'model.init_args.lr=0.1'), (None, 'data.init_args.url=http://host'))
     """
     left, equals, values = entry.partition("=")
@@ -212,7 +212,7 @@ def variation(options: argparse.Namespace, config: str) -> dict[str, Any] | None
     key, values = _key_and_values("--vary", entry, "data.init_args.corruption=none,gaussian")
     if len(values) < 2 or len(set(values)) < len(values):
         raise CommandError(f"--vary {entry}: give two or more values, each once; the first one is the reference.")
-    if any(_labelled(tuned)[1].partition("=")[0] == key for tuned in options.tune):
+    if any(_labeled(tuned)[1].partition("=")[0] == key for tuned in options.tune):
         raise CommandError(f"--vary {entry}: {key} is tuned as well; take it out of --vary or of --tune.")
     _parse("--vary", {key: values}, config)
     return {"key": key, "values": values}

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging
 from torch import nn
 
-from lightning_bpfree.core.vectorizing import vectorises_badly
+from lightning_bpfree.core.vectorizing import vectorizes_badly
 from lightning_bpfree.methods.deep_ensemble.overriding import overridden
 from lightning_bpfree.training.gradient_alignment import GradientAlignment
 from lightning_bpfree.training.trainer_attributes import callbacks_of
@@ -89,7 +89,7 @@ def why_not_worth_it(module: nn.Module) -> str | None:
     if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
         return "it contains TorchScript"
     device = next(module.parameters()).device
-    if device.type == "cpu" and vectorises_badly(module):
+    if device.type == "cpu" and vectorizes_badly(module):
         return "convolutions and recurrent layers are slower in stacks on a CPU"
     size = sum(parameter.numel() for parameter in module.parameters())
     if device.type == "cpu" and size > _LARGE:

@@ -17,7 +17,7 @@ from lightning_bpfree.core.forward_ad import plain_attention
 from lightning_bpfree.core.params import Params
 from lightning_bpfree.core.replay.uncounted import uncounted
 from lightning_bpfree.core.step import SkipBatchError, Step
-from lightning_bpfree.core.vectorizing import first_line, timed, vectorises_badly
+from lightning_bpfree.core.vectorizing import first_line, timed, vectorizes_badly
 from lightning_bpfree.methods.evolution_strategy.population.low_rank_layers import LowRankLayers
 from lightning_bpfree.methods.evolution_strategy.population.low_rank_population import Factors, LowRankPopulation
 from lightning_bpfree.methods.evolution_strategy.population.population import Population
@@ -239,7 +239,7 @@ def _expected_chunk(step: Step, population: Population, by_clock: bool) -> int:
     numbers = sum(tensor.numel() for tensor in step.params.values())
     if isinstance(population, LowRankPopulation):
         return max(_SMALLEST, _ROWS // max(1, _rows_of(step.args)))
-    if vectorises_badly(step.module) and not by_clock:
+    if vectorizes_badly(step.module) and not by_clock:
         return 1
     return max(_SMALLEST if by_clock else 1, min(_NUMBERS // max(1, numbers), population.size))
 

@@ -12,7 +12,7 @@ from lightning_bpfree.core.directions import Directions
 from lightning_bpfree.core.forward_ad import directional_derivative, directional_derivatives
 from lightning_bpfree.core.params import Params
 from lightning_bpfree.core.step import Step
-from lightning_bpfree.core.vectorizing import first_line, timed, vectorises_badly
+from lightning_bpfree.core.vectorizing import first_line, timed, vectorizes_badly
 from lightning_bpfree.methods.forward_gradient.block_passes import DUAL_COST
 
 LARGEST_AUTO_CHUNK = 8  # 2.125 instead of 3 forwards a direction; more chunk saves little and costs memory
@@ -42,7 +42,7 @@ def chosen_chunk(step: Step, params: Params, directions: Directions, fastest: bo
     """
     ks = range(min(len(directions), LARGEST_AUTO_CHUNK))
     by_clock = fastest and not torch.are_deterministic_algorithms_enabled()
-    if not by_clock and vectorises_badly(step.module):
+    if not by_clock and vectorizes_badly(step.module):
         return 1
     counted = step.forward_evals
     loss = step.loss()

@@ -166,14 +166,14 @@ class Arrays(Foreign):
 
 @case
 class TwoLoaders(Foreign):
-    """Labeled and unlabelled batches, side by side."""
+    """Labeled and unlabeled batches, side by side."""
 
     def train_dataloader(self) -> Any:
         x, y = table()
-        return CombinedLoader({"labeled": loader(x, y), "unlabelled": loader(x.flip(0))}, "min_size")
+        return CombinedLoader({"labeled": loader(x, y), "unlabeled": loader(x.flip(0))}, "min_size")
 
     def training_step(self, batch: dict[str, list[Tensor]], batch_idx: int) -> Tensor:
-        entropy = torch.distributions.Categorical(logits=self.net(batch["unlabelled"][0])).entropy().mean()
+        entropy = torch.distributions.Categorical(logits=self.net(batch["unlabeled"][0])).entropy().mean()
         return self.loss(*batch["labeled"]) + 0.1 * entropy
 
 

@@ -254,7 +254,7 @@ def test_members_differ_and_the_first_is_the_module():
     assert all(torch.equal(after[0][name], module.state_dict()[name]) for name in after[0])
 
 
-def test_initialisation_is_a_function_of_the_seed_and_moves_no_stream():
+def test_initialization_is_a_function_of_the_seed_and_moves_no_stream():
     ensemble = bpf.DeepEnsemble(2, seed=3)
     _, _, before, _ = train(Small, ensemble)
     pl.seed_everything(ensemble.seeds[1], verbose=False)
@@ -269,7 +269,7 @@ def test_initialisation_is_a_function_of_the_seed_and_moves_no_stream():
     assert torch.equal(before[1]["net.0.weight"], fresh.net[0].weight)
 
 
-def test_initialisation_by_a_function_and_none_at_all():
+def test_initialization_by_a_function_and_none_at_all():
     def ones(module):
         nn.init.constant_(module.net[4].bias, torch.rand(()).item())
 

@@ -144,7 +144,7 @@ def test_samples_are_theirs_whatever_the_batch():
     assert not torch.equal(all_at_once, other_stage)
 
 
-def test_optimised_noise_keeps_its_norm():
+def test_optimized_noise_keeps_its_norm():
     module = model("noise", lr=1.0)
     fitted(module, None, max_epochs=2)
     norms = module._noise(torch.arange(4), "train").flatten(1).norm(dim=1)

@@ -87,7 +87,7 @@ def test_swapping_positives_and_negatives_turns_the_step_around_at_the_threshold
         assert not torch.equal(other[name], -gradient) or not gradient.any()
 
 
-def test_peer_normalisation_pulls_on_silent_units_too():
+def test_peer_normalization_pulls_on_silent_units_too():
     module = problem(depth=1)
     with torch.no_grad():
         module.net.layers[0].bias[0] = -100.0  # silent on everything

@@ -73,7 +73,7 @@ def test_mask_reinit_has_the_masks_of_magnitude_and_fresh_weights(tmp_path):
 
 
 @pytest.mark.parametrize("permute_masks", [False, True])
-def test_permuted_weights_are_those_of_the_first_initialisation_in_another_order(permute_masks, tmp_path):
+def test_permuted_weights_are_those_of_the_first_initialization_in_another_order(permute_masks, tmp_path):
     before, watch, tickets = levels_of(
         tmp_path, score="magnitude", weights="permuted", permute_masks=permute_masks, scope="layer"
     )

@@ -148,7 +148,7 @@ def test_export_computes_the_same_and_comes_back(make, shape):
         assert torch.equal(tensor, ticket.init[name] if mask is None else ticket.init[name] * mask)
 
 
-def test_import_of_a_trained_module_keeps_the_first_initialisation():
+def test_import_of_a_trained_module_keeps_the_first_initialization():
     net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     init = params_of(net)
     prune.random_unstructured(net[0], "weight", amount=0.5)

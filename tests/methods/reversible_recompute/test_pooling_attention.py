@@ -45,7 +45,7 @@ def test_a_side_of_n_tokens_becomes_one_of_n_over_the_stride_rounded_up(grid, q_
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("stride", [1, 2, 3])
-def test_a_kernel_of_equal_weights_is_the_mean_over_neighbours_row_by_row(grid, stride):
+def test_a_kernel_of_equal_weights_is_the_mean_over_neighbors_row_by_row(grid, stride):
     pool = TokenPool(4, stride).double()
     pool.norm = nn.Identity()
     nn.init.constant_(pool.conv.weight, 1 / 9)
@@ -58,7 +58,7 @@ def test_a_kernel_of_equal_weights_is_the_mean_over_neighbours_row_by_row(grid, 
         torch.testing.assert_close(out[:, head], mean.flatten(2).transpose(1, 2), **EXACT)
 
 
-def test_every_head_is_normalised_over_its_own_channels():
+def test_every_head_is_normalized_over_its_own_channels():
     out, _ = TokenPool(6).double()(torch.randn(2, 3, 20, 6, dtype=torch.double), (4, 5))
     torch.testing.assert_close(out.mean(3), torch.zeros_like(out.mean(3)), **EXACT)
 

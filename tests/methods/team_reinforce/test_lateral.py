@@ -89,7 +89,7 @@ def gibbs_sweep(unit: bpf.Bernoulli, x: torch.Tensor, u: torch.Tensor, groups: l
 
 
 @pytest.mark.parametrize(("n", "colors"), [(4, 2), (5, 2), (7, 3), (4, 4), (3, 8), (1, 2)])
-def test_weights_connect_units_of_different_colours_symmetrically(n, colors):
+def test_weights_connect_units_of_different_colors_symmetrically(n, colors):
     machine = bpf.Boltzmann(colors=colors)
     groups = machine.groups(n)
     assert [i for group in groups for i in range(n)[group]] == list(range(n))  # every unit has one color

@@ -32,8 +32,8 @@ def boltzmann_chances(unit, potentials, values, u_true):
     def energy(v, x):
         return scale * ((v * x).sum(-1) + 0.5 * ((v @ u_true) * v).sum(-1))
 
-    normaliser = torch.logsumexp(energy(every[None], potentials[:, None]), 1)
-    return energy(values, potentials) - normaliser
+    normalizer = torch.logsumexp(energy(every[None], potentials[:, None]), 1)
+    return energy(values, potentials) - normalizer
 
 
 def boltzmann_layer(unit, negative_phase, monkeypatch, machine=None):

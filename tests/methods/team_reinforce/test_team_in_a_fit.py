@@ -101,7 +101,7 @@ def lateral_weights(rule: bpf.TeamReinforce) -> dict[str, Tensor]:
     ],
     ids=["leave_one_out", "negative_phase", "whole_network", "per_layer"],
 )
-def test_lateral_weights_learn_and_stay_symmetric_between_colours(settings):
+def test_lateral_weights_learn_and_stay_symmetric_between_colors(settings):
     rule = bpf.TeamReinforce(lateral_lr=0.05, **settings)
     fitted(problem(7, 8, lr=0.1), loader(), rule)
     weights = lateral_weights(rule)

@@ -42,10 +42,10 @@ def stacking_weights(outputs: Tensor, targets: Tensor, *, regression: bool = Fal
     for _ in range(_STEPS):
         shares = weights * chosen
         weights = (shares / shares.sum(0)).mean(1, keepdim=True)
-    return _normalised(weights.squeeze(1))
+    return _normalized(weights.squeeze(1))
 
 
-def _normalised(weights: Tensor) -> Tensor:
+def _normalized(weights: Tensor) -> Tensor:
     single = torch.where(weights < 1e-6, 0.0, weights).float()
     return single / single.sum()
 
