@@ -82,6 +82,7 @@ def test_lr_find(rule, tmp_path):
     assert_clean(module)
 
 
+@pytest.mark.slow  # two seconds each
 @pytest.mark.parametrize("mode", ["power", "binsearch"])
 @pytest.mark.parametrize("rule", ["backprop", "forward_gradient", "evolution_strategy"])
 def test_scale_batch_size(rule, mode, tmp_path):
@@ -92,6 +93,7 @@ def test_scale_batch_size(rule, mode, tmp_path):
     assert_clean(module)
 
 
+@pytest.mark.slow  # two seconds each
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("rule", ["backprop", "forward_gradient", "zeroth_order"])
 def test_finders_among_the_callbacks(rule, first, tmp_path):

@@ -69,6 +69,7 @@ def test_the_history_is_that_of_the_epochs_and_plain(tmp_path):
     assert [record["epoch"] for record in at_end.history] == [1]
 
 
+@pytest.mark.slow  # four seconds
 def test_a_resumed_fit_has_the_history_of_an_unbroken_one(tmp_path):
     whole, first, second = look(), look(), look()
     fit(whole, tmp_path, max_epochs=4)

@@ -151,6 +151,7 @@ def test_optimized_noise_keeps_its_norm():
     torch.testing.assert_close(norms, torch.full((4,), 256.0).sqrt(), rtol=1e-5, atol=0.0)
 
 
+@pytest.mark.slow  # three seconds each
 @pytest.mark.parametrize("optimize", ["weights", "lora"])
 def test_priors_begin_at_zero_and_hold_back(optimize):
     moved = {}
