@@ -136,8 +136,7 @@ def rewards(found):
         axes.set(xlabel="training step", ylabel=UNITS[of[0]["task"]])
         axes.set_title(PANELS[name], fontsize=10)
         axes.grid(color="0.9")
-    place = {"loc": "outside lower center", "ncols": len(legend), "fontsize": 10}
-    drawing.legend(legend.values(), legend, **place)
+    drawing.legend(legend.values(), legend, loc="outside lower center", ncols=len(legend), fontsize=10)
     return drawing
 
 

@@ -170,7 +170,7 @@ def test_each_recipe_parses_and_says_how_to_run_it(name: str, base: str) -> None
 def test_the_sizes_of_each_recipe_can_meet_its_budget(name: str, folder: Path) -> None:
     """When a fit starts, its budget is compared with the smallest network that the sizes to learn allow."""
     text = recipes.find(name).read_text()
-    if ("FashionMNIST" in text) and not Path(idx.FASHION_MNIST.system_folder).is_dir():
+    if "FashionMNIST" in text and not Path(idx.FASHION_MNIST.system_folder).is_dir():
         pytest.skip("Debian's dataset-fashion-mnist is not installed")
     short = [f"--trainer.limit_{part}_batches=1" for part in ("train", "val", "test")]
     command = shlex.split(text.splitlines()[1])[2:]

@@ -239,9 +239,10 @@ class Deployment:
         deadline = time.monotonic() + 3
         while time.monotonic() < deadline and any(process.poll() is None for process in running.values()):
             time.sleep(0.05)
-        for name, process in running.items():
-            _kill(process, f"{self.folder}:{name}")
         self.nodes, self.link = {}, None
+        with contextlib.ExitStack() as kills:  # all of them run, also if one raises
+            for name, process in running.items():
+                kills.callback(_kill, process, f"{self.folder}:{name}")
 
     # --- runs ---
 
